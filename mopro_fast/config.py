@@ -1,0 +1,308 @@
+"""Every setting of a run, as dataclasses, and the recipes: functions that give a whole TrainConfig.
+
+The docstring under a field is its ``--help``. :meth:`TrainConfig.validate` refuses contradictory settings,
+:func:`from_dict` unknown ones, both with a UserError.
+"""
+
+import dataclasses
+import difflib
+import json
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from mopro_fast.data.augment import AugmentConfig
+from mopro_fast.errors import UserError
+
+
+@dataclass
+class DataConfig:
+    """Where the images are and how they are read."""
+
+    path: Annotated[str, tyro.conf.arg(name="data")] = ""
+    """Training data: a WebVision folder, a list file ("path label" per line) or a folder of class folders."""
+    layout: Literal["auto", "webvision", "list", "folder"] = "auto"
+    """Layout of the data; auto looks."""
+    root: str | None = None
+    """Folder that the paths of a list file start from (default: the list's own folder)."""
+    val: str | None = None
+    """Validation data in any of the layouts (default: the validation split that comes with the data, if any)."""
+    extra_val: dict[str, str] = field(default_factory=dict)
+    """Further sets to evaluate on, as name path pairs (e.g. imagenet /data/imagenet/val)."""
+    num_classes: int = 1000
+    """C. Labels outside [0, C) are refused; -1 means no label."""
+    keep_classes: int | None = None
+    """Use only the images with a label below this (webvision-mini: 50) of data that has more classes."""
+    image_size: int = 224
+    """Side of the training crops and of the validation crop, in pixels."""
+    eval_resize: int | None = None
+    """Shorter side before the validation's centre crop (default: image_size·256/224)."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """The two views' augmentations."""
+    threads: int = 0
+    """Decoding threads per rank (0: this machine's cores divided by its ranks)."""
+
+
+@dataclass
+class ModelConfig:
+    """The encoder."""
+
+    arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
+    """Architecture."""
+    width: float = 1
+    """Multiplies the channels of the four stages."""
+    stem: Literal["imagenet", "small"] = "imagenet"
+    """small: a 3×3 stride-1 stem without pooling, for images of 16 to 112 px."""
+    embed_dim: int = 128
+    """D, the size of the embedding."""
+    bn_group: int = 0
+    """Rows per BatchNorm group (0: all rows of a rank). The official runs have 32 or 64 rows per group."""
+
+
+@dataclass
+class MoProConfig:
+    """The method (symbols as in the paper)."""
+
+    queue_size: int = 8192
+    """Q, keys kept as negatives."""
+    key_momentum: float = 0.999
+    """m of the key encoder's moving average."""
+    proto_momentum: float = 0.999
+    """m_p of the prototypes' moving average."""
+    temperature: float = 0.1
+    """T of both contrastive losses."""
+    alpha: float = 0.5
+    """Weight of the classifier against the prototypes in the pseudo-label."""
+    threshold: float = 0.8
+    """θ: relabel when the pseudo-label's score exceeds it."""
+    start_clean: int = 11
+    """First epoch (0-based) whose labels are corrected."""
+    w_inst: float = 1.0
+    """Weight of the instance contrastive loss."""
+    w_proto: float = 1.0
+    """Weight of the prototypical contrastive loss."""
+
+
+@dataclass
+class OptimConfig:
+    """SGD and its schedule."""
+
+    epochs: int = 90
+    """Passes over the data."""
+    batch_size: int = 256
+    """Rows per step over all ranks."""
+    lr: float = 0.1
+    """Learning rate at the start."""
+    schedule: Literal["step", "cosine"] = "step"
+    """step: ×0.1 at every milestone; cosine: half a cosine down to 0. Both change between epochs."""
+    milestones: tuple[int, ...] = (40, 80)
+    """Epochs at which the step schedule lowers the learning rate."""
+    warmup_epochs: float = 0
+    """Epochs over which the learning rate rises linearly from 0, step by step."""
+    scale_lr: bool = False
+    """Multiply lr by batch_size/256."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    weight_decay: float = 1e-4
+    """Weight decay, on all parameters as in the official code."""
+    nesterov: bool = False
+    """Nesterov momentum."""
+
+
+@dataclass
+class RunConfig:
+    """Where and how to run. Nothing here except seed, precision and deterministic changes the result."""
+
+    out: str = ""
+    """Folder for checkpoints, logs and the config."""
+    seed: int = 0
+    """Decides the initial weights, the order of the images and every augmentation."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU of each local rank if there is one."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Autocast type of the encoders; auto: bf16 on a GPU, fp32 on a CPU. Masters are always float32."""
+    channels_last: bool = True
+    """Keep activations and convolution weights in NHWC."""
+    deterministic: bool = False
+    """Only deterministic cuDNN kernels, so that runs on a GPU repeat bit for bit; slower."""
+    log_every: int = 50
+    """Steps between two log entries."""
+    checkpoint_every: int = 2000
+    """Steps between checkpoints inside an epoch (one is always written at an epoch's end)."""
+    keep: int = 3
+    """How many checkpoints stay on disk."""
+    resume: str = "auto"
+    """auto: continue from the newest checkpoint in out, if there is one; never: refuse; or a checkpoint's path."""
+    init: str | None = None
+    """Checkpoint to take the weights from, without its optimizer and position."""
+    tensorboard: bool = True
+    """Write TensorBoard events into out."""
+
+
+@dataclass
+class TrainConfig:
+    """One training run."""
+
+    method: Literal["mopro", "ce"] = "mopro"
+    """mopro, or ce: plain cross-entropy on the given labels, through the same loop (the baseline)."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mopro: MoProConfig = field(default_factory=MoProConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def validate(self, ranks: int = 1) -> None:
+        """Raise a UserError for the first setting that cannot be right, on this many ranks."""
+        d, m, p, o, r = self.data, self.model, self.mopro, self.optim, self.run
+        _require(d.path, "no training data given: set --data to a WebVision folder, a list file or class folders")
+        _require(r.out, "no output folder given: set --out")
+        _at_least(1, num_classes=d.num_classes, image_size=d.image_size, embed_dim=m.embed_dim, epochs=o.epochs)
+        _at_least(1, batch_size=o.batch_size, queue_size=p.queue_size, log_every=r.log_every, keep=r.keep)
+        _at_least(1, checkpoint_every=r.checkpoint_every)
+        _at_least(0, threads=d.threads, bn_group=m.bn_group, lr=o.lr, weight_decay=o.weight_decay, seed=r.seed)
+        _at_least(0, warmup_epochs=o.warmup_epochs, w_inst=p.w_inst, w_proto=p.w_proto)
+        if d.eval_resize is not None:
+            _at_least(d.image_size, eval_resize=d.eval_resize)
+        for name in ("key_momentum", "proto_momentum", "alpha", "threshold"):
+            value = getattr(p, name)
+            _require(0 <= value <= 1, f"--{_flag(name)} must lie in [0, 1], got {value}")
+        _require(0 <= o.momentum < 1, f"--momentum must lie in [0, 1), got {o.momentum}")
+        _require(p.temperature > 0, f"--temperature must be above 0, got {p.temperature}")
+        _require(m.width > 0, f"--width must be above 0, got {m.width}")
+        _require(
+            o.batch_size % ranks == 0,
+            f"--batch-size {o.batch_size} cannot be divided among {ranks} ranks: choose a multiple of {ranks}",
+        )
+        rows = o.batch_size // ranks
+        _require(
+            m.bn_group == 0 or rows % m.bn_group == 0,
+            f"--bn-group {m.bn_group} does not divide the {rows} rows of a rank: choose a divisor, or 0 for all rows",
+        )
+        if self.method == "mopro":
+            _require(
+                p.queue_size >= o.batch_size,
+                f"--queue-size {p.queue_size} is smaller than --batch-size {o.batch_size}: one step's keys must fit",
+            )
+            _require(p.start_clean >= 1, "--start-clean must be at least 1: epoch 0 makes the first prototypes")
+        _require(
+            d.keep_classes is None or d.keep_classes == d.num_classes,
+            f"--keep-classes {d.keep_classes} contradicts --num-classes {d.num_classes}: they must be equal",
+        )
+        _require(not (o.nesterov and o.momentum == 0), "--nesterov needs --momentum above 0")
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+
+def webvision_v1() -> TrainConfig:
+    """WebVision 1.0, 1000 classes: the official settings."""
+    return TrainConfig()
+
+
+def webvision_v2() -> TrainConfig:
+    """WebVision 2.0, 5000 classes: the official settings."""
+    return TrainConfig(data=DataConfig(num_classes=5000), mopro=MoProConfig(threshold=0.6))
+
+
+def webvision_mini() -> TrainConfig:
+    """The first 50 classes of WebVision 1.0, taken from the full data set's folder."""
+    return TrainConfig(data=DataConfig(num_classes=50, keep_classes=50))
+
+
+def google500() -> TrainConfig:
+    """Google-500: 500 classes of web images."""
+    return TrainConfig(data=DataConfig(num_classes=500))
+
+
+def small() -> TrainConfig:
+    """Ten classes at 32 px with a ResNet-18 (CIFAR-like data): the settings measured in bench/cifar10n.py."""
+    return TrainConfig(
+        data=DataConfig(num_classes=10, image_size=32, eval_resize=32),
+        model=ModelConfig(arch="resnet18", stem="small"),
+        mopro=MoProConfig(queue_size=4096, key_momentum=0.99, proto_momentum=0.99, start_clean=8),
+        optim=OptimConfig(epochs=60, batch_size=256, lr=0.1, schedule="cosine", warmup_epochs=1, weight_decay=5e-4),
+    )
+
+
+def demo() -> TrainConfig:
+    """The small run of ``mopro-fast demo``: digits of 16 px, minutes on two CPU cores."""
+    raise NotImplementedError
+
+
+RECIPES = {
+    "webvision-v1": webvision_v1,
+    "webvision-v2": webvision_v2,
+    "webvision-mini": webvision_mini,
+    "google500": google500,
+    "small": small,
+    "demo": demo,
+}
+
+
+def recipe(name: str) -> TrainConfig:
+    """The recipe of this name, or the saved config if ``name`` is a .json file."""
+    if name.endswith(".json"):
+        return load(name)
+    if name not in RECIPES:
+        raise UserError(f"unknown recipe {name!r}{nearest(name, RECIPES)}")
+    return RECIPES[name]()
+
+
+def load(path: str | Path) -> TrainConfig:
+    """Read a config.json as a run saves it."""
+    try:
+        values = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the config {path}: {error}") from None
+    return from_dict(TrainConfig, values, str(path))
+
+
+def from_dict(cls: type, values: dict[str, Any], where: str) -> Any:
+    """Build a config dataclass from plain values; unknown names are refused."""
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for name, value in values.items():
+        if name not in hints:
+            raise UserError(f"{where}: unknown setting {name!r}{nearest(name, hints)}")
+        if dataclasses.is_dataclass(hints[name]):
+            value = from_dict(hints[name], value, f"{where}, {name}")
+        elif isinstance(value, list):
+            value = tuple(value)
+        arguments[name] = value
+    return cls(**arguments)
+
+
+def nearest(name: str, names: typing.Iterable[str]) -> str:
+    """The end of an error message: the nearest valid name, and all of them."""
+    names = list(names)
+    close = difflib.get_close_matches(name, names, n=1)
+    return (f": did you mean {close[0]!r}?" if close else ":") + f" (choose from {', '.join(names)})"
+
+
+def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
+    """The dotted names whose values differ between two configs as dicts."""
+    found = []
+    for name in {**a, **b}:
+        left, right = a.get(name), b.get(name)
+        if isinstance(left, dict) and isinstance(right, dict):
+            found += differences(left, right, f"{prefix}{name}.")
+        elif left != right:
+            found.append(prefix + name)
+    return found
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _require(condition: object, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _at_least(least: float, **values: float) -> None:
+    for name, value in values.items():
+        _require(value >= least, f"--{_flag(name)} must be at least {least}, got {value}")

@@ -1,0 +1,8 @@
+"""The one exception whose message is meant for the person at the keyboard."""
+
+
+class UserError(Exception):
+    """A mistake in the input: one line that names the thing and says what to do.
+
+    The command line prints it without a traceback and exits with status 2.
+    """

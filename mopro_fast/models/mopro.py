@@ -1,0 +1,101 @@
+"""MoPro (Li, Xiong, Hoi, ICLR 2021): the model and, in ``MoPro.forward``, one step of the paper."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mopro_fast import ops
+from mopro_fast.config import MoProConfig
+from mopro_fast.models.resnet import ResNet
+from mopro_fast.training.distributed import exchange_rows, gather_rows
+
+
+@dataclass
+class StepOutput:
+    """What one step gives back. Means are over this rank's rows; shares are over its N rows."""
+
+    loss: Tensor
+    """What is minimised, float32 scalar: classification + w_proto·prototype + w_inst·instance."""
+    metrics: dict[str, Tensor]
+    """Detached float32 scalars for the log."""
+    labels: Tensor
+    """int64 [N]: the labels after correction."""
+    kept: Tensor
+    """bool [N]: the rows that count as in-distribution, clean or corrected."""
+
+
+class MoPro(nn.Module):
+    """Two encoders, a queue of keys and the class prototypes.
+
+    State dict: encoder_q.*, encoder_k.*, queue [Q, D], queue_ptr int64 [1], prototypes [C, D]; float32 masters.
+    """
+
+    def __init__(self, encoder_q: ResNet, encoder_k: ResNet, config: MoProConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder_q, self.encoder_k = encoder_q, encoder_k
+        encoder_k.load_state_dict(encoder_q.state_dict())
+        encoder_k.requires_grad_(False)
+        classes, dim = encoder_q.classifier.out_features, encoder_q.fc2.out_features
+        self.register_buffer("queue", F.normalize(torch.randn(config.queue_size, dim), dim=1))
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
+        self.register_buffer("prototypes", torch.zeros(classes, dim))
+
+    def forward(
+        self, view_q: Tensor, view_k: Tensor, labels: Tensor, epoch: int, order: np.ndarray, query: nn.Module | None = None
+    ) -> StepOutput:
+        """Steps 1 and 3–8 of the method for this rank's rows; step 2's update is :meth:`update_key_encoder`.
+
+        view_q, view_k: [N, 3, H, W], two views of the same N images.
+        labels:         int64 [N], −1 where none is given.
+        epoch:          0-based; prototypes count from 1, cleaning starts at ``start_clean``.
+        order:          permutation of all ranks' W·N rows for view_k's shuffle.
+        query:          encoder_q wrapped for distributed training.
+        """
+        c = self.config
+        logits, q = (query or self.encoder_q)(view_q)                                        # [N, C], [N, D]
+        logits = logits.float()
+        with torch.no_grad():  # keys: rows change groups and ranks, so that BatchNorm cannot leak who pairs with whom
+            _, k = self.encoder_k(exchange_rows(view_k, order))
+            k = exchange_rows(k, np.argsort(order))
+
+        inst, hit = ops.info_nce(q, k, self.queue, c.temperature)                            # against past keys only
+        ops.queue_enqueue_(self.queue, self.queue_ptr, gather_rows(k))
+
+        given, kept = labels, labels >= 0
+        if epoch >= c.start_clean:
+            labels, kept = ops.correct_labels(
+                logits, q, self.prototypes, labels, alpha=c.alpha, threshold=c.threshold, temperature=c.temperature
+            )
+        used = torch.where(kept, labels, -1)                                                 # -1: no class, left out
+        cls = F.cross_entropy(logits, used, ignore_index=-1, reduction="none")
+        proto = torch.zeros_like(cls)
+        if epoch >= 1:
+            proto = ops.prototype_contrast(q, self.prototypes, used, None, c.temperature)    # before their update
+        ops.prototype_update_(self.prototypes, gather_rows(q), gather_rows(used), None, c.proto_momentum)
+
+        rows = kept.sum().clamp(min=1)  # a rank without a kept row has zero loss and zero gradient in these terms
+        loss_cls, loss_proto, loss_inst = cls.sum() / rows, proto.sum() / rows, inst.mean()
+        loss = loss_cls + c.w_proto * loss_proto + c.w_inst * loss_inst
+        metrics = {
+            "loss": loss,
+            "loss_cls": loss_cls,
+            "loss_proto": loss_proto,
+            "loss_inst": loss_inst,
+            "acc_cls": ((logits.argmax(1) == used) & kept).sum() / rows,
+            "acc_inst": hit.float().mean(),
+            "kept": kept.float().mean(),
+            "relabelled": (labels != given).float().mean(),
+        }
+        return StepOutput(loss, {name: m.detach() for name, m in metrics.items()}, labels, kept)
+
+    @torch.no_grad()
+    def update_key_encoder(self) -> None:
+        """Step 2, ``ξ_k ← m·ξ_k + (1−m)·ξ_q`` over the parameters, called right after the optimizer's step.
+
+        The official code does this at the beginning of the next step, which is the same: its first is an identity.
+        """
+        ops.ema_update_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), self.config.key_momentum)

@@ -1,0 +1,153 @@
+"""ResNet encoders with a classifier and a projection head, under the official MoPro parameter names.
+
+He et al., "Deep residual learning for image recognition" (2016); heads as in MoPro section 3.1: classifier and
+projection (features → 2048, ReLU → embedding) both sit on the pooled feature.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class GroupedBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm whose training statistics are those of consecutive groups of ``group`` rows.
+
+    One device with 256 rows in groups of 32 normalises as eight devices with 32 rows each do. The running
+    statistics move once per step, towards the mean over the groups. ``group=0``: all rows are one group.
+    Parameters and buffers are those of BatchNorm2d.
+    """
+
+    group: int = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.group in (0, len(x)):
+            return super().forward(x)
+        if len(x) % self.group:
+            raise ValueError(f"the batch of {len(x)} rows is not a multiple of bn_group={self.group}")
+        parts, means, variances = [], [], []
+        for rows in x.split(self.group):
+            mean, var = self.running_mean.clone(), self.running_var.clone()
+            parts.append(F.batch_norm(rows, mean, var, self.weight, self.bias, True, self.momentum, self.eps))
+            means.append(mean)
+            variances.append(var)
+        self.running_mean.copy_(torch.stack(means).mean(0))
+        self.running_var.copy_(torch.stack(variances).mean(0))
+        self.num_batches_tracked.add_(1)
+        return torch.cat(parts)
+
+
+class BasicBlock(nn.Module):
+    expansion = 1
+
+    def __init__(self, inplanes: int, planes: int, stride: int, downsample: nn.Module | None) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inplanes, planes, 3, stride, padding=1, bias=False)
+        self.bn1 = GroupedBatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = GroupedBatchNorm2d(planes)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = self.bn2(self.conv2(x))
+        return F.relu(x.add_(residual), inplace=True)
+
+
+class Bottleneck(nn.Module):
+    expansion = 4
+
+    def __init__(self, inplanes: int, planes: int, stride: int, downsample: nn.Module | None) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
+        self.bn1 = GroupedBatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, stride, padding=1, bias=False)
+        self.bn2 = GroupedBatchNorm2d(planes)
+        self.conv3 = nn.Conv2d(planes, planes * self.expansion, 1, bias=False)
+        self.bn3 = GroupedBatchNorm2d(planes * self.expansion)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
+        x = self.bn3(self.conv3(x))
+        return F.relu(x.add_(residual), inplace=True)
+
+
+LAYERS: dict[str, tuple[type[nn.Module], tuple[int, int, int, int]]] = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+}
+
+
+class ResNet(nn.Module):
+    """images [N, 3, H, W] → (logits [N, num_classes], embedding of unit length [N, embed_dim], float32).
+
+    arch:      resnet18, resnet34, resnet50 or resnet101.
+    width:     multiplies the channels of the four stages (2 and 4 are the paper's wide models).
+    stem:      "imagenet" (7×7 stride 2, max-pooling) or "small" (3×3 stride 1) for images of 16–112 px.
+    bn_group:  rows per BatchNorm group, 0 for all (see GroupedBatchNorm2d).
+    """
+
+    def __init__(
+        self,
+        arch: str,
+        num_classes: int,
+        embed_dim: int = 128,
+        width: float = 1,
+        stem: str = "imagenet",
+        bn_group: int = 0,
+    ) -> None:
+        super().__init__()
+        block, depths = LAYERS[arch]
+        small = stem == "small"
+        self.conv1 = nn.Conv2d(3, 64, 3 if small else 7, 1 if small else 2, padding=1 if small else 3, bias=False)
+        self.bn1 = GroupedBatchNorm2d(64)
+        self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, 2, padding=1)
+        self.inplanes = 64
+        base = int(64 * width)
+        self.layer1 = self._stage(block, base, depths[0], stride=1)
+        self.layer2 = self._stage(block, base * 2, depths[1], stride=2)
+        self.layer3 = self._stage(block, base * 4, depths[2], stride=2)
+        self.layer4 = self._stage(block, base * 8, depths[3], stride=2)
+        self.feature_dim = base * 8 * block.expansion
+        self.classifier = nn.Linear(self.feature_dim, num_classes)
+        self.fc1 = nn.Linear(self.feature_dim, 2048)
+        self.fc2 = nn.Linear(2048, embed_dim)
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                fan_out = m.kernel_size[0] * m.kernel_size[1] * m.out_channels
+                nn.init.normal_(m.weight, std=math.sqrt(2 / fan_out))
+            elif isinstance(m, GroupedBatchNorm2d):
+                m.group = bn_group
+
+    def _stage(self, block: type[nn.Module], planes: int, depth: int, stride: int) -> nn.Sequential:
+        downsample = None
+        if stride != 1 or self.inplanes != planes * block.expansion:
+            downsample = nn.Sequential(
+                nn.Conv2d(self.inplanes, planes * block.expansion, 1, stride, bias=False),
+                GroupedBatchNorm2d(planes * block.expansion),
+            )
+        blocks = [block(self.inplanes, planes, stride, downsample)]
+        self.inplanes = planes * block.expansion
+        blocks += [block(self.inplanes, planes, 1, None) for _ in range(1, depth)]
+        return nn.Sequential(*blocks)
+
+    def features(self, x: Tensor) -> Tensor:
+        """images [N, 3, H, W] → pooled features [N, feature_dim]; any H and W."""
+        x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return x.mean((2, 3))
+
+    def project(self, features: Tensor) -> Tensor:
+        """pooled features → embedding of unit length, float32 whatever autocast says."""
+        return F.normalize(self.fc2(F.relu(self.fc1(features))).float(), dim=1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.features(x)
+        return self.classifier(features), self.project(features)

@@ -1,0 +1,24 @@
+"""The fused operations of one MoPro step (public API, see each function).
+
+All work on CPU and CUDA tensors; a trailing underscore means in place. Every op gives the same bits for the
+same input on the same device, never waits for the device, has a fake kernel and compiles with
+``fullgraph=True``. A wrong shape, dtype, device or coefficient is a ``ValueError`` that names the argument.
+"""
+
+from mopro_fast.ops.backends import use_backend
+from mopro_fast.ops.correct_labels import correct_labels
+from mopro_fast.ops.ema_update import ema_update_
+from mopro_fast.ops.info_nce import info_nce
+from mopro_fast.ops.prototype_contrast import prototype_contrast
+from mopro_fast.ops.prototype_update import prototype_update_
+from mopro_fast.ops.queue_enqueue import queue_enqueue_
+
+__all__ = [
+    "correct_labels",
+    "ema_update_",
+    "info_nce",
+    "prototype_contrast",
+    "prototype_update_",
+    "queue_enqueue_",
+    "use_backend",
+]

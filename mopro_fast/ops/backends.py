@@ -1,0 +1,122 @@
+"""Registers the ops with PyTorch and chooses, per op and device, which backend runs.
+
+``MOPRO_FAST_BACKEND=auto|reference|triton|cuda`` sets the choice for the process, :func:`use_backend` for a
+block. ``auto`` takes the first backend of ``PREFERENCE`` that can run and logs its choice once; an explicit
+choice that cannot be honoured raises.
+"""
+
+import contextlib
+import functools
+import importlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+log = logging.getLogger("mopro_fast")
+library = torch.library.Library("mopro_fast", "DEF")
+
+OPS = (
+    "ema_update_",
+    "queue_enqueue_",
+    "info_nce",
+    "correct_labels",
+    "prototype_contrast",
+    "prototype_update_",
+)
+PREFERENCE = ("cuda", "triton", "reference")
+# Where each backend's implementations live, and which ops it has. Modules are imported on first use.
+MODULES = {"reference": "mopro_fast.ops.reference", "cuda": "mopro_fast.ops.cuda", "triton": "mopro_fast.kernels"}
+IMPLEMENTED = {"reference": OPS, "cuda": ("ema_update_",), "triton": ()}
+
+_choice = os.environ.get("MOPRO_FAST_BACKEND", "auto")
+
+
+def define(schema: str, fake: Callable[..., Any], backward: Callable | None = None, setup: Callable | None = None) -> None:
+    """Define ``mopro_fast::<schema>`` for CPU and CUDA, with its fake kernel and, if given, its gradient."""
+    name = schema.partition("(")[0]
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for device in ("cpu", "cuda"):
+        library.impl(name, functools.partial(_run, name, device), device.upper())
+    torch.library.register_fake(f"mopro_fast::{name}", fake, lib=library)
+    if backward is not None:
+        torch.library.register_autograd(f"mopro_fast::{name}", backward, setup_context=setup, lib=library)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the ops called inside the block on backend ``name`` ("auto", "reference", "triton" or "cuda").
+
+    Raises ``ValueError`` for an unknown name; an op that the backend cannot run raises ``RuntimeError``.
+    """
+    global _choice
+    before, _choice = _choice, _known(name)
+    try:
+        yield
+    finally:
+        _choice = before
+
+
+def describe() -> dict[str, dict[str, str]]:
+    """Which backend each op would use: ``{op: {"cpu": name, "cuda": name}}``, or why an explicit choice fails."""
+
+    def backend(op: str, device: str) -> str:
+        try:
+            return choose(op, device, _known(_choice))
+        except (RuntimeError, ValueError) as error:
+            return f"error: {error}"
+
+    return {op: {device: backend(op, device) for device in ("cpu", "cuda")} for op in OPS}
+
+
+def choose(op: str, device: str, choice: str) -> str:
+    """The backend that runs ``op`` on tensors of ``device`` ("cpu" or "cuda") under ``choice``."""
+    if choice != "auto":
+        if reason := unavailable(choice, op, device):
+            raise RuntimeError(f"the {choice} backend was asked for but cannot run {op}: {reason}")
+        return choice
+    # On CPU tensors triton would mean its interpreter: a debugging tool, never what auto should pick.
+    candidates = PREFERENCE if device == "cuda" else ("reference",)
+    return next(b for b in candidates if unavailable(b, op, device) is None)
+
+
+def unavailable(backend: str, op: str, device: str) -> str | None:
+    """Why ``backend`` cannot run ``op`` on ``device``; None if it can."""
+    if op not in IMPLEMENTED[backend]:
+        return f"it has no {op}"
+    if backend == "cuda":
+        if device != "cuda":
+            return "it takes CUDA tensors only"
+        return _missing_extension()
+    if backend == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "it takes CPU tensors only under TRITON_INTERPRET=1"
+    return None
+
+
+@functools.cache
+def _missing_extension() -> str | None:
+    try:
+        importlib.import_module("mopro_fast._C")
+    except ImportError as error:
+        return f"the compiled extension is not there ({error}); `mopro-fast env` says why"
+    return None
+
+
+def _known(name: str) -> str:
+    if name != "auto" and name not in MODULES:
+        raise ValueError(f"unknown backend {name!r}: choose auto, reference, triton or cuda")
+    return name
+
+
+@functools.cache
+def _implementation(op: str, device: str, choice: str) -> Callable[..., Any]:
+    backend = choose(op, device, _known(choice))
+    log.info("%s on %s tensors runs on the %s backend", op, device, backend)
+    return getattr(importlib.import_module(MODULES[backend]), op)
+
+
+def _run(op: str, device: str, *args: Any) -> Any:
+    with torch.autocast(device, enabled=False):  # the arithmetic type is the op's own affair
+        return _implementation(op, device, _choice)(*args)

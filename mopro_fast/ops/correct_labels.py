@@ -1,0 +1,42 @@
+"""Label correction and out-of-distribution removal (MoPro section 3.3, equations 6 and 7)."""
+
+import torch
+from torch import Tensor
+
+from mopro_fast.ops import backends, checks
+
+backends.define(
+    "correct_labels(Tensor logits, Tensor q, Tensor prototypes, Tensor labels, float alpha, float threshold, "
+    "float temperature) -> (Tensor, Tensor)",
+    fake=lambda logits, q, prototypes, labels, *_: (
+        torch.empty_like(labels),
+        torch.empty_like(labels, dtype=torch.bool),
+    ),
+)
+
+
+def correct_labels(
+    logits: Tensor, q: Tensor, prototypes: Tensor, labels: Tensor, *, alpha: float, threshold: float, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Mix the classifier's and the prototypes' opinion and decide about every label.
+
+    ``t = alpha·softmax(logits) + (1−alpha)·softmax(q·prototypesᵀ/temperature)``; a row whose largest t exceeds
+    ``threshold`` takes that class (ties: the lowest); a row is kept if it is so relabelled or if its given label
+    has ``t > 1/C``. Rows with a score that is not finite are neither kept nor relabelled.
+
+    logits:     [N, C] of the classifier.
+    q:          [N, D] embeddings of unit length.
+    prototypes: [C, D].
+    labels:     int64 [N]; −1 (or anything outside [0, C)) means none: never kept by it, may be relabelled.
+    alpha, threshold in [0, 1]; temperature above 0.
+
+    Returns (labels int64 [N], kept bool [N]). No gradient. Raises ValueError for a wrong argument.
+    """
+    n, _ = checks.embeddings(q, "prototypes", prototypes)
+    checks.tensor("logits", logits, (n, len(prototypes)), checks.FLOATS, q.device)
+    checks.labels_and_kept(labels, None, n, q.device)
+    checks.unit_interval("alpha", alpha)
+    checks.unit_interval("threshold", threshold)
+    checks.positive("temperature", temperature)
+    with torch.no_grad():
+        return torch.ops.mopro_fast.correct_labels(logits, q, prototypes, labels, alpha, threshold, temperature)

@@ -1,0 +1,29 @@
+"""The ring buffer of past keys that serve as negatives (MoCo section 3.2)."""
+
+import torch
+from torch import Tensor
+
+from mopro_fast.ops import backends, checks
+
+backends.define(
+    "queue_enqueue_(Tensor(a!) queue, Tensor(b!) cursor, Tensor keys) -> ()", fake=lambda queue, cursor, keys: None
+)
+
+
+def queue_enqueue_(queue: Tensor, cursor: Tensor, keys: Tensor) -> None:
+    """Write ``keys`` over the oldest rows of ``queue``, wrapping round at its end, and move ``cursor`` on.
+
+    queue:  [Q, D], float32 or lower.
+    cursor: int64 [1] on the same device, the row written next; stays on the device, no synchronisation.
+    keys:   [M, D], any M ≤ Q (Q need not be a multiple of M).
+
+    Raises ValueError for a wrong shape, dtype or device, or more keys than the queue holds.
+    """
+    device = checks.device_of("queue", queue)
+    checks.tensor("queue", queue, ("Q", "D"), checks.FLOATS, device)
+    checks.tensor("cursor", cursor, (1,), (torch.int64,), device)
+    checks.tensor("keys", keys, ("M", queue.shape[1]), checks.FLOATS, device)
+    if len(keys) > len(queue):
+        raise ValueError(f"keys must have at most Q={len(queue)} rows, got {len(keys)}")
+    with torch.no_grad():
+        torch.ops.mopro_fast.queue_enqueue_(queue, cursor, keys)

@@ -1,0 +1,99 @@
+"""The six ops in plain PyTorch: the CPU path, the oracle of every kernel test and the benchmark's baseline.
+
+No function here waits for the device: there is no ``.item()``, no boolean indexing, no data-dependent shape.
+Arithmetic is float32 (float64 for float64 inputs) whatever the storage type.
+"""
+
+import torch
+from torch import Tensor
+
+
+def wide(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in the type the arithmetic runs in: float32, or float64 if any of them is float64."""
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return [t.to(dtype) for t in tensors]
+
+
+def ema_update_(targets: list[Tensor], sources: list[Tensor], momentum: float, shadows: list[Tensor]) -> None:
+    if not targets:
+        return
+    torch._foreach_mul_(targets, momentum)
+    torch._foreach_add_(targets, [s.to(torch.float32) for s in sources], alpha=1.0 - momentum)
+    if shadows:
+        torch._foreach_copy_(shadows, targets)
+
+
+def queue_enqueue_(queue: Tensor, cursor: Tensor, keys: Tensor) -> None:
+    slots = (cursor + torch.arange(len(keys), device=queue.device)).remainder_(len(queue))
+    queue.index_copy_(0, slots, keys.to(queue.dtype))
+    cursor.add_(len(keys)).remainder_(len(queue))
+
+
+def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """-> loss f32 [N], hit bool [N], d loss / d q [N, D] = (E − k)/T with E = softmax-weighted mean of k and queue."""
+    q, k, queue = wide(q, k, queue)
+    positive = (q * k).sum(1, keepdim=True)
+    negative = q @ queue.T                                                     # [N, Q]
+    logits = torch.cat([positive, negative], dim=1) / temperature              # [N, 1 + Q]
+    log_p = logits.log_softmax(1)
+    p = log_p.exp()
+    expected = p[:, :1] * k + p[:, 1:] @ queue                                 # [N, D]
+    hit = (positive >= negative).all(1)
+    return -log_p[:, 0].float(), hit, (expected - k) / temperature
+
+
+def correct_labels(
+    logits: Tensor, q: Tensor, prototypes: Tensor, labels: Tensor, alpha: float, threshold: float, temperature: float
+) -> tuple[Tensor, Tensor]:
+    logits, q, prototypes = wide(logits, q, prototypes)
+    classes = len(prototypes)
+    t = alpha * logits.softmax(1) + (1 - alpha) * (q @ prototypes.T / temperature).softmax(1)     # [N, C]
+    finite = t.isfinite().all(1)
+    given = t.gather(1, labels.clamp(0, classes - 1)[:, None])[:, 0]
+    confirmed = (labels >= 0) & (labels < classes) & (given > 1 / classes)
+    best, guess = t.max(1)                                                     # ties: the lowest class
+    sure = finite & (best > threshold)
+    return torch.where(sure, guess, labels), (finite & confirmed) | sure
+
+
+def prototype_contrast(
+    q: Tensor, prototypes: Tensor, labels: Tensor, kept: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """-> loss f32 [N], d loss / d q [N, D] = (E − c_y)/T; both 0 where the row is not kept."""
+    q, prototypes = wide(q, prototypes)
+    use, target = _used_rows(labels, kept, len(prototypes))
+    log_p = (q @ prototypes.T / temperature).log_softmax(1)                    # [N, C]
+    loss = -log_p.gather(1, target[:, None])[:, 0]
+    grad = (log_p.exp() @ prototypes - prototypes[target]) / temperature       # [N, D]
+    return torch.where(use, loss, 0).float(), torch.where(use[:, None], grad, 0)
+
+
+def prototype_update_(
+    prototypes: Tensor, features: Tensor, labels: Tensor, kept: Tensor | None, momentum: float
+) -> None:
+    """The n rows of a class, in order: c ← mⁿ·c + (1−m)·Σ m^(n−i)·q_i; then every row to unit length."""
+    classes = len(prototypes)
+    use, target = _used_rows(labels, kept, classes)
+    target = torch.where(use, target, classes)                                 # row C collects what is not used
+    # How many rows of its own class follow each row: its distance to the end of its run once sorted by class.
+    by_class, order = target.sort(stable=True)
+    run_end = torch.searchsorted(by_class, torch.arange(classes + 1, device=target.device), right=True)
+    later = run_end[by_class] - 1 - torch.arange(len(target), device=target.device)
+    weight = (1 - momentum) * torch.pow(momentum, later.to(prototypes.dtype))
+    count = run_end.diff(prepend=run_end.new_zeros(1))[:classes]
+    total = prototypes.new_zeros(classes + 1, prototypes.shape[1])
+    rows = weight[:, None] * features[order].to(prototypes.dtype)
+    if total.is_cuda:  # sorted, so its order of summation is fixed; index_add_ would use atomics there
+        total.index_put_((by_class,), rows, accumulate=True)
+    else:
+        total.index_add_(0, by_class, rows)
+    prototypes.mul_(torch.pow(momentum, count.to(prototypes.dtype))[:, None]).add_(total[:classes])
+    prototypes.div_(prototypes.norm(dim=1, keepdim=True).clamp_(min=1e-12))
+
+
+def _used_rows(labels: Tensor, kept: Tensor | None, classes: int) -> tuple[Tensor, Tensor]:
+    """-> (row is kept and its label is a class, that label or a safe 0)."""
+    use = (labels >= 0) & (labels < classes)
+    if kept is not None:
+        use = use & kept
+    return use, torch.where(use, labels, 0)

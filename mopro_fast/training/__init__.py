@@ -1,0 +1,1 @@
+"""The trainer: loop, schedule, checkpoints, log, and what ranks need of each other."""

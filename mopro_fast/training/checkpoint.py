@@ -1,0 +1,71 @@
+"""Checkpoints: written atomically, the newest few kept, read without executing anything in them."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mopro_fast.errors import UserError
+
+NAME = re.compile(r"step_(\d{9})\.pt$")
+
+
+def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Write ``folder/step_<step>.pt`` so that a crash leaves the whole file or none; then drop all but ``keep``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step_{step:09d}.pt"
+    partial = path.with_suffix(".partial")
+    try:
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"cannot write the checkpoint {path}: {error.strerror}; earlier ones are untouched") from None
+    for old in all_of(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def all_of(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    return sorted(p for p in folder.glob("step_*.pt") if NAME.search(p.name))
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of this package onto the CPU."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a broken or foreign file makes the unpickler raise
+        raise UserError(f"cannot read the checkpoint {path}: {type(error).__name__}; is it a whole file?") from None
+    if not isinstance(state, dict) or "model" not in state or "config" not in state:
+        raise UserError(f"{path} is not a checkpoint of mopro_fast (it has no model and config)")
+    return state
+
+
+def load_weights(model: torch.nn.Module, path: str | Path) -> None:
+    """Initialise ``model`` from a checkpoint's weights; a UserError names the first tensor that does not fit."""
+    check_fits(model, load(path)["model"], path)
+    model.load_state_dict(load(path)["model"])
+
+
+def check_fits(model: torch.nn.Module, weights: dict[str, torch.Tensor], path: str | Path) -> None:
+    own = model.state_dict()
+    for name in own.keys() | weights.keys():
+        have, want = (tuple(d[name].shape) if name in d else None for d in (weights, own))
+        if have != want:
+            raise UserError(
+                f"the checkpoint {path} is of another architecture: {name} is {_shape(have)} there and "
+                f"{_shape(want)} in this run; set --arch, --width, --stem, --num-classes, --embed-dim as it was trained"
+            )
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else "×".join(map(str, shape)) or "a scalar"

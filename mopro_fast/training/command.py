@@ -1,0 +1,53 @@
+"""``mopro-fast train RECIPE …``: a recipe, overridden option by option."""
+
+import sys
+
+import torch.distributed as dist
+import tyro
+
+from mopro_fast.config import RECIPES, TrainConfig, recipe
+from mopro_fast.errors import UserError
+
+
+def main(argv: list[str]) -> int:
+    """-> 0 when the run is finished, 128 + the signal's number when a signal stopped it."""
+    config = parse(argv)
+    from mopro_fast.training.loop import Trainer
+
+    try:
+        received = Trainer(config).run()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 128 + received if received else 0
+
+
+def parse(argv: list[str]) -> TrainConfig:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        sys.exit(0)
+    if argv[0].startswith("-"):
+        raise UserError(f"the recipe comes first: mopro-fast train RECIPE {argv[0]} … (one of {', '.join(RECIPES)})")
+    return tyro.cli(
+        TrainConfig,
+        args=argv[1:],
+        default=recipe(argv[0]),
+        prog=f"mopro-fast train {argv[0]}",
+        description=f"Recipe {argv[0]}: the values shown are its own; every option overrides one.",
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+    )
+
+
+def _usage() -> str:
+    lines = [f"  {name:15s} {make.__doc__.splitlines()[0]}" for name, make in RECIPES.items()]
+    return "\n".join(
+        [
+            "usage: mopro-fast train RECIPE --data PATH --out FOLDER [options]",
+            "",
+            "RECIPE is a saved config.json or one of",
+            *lines,
+            "",
+            "`mopro-fast train RECIPE --help` lists every option with the recipe's values.",
+            "The same command run again goes on where it was interrupted.",
+        ]
+    )

@@ -1,0 +1,136 @@
+"""What one rank needs of the others. Every function works unchanged with a single process."""
+
+import os
+import signal
+import threading
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mopro_fast.errors import UserError
+
+
+def world() -> tuple[int, int]:
+    """-> (rank, number of ranks)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def start(device: str) -> torch.device:
+    """Join torchrun's process group, if there is one, and return this rank's device.
+
+    device: "auto" (the GPU of this local rank if CUDA is there), "cpu" or "cuda".
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device {device!r} is unknown: choose auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda was asked for but PyTorch sees no GPU: `mopro-fast env` says more, or use cpu")
+    cuda = device != "cpu" and torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} visible): "
+            "lower --nproc-per-node or set --device cpu"
+        )
+    place = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(place)
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=place if cuda else None)
+    return place
+
+
+def gather_rows(x: Tensor) -> Tensor:
+    """The same-sized x of all ranks, one below the other in rank order: [N, …] → [W·N, …]. No gradient."""
+    _, ranks = world()
+    x = x.detach().contiguous()
+    if ranks == 1:
+        return x
+    out = x.new_empty(ranks * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(out, x)
+    return out
+
+
+def shuffle_order(seed: int, step: int, rows: int) -> np.ndarray:
+    """The permutation of all ranks' rows for this step: a function of (seed, step), the same on every rank."""
+    return np.random.default_rng([seed, step, 0x5B]).permutation(rows)
+
+
+def exchange_rows(x: Tensor, order: np.ndarray) -> Tensor:
+    """Row i of the result, over all ranks, is row order[i] of the input: [N, …] → [N, …] by one all-to-all."""
+    rank, ranks = world()
+    n = len(x)
+    if ranks == 1:
+        return x[_on(order, x)]
+    mine = order[rank * n : (rank + 1) * n]
+    # Sent to rank d, in the order in which d's block of `order` names my rows.
+    wanted = [block[block // n == rank] - rank * n for block in order.reshape(ranks, n)]
+    sent = x[_on(np.concatenate(wanted), x)]
+    received = torch.empty_like(sent)
+    counts = np.bincount(mine // n, minlength=ranks).tolist()
+    dist.all_to_all_single(received, sent, counts, [len(w) for w in wanted])
+    # Received rows come sorted by source rank, and in the wanted order within each.
+    place = np.argsort(np.argsort(mine // n, kind="stable"), kind="stable")
+    return received[_on(place, x)]
+
+
+def _on(index: np.ndarray, x: Tensor) -> Tensor:
+    index = torch.from_numpy(np.ascontiguousarray(index))
+    return index.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else index
+
+
+def from_rank0(value):
+    """Rank 0's value (any small picklable object) on every rank."""
+    if world()[1] == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def sync_buffers(module: nn.Module) -> None:
+    """Give every rank rank 0's buffers (BatchNorm's running statistics, as in the official code; queue, prototypes)."""
+    if world()[1] > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+class StopSignal:
+    """SIGTERM and Ctrl-C as a flag that all ranks see at the same step.
+
+    Each :meth:`poll` starts an all-reduce of the flag on a CPU group and reads the one started a step before, so
+    neither the device nor the step waits for it.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self.group = dist.new_group(backend="gloo") if world()[1] > 1 else None
+        self.pending: tuple[dist.Work, Tensor] | None = None
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        else:
+            self.before = {}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+    def _note(self, number: int, _frame) -> None:
+        self.signal = number
+
+    def poll(self) -> int:
+        """Call once a step on every rank; -> the signal's number on all ranks, 0 for none."""
+        if self.group is None:
+            return self.signal
+        seen = 0
+        if self.pending:
+            work, flag = self.pending
+            work.wait()
+            seen = int(flag)
+        flag = torch.tensor(self.signal)
+        self.pending = (dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group, async_op=True), flag)
+        return seen

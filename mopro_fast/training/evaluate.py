@@ -1,0 +1,30 @@
+"""Top-1 and top-5 accuracy of an encoder's classifier."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+
+from mopro_fast.data.augment import normalize
+from mopro_fast.models.resnet import ResNet
+from mopro_fast.training.distributed import world
+
+
+@torch.no_grad()
+def accuracy(encoder: ResNet, loader: Iterable, device: torch.device, bf16: bool = False) -> dict[str, float | int]:
+    """-> top1 and top5 in percent and the number of images, over all ranks. The loader shows each image once.
+
+    With fewer than five classes top5 counts all of them. The encoder is left in training mode.
+    """
+    counts = torch.zeros(3, dtype=torch.int64, device=device)
+    encoder.eval()
+    for images, labels, _ids in loader:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            logits = encoder.classifier(encoder.features(normalize(images)))
+        top = logits.float().topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        counts += torch.stack([top[:, 0].sum(), top.sum(), torch.tensor(len(labels), device=device)])
+    encoder.train()
+    if world()[1] > 1:
+        dist.all_reduce(counts)
+    top1, top5, images = counts.tolist()
+    return {"top1": 100 * top1 / max(1, images), "top5": 100 * top5 / max(1, images), "images": images}

@@ -1,0 +1,84 @@
+"""What a run writes for people: log.jsonl, timing.jsonl, TensorBoard, progress bars.
+
+log.jsonl holds only what is a function of the config and the data, so that an interrupted and resumed run
+writes the same bytes as an uninterrupted one; seconds and images/s go to timing.jsonl.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+class RunLog:
+    """Rank 0's log; on other ranks nothing is written."""
+
+    def __init__(self, out: Path, active: bool, log_bytes: int, global_step: int, tensorboard: bool) -> None:
+        self.active = active
+        self.writer = None
+        if not active:
+            return
+        self.file = (out / "log.jsonl").open("a+b")
+        self.file.truncate(log_bytes)  # entries written after the checkpoint we resume from will be written again
+        self.file.seek(0, os.SEEK_END)
+        self.timing = (out / "timing.jsonl").open("a")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=global_step or None)
+
+    @property
+    def bytes(self) -> int:
+        """Length of log.jsonl so far."""
+        return self.file.tell() if self.active else 0
+
+    def entry(self, split: str, epoch: int, step: int, global_step: int, values: dict[str, Any]) -> None:
+        """One line of log.jsonl and its TensorBoard scalars. step counts within the epoch, global_step overall."""
+        if not self.active:
+            return
+        line = {"split": split, "epoch": epoch, "step": step, **values}
+        self.file.write(json.dumps(line).encode() + b"\n")
+        self.file.flush()
+        self._scalars(split, values, global_step)
+
+    def speed(self, epoch: int, step: int, global_step: int, images_per_second: float, data_wait: float) -> None:
+        """One line of timing.jsonl; data_wait is the share of the time spent waiting for images."""
+        if not self.active:
+            return
+        values = {"images_per_second": round(images_per_second, 2), "data_wait": round(data_wait, 4)}
+        self.timing.write(json.dumps({"epoch": epoch, "step": step, "time": round(time.time(), 2), **values}) + "\n")
+        self.timing.flush()
+        self._scalars("speed", values, global_step)
+
+    def say(self, text: str) -> None:
+        """A line for the person watching, beside the progress bar."""
+        if self.active:
+            tqdm.write(text, file=sys.stderr)
+
+    def progress(self, epoch: int, epochs: int, start: int, steps: int, batch_size: int) -> tqdm:
+        return tqdm(
+            total=steps * batch_size,
+            initial=start * batch_size,
+            desc=f"epoch {epoch + 1}/{epochs}",
+            unit="img",
+            disable=None if self.active else True,  # None: only on a terminal
+            leave=False,
+            file=sys.stderr,
+        )
+
+    def close(self) -> None:
+        if self.active:
+            self.file.close()
+            self.timing.close()
+        if self.writer:
+            self.writer.close()
+
+    def _scalars(self, prefix: str, values: dict[str, Any], global_step: int) -> None:
+        if self.writer:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self.writer.add_scalar(f"{prefix}/{name}", value, global_step)

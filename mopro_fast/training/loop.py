@@ -1,0 +1,351 @@
+"""The trainer: one process or torchrun, resumable at every step.
+
+A run is a function of its config and data. The loader, the shuffle across ranks and the schedule depend on
+(seed, epoch, step) alone, so a checkpoint is: weights, optimizer, position, the log's length and running sums.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from mopro_fast import __version__, models
+from mopro_fast.config import TrainConfig, differences
+from mopro_fast.data.augment import normalize
+from mopro_fast.data.index import Index, load_index
+from mopro_fast.data.pipeline import EvalLoader, TrainLoader
+from mopro_fast.errors import UserError
+from mopro_fast.training import checkpoint, distributed
+from mopro_fast.training.distributed import gather_rows
+from mopro_fast.training.evaluate import accuracy
+from mopro_fast.training.log import RunLog
+from mopro_fast.training.optim import build_optimizer, learning_rate
+
+# Settings that may change between an interrupted run and its continuation: they do not change the result.
+# The data may move: its paths and labels are compared by digest.
+FREE = {"data.path", "data.root", "data.val", "data.layout", "data.extra_val", "data.threads"}
+FREE |= {f"run.{name}" for name in ("out", "device", "log_every", "checkpoint_every", "keep")}
+FREE |= {f"run.{name}" for name in ("resume", "init", "tensorboard")}
+
+UNSEEN, REMOVED = -2, -1  # in the record of decisions: not shown this epoch; kept out of the losses
+
+
+class Trainer:
+    """Trains ``config``'s model. :meth:`run` returns 0 when finished, or the signal that stopped it."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.device = distributed.start(config.run.device)
+        self.rank, self.ranks = distributed.world()
+        config.validate(self.ranks)
+        self.out = Path(config.run.out)
+        self.bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and self.device.type == "cuda")
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = not config.run.deterministic
+            torch.backends.cudnn.deterministic = config.run.deterministic
+
+        d = config.data
+        self.index = load_index(
+            d.path, "train", num_classes=d.num_classes, layout=d.layout, root=d.root, keep_classes=d.keep_classes
+        )
+        self.loader = self._train_loader()
+        self.steps = self.loader.steps_per_epoch
+        self.eval_loaders = self._eval_loaders()
+
+        torch.manual_seed(config.run.seed)
+        self.model = models.build(config).to(self.device).train()
+        if config.run.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        self.optimizer = build_optimizer(self.model.encoder_q, config.optim)
+        self.query = self.model.encoder_q
+        if self.ranks > 1:
+            devices = [self.device] if self.device.type == "cuda" else None
+            self.query = DistributedDataParallel(
+                self.query, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+        self.epoch = self.step = 0  # the next step to take
+        self.sums: dict[str, torch.Tensor] | None = None  # per metric float64 [2]: since the last entry, this epoch
+        self.counts = [0, 0]
+        self.assigned = self._no_decisions()
+        self.bad_step = torch.full((1,), -1, dtype=torch.int64, device=self.device)
+        log_bytes = self._restore()
+        if self.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / "config.json").write_text(config.to_json())
+        self.log = RunLog(self.out, self.rank == 0, log_bytes, self.global_step, config.run.tensorboard)
+
+    @property
+    def global_step(self) -> int:
+        return self.epoch * self.steps + self.step
+
+    def run(self) -> int:
+        epochs = self.config.optim.epochs
+        if self.epoch == epochs:
+            self.log.say(f"{self.out} is finished: {epochs} epochs done")
+        try:
+            with distributed.StopSignal() as stop:
+                while self.epoch < epochs:
+                    if received := self._train_epoch(stop):
+                        path = self._save()
+                        self.log.say(
+                            f"stopped by signal {received} in epoch {self.epoch + 1} after step {self.step} of "
+                            f"{self.steps}; saved {path}: the same command goes on from there"
+                        )
+                        return received
+                    self._end_epoch()
+        finally:
+            self.loader.close()
+            self.log.close()
+        return 0
+
+    def _train_epoch(self, stop: distributed.StopSignal) -> int:
+        """Train from (epoch, step) to the epoch's end; -> 0, or the signal that asks to stop now."""
+        run, batch_size = self.config.run, self.config.optim.batch_size
+        distributed.sync_buffers(self.model)
+        bar = self.log.progress(self.epoch, self.config.optim.epochs, self.step, self.steps, batch_size)
+        began, waited, since = time.perf_counter(), 0.0, self.step
+        batches = self.loader.epoch(self.epoch, self.step)
+        with bar:
+            while self.step < self.steps:
+                asked = time.perf_counter()
+                batch = next(batches)
+                waited += time.perf_counter() - asked
+                self._train_step(batch)
+                self.step += 1
+                bar.update(batch_size)
+                if self.step % run.log_every == 0 or self.step == self.steps:
+                    values = self._log_window()
+                    now = time.perf_counter()
+                    speed = (self.step - since) * batch_size / (now - began)
+                    self.log.speed(self.epoch, self.step, self.global_step, speed, waited / (now - began))
+                    self._tell(bar, values, speed)
+                    began, waited, since = now, 0.0, self.step
+                if self.step < self.steps:  # at the epoch's end everything is saved anyway
+                    if received := stop.poll():
+                        return received
+                    if self.step % run.checkpoint_every == 0:
+                        self._save()
+        return 0
+
+    def _train_step(self, batch) -> None:
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config.optim, self.epoch, self.step, self.steps)
+        order = distributed.shuffle_order(config.run.seed, self.global_step, config.optim.batch_size)
+        view_q = normalize(batch.view_q)
+        view_k = None if batch.view_k is None else normalize(batch.view_k)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            out = self.model(view_q, view_k, batch.labels, self.epoch, order, self.query)
+        self.optimizer.zero_grad(set_to_none=True)
+        out.loss.backward()
+        self.optimizer.step()
+        self.model.update_key_encoder()
+
+        # Nothing below waits for the device: the sums are read when they are logged.
+        if self.sums is None:
+            self.sums = {name: torch.zeros(2, dtype=torch.float64, device=self.device) for name in out.metrics}
+        for name, value in out.metrics.items():
+            self.sums[name] += value
+        self.counts = [n + 1 for n in self.counts]
+        self.assigned[batch.ids] = torch.where(out.kept, out.labels, REMOVED).to(torch.int32)
+        first_bad = (self.bad_step < 0) & ~out.loss.detach().isfinite()
+        self.bad_step = torch.where(first_bad, self.step, self.bad_step)
+
+    def _means(self, which: int) -> dict[str, float]:
+        """The metrics' means over all ranks: which=0 since the last entry, 1 this epoch. Starts the sums anew."""
+        names = sorted(self.sums)
+        sums = gather_rows(torch.stack([self.sums[name][which] for name in names])[None]).sum(0)
+        means = (sums / (self.ranks * self.counts[which])).tolist()
+        for total in self.sums.values():
+            total[which] = 0
+        self.counts[which] = 0
+        return dict(zip(names, means, strict=True))
+
+    def _log_window(self) -> dict[str, float]:
+        self._check_finite()
+        lr = learning_rate(self.config.optim, self.epoch, self.step - 1, self.steps)
+        values = {"lr": lr, **self._means(0)}
+        self.log.entry("train", self.epoch, self.step, self.global_step, values)
+        return values
+
+    def _tell(self, bar, values: dict[str, float], speed: float) -> None:
+        done = self.global_step
+        left = (self.config.optim.epochs * self.steps - done) * self.config.optim.batch_size / speed
+        shown = {name: f"{values[name]:.3f}" for name in ("loss", "acc_cls", "kept") if name in values}
+        bar.set_postfix({**shown, "run left": _duration(left)})
+        if bar.disable:
+            text = " ".join(f"{name} {value}" for name, value in shown.items())
+            where = f"epoch {self.epoch + 1}/{self.config.optim.epochs} step {self.step}/{self.steps}"
+            self.log.say(f"{where} | {text} | {speed:.0f} img/s | {_duration(left)} left")
+
+    def _end_epoch(self) -> None:
+        self.log.entry("epoch", self.epoch, self.step, self.global_step, self._means(1))
+        distributed.sync_buffers(self.model)
+        for name, loader in self.eval_loaders.items():
+            values = accuracy(self.model.encoder_q, loader, self.device, self.bf16)
+            self.log.entry(name, self.epoch, self.step, self.global_step, values)
+            self.log.say(
+                f"epoch {self.epoch + 1}/{self.config.optim.epochs} {name}: "
+                f"top-1 {values['top1']:.2f} % top-5 {values['top5']:.2f} % of {values['images']} images"
+            )
+        decisions = self._merged_decisions()
+        if self.rank == 0:
+            partial = self.out / "labels.partial"
+            torch.save(decisions, partial)
+            partial.replace(self.out / "labels.pt")
+        self.assigned = self._no_decisions()
+        self.epoch, self.step = self.epoch + 1, 0
+        self._save()
+
+    def _check_finite(self) -> None:
+        bad = gather_rows(self.bad_step).tolist()
+        for rank, step in enumerate(bad):
+            if step >= 0:
+                saved = checkpoint.all_of(self.out / "checkpoints")
+                raise UserError(
+                    f"the loss is not finite at epoch {self.epoch + 1}, step {step + 1}, rank {rank}; last checkpoint: "
+                    f"{saved[-1] if saved else 'none yet'}; try a lower --lr or some --warmup-epochs"
+                )
+
+    def _no_decisions(self) -> torch.Tensor:
+        return torch.full((len(self.index),), UNSEEN, dtype=torch.int32, device=self.device)
+
+    def _merged_decisions(self) -> torch.Tensor:
+        """int32 [images]: the label each image was trained with this epoch, REMOVED or UNSEEN; of all ranks."""
+        merged = self.assigned.clone()
+        if self.ranks > 1:
+            torch.distributed.all_reduce(merged, torch.distributed.ReduceOp.MAX)
+        return merged.cpu()
+
+    def _save(self) -> Path | None:
+        self._check_finite()
+        sums = self.sums or {}
+        state = {
+            "version": __version__,
+            "config": self.config.to_json(),
+            "data_digest": self.index.digest(),
+            "ranks": self.ranks,
+            "epoch": self.epoch,
+            "step": self.step,
+            "log_bytes": self.log.bytes,
+            "counts": self.counts,
+            "sums": {name: gather_rows(total[None]).cpu() for name, total in sums.items()},  # [W, 2]
+            "assigned": self._merged_decisions(),
+        }
+        if self.rank != 0:
+            return None
+        state["model"] = self.model.state_dict()
+        state["optimizer"] = self.optimizer.state_dict()
+        return checkpoint.save(self.out / "checkpoints", self.global_step, state, self.config.run.keep)
+
+    def _restore(self) -> int:
+        """Take up an earlier run of this folder, if there is one; -> the length its log.jsonl had."""
+        run = self.config.run
+        saved = checkpoint.all_of(self.out / "checkpoints")
+        path = run.resume if run.resume not in ("auto", "never") else (saved[-1] if saved else None)
+        if run.resume == "never" and saved:
+            raise UserError(f"{self.out} already holds a run: choose another --out, or --resume auto to go on with it")
+        path = distributed.from_rank0(path)
+        if path is None:
+            if run.init:
+                checkpoint.load_weights(self.model, run.init)
+            return 0
+        state = checkpoint.load(path)
+        self._require_same_run(path, state)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.assigned = state["assigned"].to(self.device)
+        self.counts = list(state["counts"])
+        same_ranks = state["ranks"] == self.ranks
+        # The sums of each rank are its own; another number of ranks shares out their mean, the log alone differs.
+        self.sums = {
+            name: (total[self.rank] if same_ranks else total.mean(0)).to(self.device)
+            for name, total in state["sums"].items()
+        } or None
+        if self.rank == 0:
+            note = "" if same_ranks else f" (saved by {state['ranks']} ranks, now {self.ranks}: not bit for bit)"
+            print(f"resuming {path} at epoch {self.epoch + 1}, step {self.step}{note}")
+        return state["log_bytes"]
+
+    def _require_same_run(self, path: str | Path, state: dict) -> None:
+        theirs, ours = json.loads(state["config"]), json.loads(self.config.to_json())
+        changed = [name for name in differences(theirs, ours) if name not in FREE]
+        if any(name.startswith("model.") or name == "data.num_classes" for name in changed):
+            checkpoint.check_fits(self.model, state["model"], path)
+        if changed:
+            first = changed[0]
+            raise UserError(
+                f"{path} is of a run with {first}={_at(theirs, first)}, this one has {_at(ours, first)}: "
+                "set it as it was, or choose another --out (with --init for the weights alone)"
+            )
+        if state["data_digest"] != self.index.digest():
+            raise UserError(
+                f"{path} was trained on other data than {self.config.data.path}: paths or labels differ; "
+                "choose another --out (with --init for the weights alone)"
+            )
+
+    def _train_loader(self) -> TrainLoader:
+        c = self.config
+        return TrainLoader(
+            self.index,
+            batch_size=c.optim.batch_size // self.ranks,
+            rank=self.rank,
+            world_size=self.ranks,
+            seed=c.run.seed,
+            image_size=c.data.image_size,
+            augment=c.data.augment,
+            two_views=c.method == "mopro",
+            device=self.device,
+            threads=self._threads(),
+        )
+
+    def _eval_loaders(self) -> dict[str, EvalLoader]:
+        d = self.config.data
+        common = {"num_classes": d.num_classes, "layout": "auto"}
+        sets: dict[str, Index] = {}
+        if d.val:
+            sets["val"] = load_index(d.val, "val", keep_classes=d.keep_classes, **common)
+        elif has_val_split(d.path):
+            sets["val"] = load_index(d.path, "val", keep_classes=d.keep_classes, **common)
+        for name, path in d.extra_val.items():
+            sets[name] = load_index(path, "val", **common)
+        return {
+            name: EvalLoader(
+                index,
+                batch_size=self.config.optim.batch_size // self.ranks,
+                rank=self.rank,
+                world_size=self.ranks,
+                image_size=d.image_size,
+                resize=d.eval_resize or round(d.image_size * 256 / 224),
+                device=self.device,
+                threads=self._threads(),
+            )
+            for name, index in sets.items()
+        }
+
+    def _threads(self) -> int:
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return self.config.data.threads or max(1, len(os.sched_getaffinity(0)) // local_ranks)
+
+
+def has_val_split(data: str) -> bool:
+    """Does this folder bring its own validation split (WebVision's list, or a val/ beside train/)?"""
+    root = Path(data)
+    return (root / "info" / "val_filelist.txt").is_file() or ((root / "train").is_dir() and (root / "val").is_dir())
+
+
+def _at(values: dict, dotted: str):
+    for name in dotted.split("."):
+        values = values[name]
+    return values
+
+
+def _duration(seconds: float) -> str:
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}h{m:02d}m" if hours else f"{m}m{s:02d}s"

@@ -1,0 +1,26 @@
+"""What nvcc says about csrc/: no warning, no spill, on the oldest and the newest architecture that is built for."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).parent.parent / "csrc"
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is neither on PATH nor in /usr/local/cuda/bin")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("source", sorted(CSRC.glob("*.cu")), ids=lambda path: path.name)
+def test_no_warning_no_spill(source, arch, tmp_path):
+    command = [NVCC, "-std=c++17", "-O3", f"-arch={arch}", "-Werror", "all-warnings"]
+    command += ["-Xcompiler=-Wall,-Wextra", "-Xptxas=-v", "-c", source, "-o", tmp_path / "out.o"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    kernels = re.findall(r"Compiling entry function '(\w+)'", result.stderr)
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
+    assert len(frames) == len(kernels) > 0, result.stderr
+    for kernel, frame in zip(kernels, frames, strict=True):
+        assert frame == ("0", "0", "0"), f"{kernel}: {frame} bytes of stack, spill stores, spill loads"
