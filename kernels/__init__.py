@@ -1,1 +1,1 @@
-"""Triton kernels, installed as `mopro_fast.kernels`: one file per op, named as the op, imported when first used."""
+"""Triton kernels, installed as `mopro_fast.kernels`: one file per op, named as the op, imported lazily."""

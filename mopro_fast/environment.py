@@ -1,4 +1,4 @@
-"""What `mopro-fast env` prints: the versions and devices a bug report needs, and why an op runs on which backend."""
+"""What `mopro-fast env` prints: versions, devices, the state of the extension, and each op's backend."""
 
 import argparse
 import importlib
@@ -65,12 +65,12 @@ def _nccl() -> str:
 
 
 def _dali() -> str:
-    names = {name for name in importlib.metadata.packages_distributions().get("nvidia", []) if "dali" in name}
-    return ", ".join(f"{name} {_version(name)}" for name in sorted(names)) or "not installed"
+    versions = {name: _version(name) for name in ("nvidia-dali-cuda130", "nvidia-dali-cuda120")}
+    return ", ".join(f"{n} {v}" for n, v in versions.items() if v != "not installed") or "not installed"
 
 
 def _apex() -> str:
-    """NVIDIA's apex is not on PyPI; the apex there is another project. Told apart without importing either."""
+    """NVIDIA's apex is not on PyPI; the apex there is another project. Neither is imported here."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return "not installed"
@@ -106,17 +106,39 @@ def _driver() -> str:
 
 
 def _extension() -> dict[str, Any]:
-    """setup.py's record of the build, and whether the module loads now."""
+    """setup.py's record of the build, and whether the module loads here and fits the GPUs."""
     if not BUILD_INFO.exists():
-        return {"loads": False, "reason": "mopro_fast is not installed", "what_to_do": "pip install ."}
+        return {"usable": False, "reason": "mopro_fast is not installed", "what_to_do": "pip install ."}
     info = json.loads(BUILD_INFO.read_text())
     if not info.pop("cuda"):
-        return {"loads": False, **info}
+        return {"usable": False, **info}
     try:
         importlib.import_module("mopro_fast._C")
     except ImportError as error:
-        return {"loads": False, "reason": str(error), "what_to_do": "Install mopro_fast again.", **info}
-    return {"loads": True, **info}
+        return {"usable": False, **info, "reason": str(error), "what_to_do": "Install mopro_fast again."}
+    capabilities = {gpu["capability"] for gpu in _try(_gpus) if isinstance(gpu, dict)}
+    if missed := sorted(c for c in capabilities if not covers(info["archs"], c)):
+        reason = f"not built for capability {', '.join(missed)}"
+        what_to_do = f'Install again with MOPRO_FAST_CUDA_ARCHS="{";".join(sorted(capabilities))}".'
+        return {"usable": False, **info, "reason": reason, "what_to_do": what_to_do}
+    return {"usable": True, **info}
+
+
+def covers(archs: Sequence[str], capability: str) -> bool:
+    """Whether code built for CMake's `archs` runs on a GPU of `capability` ("9.0").
+
+    A binary ("90-real") runs on its own major version from its minor up, PTX ("90-virtual") on anything
+    newer, both ("90") on either; "90a" runs on 9.0 alone.
+    """
+    gpu = int(capability.replace(".", ""))
+    for arch in archs:
+        number, _, kind = arch.partition("-")
+        if number[-1] in "af":
+            if int(number[:-1]) == gpu:
+                return True
+        elif int(number) <= gpu and (kind != "real" or int(number) // 10 == gpu // 10):
+            return True
+    return False
 
 
 def _backends() -> dict[str, dict[str, str]]:
@@ -126,25 +148,28 @@ def _backends() -> dict[str, dict[str, str]]:
 
 
 def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:
-    lines = [(name, value) for name, value in report.items() if isinstance(value, str)]
+    lines = []
     for name, value in report.items():
-        if name == "gpus" and isinstance(value, list):
+        if isinstance(value, str):
+            lines.append((name, value))
+        elif name == "gpus":
             rows = [f"{gpu['name']}, {gpu['memory']}, capability {gpu['capability']}" for gpu in value]
-            lines += [(f"gpu {i}", row) for i, row in enumerate(rows)] or [("gpus", "none that torch can use")]
-        elif name == "extension" and isinstance(value, dict):
-            built = f"for {', '.join(value['archs'])} by nvcc {value['nvcc']} and {value['compiler']}" if "nvcc" in value else ""
-            state = "built" if value["loads"] else f"not usable: {value['reason']}"
-            lines.append((name, f"{state} {built}".strip()))
+            lines += [(name, row) for row in rows or ["none that torch can use"]]
+        elif name == "extension":
+            lines.append((name, "loads" if value["usable"] else f"not usable: {value['reason']}"))
             if "what_to_do" in value:
                 lines.append(("", value["what_to_do"]))
-        elif name == "backends" and isinstance(value, dict):
-            for op, devices in value.items():
-                lines.append((op, ", ".join(f"{backend} on {device}" for device, backend in devices.items())))
+            if "nvcc" in value:
+                archs = ", ".join(value["archs"])
+                lines.append(("", f"built for {archs} by nvcc {value['nvcc']}, {value['compiler']}"))
+        elif name == "backends":
+            for op, on in value.items():
+                lines.append((op, ", ".join(f"{device}: {backend}" for device, backend in on.items())))
     return lines
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="mopro-fast env", description="What mopro_fast finds on this machine.")
+    parser = argparse.ArgumentParser(prog="mopro-fast env", description="What mopro_fast finds here.")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
     report = collect()

@@ -1,4 +1,4 @@
-"""What nvcc says about csrc/: no warning, no spill, on the oldest and the newest architecture that is built for."""
+"""What nvcc says about csrc/: no warning and no spill, on the oldest and the newest architecture."""
 
 import re
 import shutil
@@ -20,7 +20,8 @@ def test_no_warning_no_spill(source, arch, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     kernels = re.findall(r"Compiling entry function '(\w+)'", result.stderr)
-    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
+    sizes = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+    frames = re.findall(sizes, result.stderr)
     assert len(frames) == len(kernels) > 0, result.stderr
     for kernel, frame in zip(kernels, frames, strict=True):
         assert frame == ("0", "0", "0"), f"{kernel}: {frame} bytes of stack, spill stores, spill loads"

@@ -25,11 +25,15 @@ def ema_update_(targets: list[Tensor], sources: list[Tensor], momentum: float, s
                 [x.data_ptr() for x in s],
                 [shadows[i].data_ptr() for i in rows] if shadows else [],
                 [x.numel() for x in t],
-                str(source_dtype).removeprefix("torch."),
-                str(shadow_dtype).removeprefix("torch."),
+                _name(source_dtype),
+                _name(shadow_dtype) if shadows else None,
                 momentum,
                 torch.cuda.current_stream().cuda_stream,
             )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _require_dense(x: Tensor) -> None:

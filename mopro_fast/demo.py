@@ -1,0 +1,217 @@
+"""``mopro-fast demo``: see MoPro correct labels on real images, without a download or a GPU.
+
+The images are scikit-learn's handwritten digits (Alpaydin and Kaynak, UCI) and crops of its two sample
+photographs as out-of-distribution images, written as JPEG files in WebVision's layout with half of the labels
+wrong. Cross-entropy and MoPro then train on them with the same budget through the trainer that everything uses.
+"""
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+
+from mopro_fast.config import TrainConfig, recipe
+
+SIDE = 32  # of the image files, px
+TEST = 500  # digits that keep their true label and are never trained on
+SYMMETRIC, CLASS_DEPENDENT, OUT_OF_DISTRIBUTION = 0.3, 0.2, 0.1  # shares; 0.3 + 0.2: half of the labels are wrong
+LOOKS_LIKE = np.array([6, 7, 3, 8, 9, 6, 0, 1, 3, 4])  # the class-dependent mistakes: 0→6, 1→7, …
+
+
+@dataclass
+class Demo:
+    """Train cross-entropy and MoPro on digits with 50 % wrong labels and 10 % photographs among them."""
+
+    out: str = "runs/demo"
+    """Folder for the images, both runs, results.json and demo.png."""
+    seed: int = 0
+    """Decides the noise, the initial weights, the order and the augmentations."""
+
+
+def main(argv: list[str]) -> int:
+    options = tyro.cli(Demo, args=argv, prog="mopro-fast demo")
+    out = Path(options.out)
+    results = run(out, options.seed)
+    if "stopped" in results:
+        return 128 + results["stopped"]
+    print(table(results))
+    draw(out, out / "demo.png")
+    print(f"\nfigure: {out / 'demo.png'}    numbers: {out / 'results.json'}    TensorBoard: tensorboard --logdir {out}")
+    return 0
+
+
+def run(out: Path, seed: int) -> dict:
+    """Write the images, train both methods, measure; goes on where an interrupted call stopped."""
+    from mopro_fast.training.loop import Trainer
+
+    write_images(out / "images", seed)
+    for method in ("ce", "mopro"):
+        print(f"\n== {'plain cross-entropy' if method == 'ce' else 'MoPro'} ==")
+        if received := Trainer(config(method, out, seed)).run():
+            return {"stopped": received}
+    results = {"seed": seed} | {f"{m}_top1": curve(out / m, "val", "top1")[-1] for m in ("ce", "mopro")}
+    results |= judge(*decisions(out))
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def config(method: str, out: Path, seed: int) -> TrainConfig:
+    c = recipe("demo")
+    c.method, c.data.path, c.run.out, c.run.seed = method, str(out / "images"), str(out / method), seed
+    return c
+
+
+def write_images(folder: Path, seed: int) -> None:
+    """WebVision's layout: info/*_filelist*.txt, google/, val_images_256/; truth.csv holds what nobody trains on."""
+    if (folder / "truth.csv").is_file():
+        return
+    from sklearn.datasets import load_digits, load_sample_images
+
+    rng = np.random.default_rng(seed)
+    pixels, classes = load_digits(return_X_y=True)
+    order = rng.permutation(len(classes))
+    train, test = order[TEST:], order[:TEST]
+
+    true = classes[train]
+    kind = rng.random(len(train))
+    given = np.where(kind < SYMMETRIC, (true + rng.integers(1, 10, len(train))) % 10, true)
+    given = np.where((kind >= SYMMETRIC) & (kind < SYMMETRIC + CLASS_DEPENDENT), LOOKS_LIKE[true], given)
+    strangers = round(len(train) * OUT_OF_DISTRIBUTION / (1 - OUT_OF_DISTRIBUTION))
+    photographs = load_sample_images().images
+    images = [digit(pixels[i]) for i in train] + [crop(photographs, rng) for _ in range(strangers)]
+    true = np.concatenate([true, np.full(strangers, -1)])
+    given = np.concatenate([given, rng.integers(0, 10, strangers)])
+
+    for sub in ("info", "google", "val_images_256"):
+        (folder / sub).mkdir(parents=True, exist_ok=True)
+    paths = [f"google/{i:04d}.jpg" for i in rng.permutation(len(images))]
+    for path, image in zip(paths, images, strict=True):
+        image.save(folder / path, quality=90)
+    for i, row in enumerate(test):
+        digit(pixels[row]).save(folder / f"val_images_256/{i:04d}.jpg", quality=90)
+    _write_list(folder / "info/train_filelist_google.txt", paths, given)
+    _write_list(folder / "info/val_filelist.txt", [f"{i:04d}.jpg" for i in range(TEST)], classes[test])
+    with (folder / "truth.csv").open("w", newline="") as file:  # last: its presence says that all is written
+        csv.writer(file).writerows([("path", "given", "true"), *zip(paths, given, true, strict=True)])
+
+
+def digit(pixels: np.ndarray) -> Image.Image:
+    """8×8 values of 0–16 → an RGB image."""
+    small = Image.fromarray((pixels.reshape(8, 8) * (255 / 16)).astype(np.uint8))
+    return small.resize((SIDE, SIDE), Image.Resampling.BICUBIC).convert("RGB")
+
+
+def crop(photographs: list[np.ndarray], rng: np.random.Generator) -> Image.Image:
+    """A random square of a random photograph."""
+    photograph = photographs[rng.integers(len(photographs))]
+    side = int(rng.integers(48, 200))
+    top, left = (int(rng.integers(0, size - side)) for size in photograph.shape[:2])
+    return Image.fromarray(photograph[top : top + side, left : left + side]).resize((SIDE, SIDE))
+
+
+def decisions(out: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """-> (given, true, assigned) labels in the index's order; true −1: out of distribution; assigned −1: removed."""
+    with (out / "images/truth.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    given, true = (np.array([int(r[name]) for r in rows]) for name in ("given", "true"))
+    assigned = torch.load(out / "mopro/labels.pt", weights_only=True).numpy()
+    return given, true, assigned
+
+
+def judge(given: np.ndarray, true: np.ndarray, assigned: np.ndarray) -> dict[str, float]:
+    """How good the label correction of the last epoch was, over the images shown in it (assigned ≠ −2)."""
+    seen = assigned != -2
+    corrected = seen & (assigned >= 0) & (assigned != given)
+    wrong = seen & (true >= 0) & (given != true)
+    strangers = seen & (true < 0)
+    return {
+        "corrections": int(corrected.sum()),
+        "precision": float((assigned == true)[corrected].mean()) if corrected.any() else 0.0,
+        "recall": float((assigned == true)[wrong].mean()),
+        "ood_removed": float((assigned == -1)[strangers].mean()),
+        "clean_removed": float((assigned == -1)[seen & (true >= 0)].mean()),
+    }
+
+
+def curve(run_folder: Path, split: str, name: str) -> list[float]:
+    lines = (run_folder / "log.jsonl").read_text().splitlines()
+    return [entry[name] for entry in map(json.loads, lines) if entry["split"] == split]
+
+
+def table(results: dict) -> str:
+    def percent(name: str) -> str:
+        return f"{100 * results[name]:5.1f} %"
+
+    return "\n".join(
+        [
+            "",
+            "accuracy on clean test images, after the last epoch",
+            f"  cross-entropy                              {results['ce_top1']:5.1f} %",
+            f"  MoPro                                      {results['mopro_top1']:5.1f} %",
+            f"MoPro's label correction in the last epoch ({results['corrections']} labels changed)",
+            f"  precision: changed labels that are right   {percent('precision')}",
+            f"  recall: wrong labels that were put right   {percent('recall')}",
+            f"  out-of-distribution images removed         {percent('ood_removed')}",
+            f"  digits removed by mistake                  {percent('clean_removed')}",
+        ]
+    )
+
+
+def draw(out: Path, path: Path) -> None:
+    """One figure: accuracy and label correction over epochs; corrected and removed images."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    given, true, assigned = decisions(out)
+    with (out / "images/truth.csv").open(newline="") as file:
+        files = [out / "images" / r["path"] for r in csv.DictReader(file)]
+    columns = 12
+    figure = plt.figure(figsize=(12, 9), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.25])
+    left, right = top.subplots(1, 2)
+    for method, label in (("ce", "cross-entropy"), ("mopro", "MoPro")):
+        values = curve(out / method, "val", "top1")
+        left.plot(range(1, len(values) + 1), values, label=label)
+    left.set(title="accuracy on clean test images", xlabel="epoch", ylabel="top-1, %")
+    for name in ("kept", "relabelled"):
+        values = [100 * v for v in curve(out / "mopro", "epoch", name)]
+        right.plot(range(1, len(values) + 1), values, label=f"{name} by MoPro")
+    right.set(title="share of the training images", xlabel="epoch", ylabel="%")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        axis.legend()
+    changed = np.flatnonzero((assigned >= 0) & (assigned != given))
+    removed = np.flatnonzero(assigned == -1)
+    axes = bottom.subplots(4, columns)
+    for row, (title, rows) in enumerate(
+        (
+            ("corrected", changed[:columns]),
+            ("corrected", changed[columns : 2 * columns]),
+            ("removed", removed[:columns]),
+            ("removed", removed[columns : 2 * columns]),
+        )
+    ):
+        for axis in axes[row]:
+            axis.axis("off")
+        for axis, i in zip(axes[row], rows, strict=False):
+            axis.imshow(Image.open(files[i]))
+            text = f"{given[i]} → {assigned[i]}" if title == "corrected" else f"{given[i]} removed"
+            axis.set_title(text, fontsize=9, color="green" if _right(true[i], assigned[i]) else "red")
+    bottom.suptitle("given → corrected label, and removed images (green: right, red: wrong)", fontsize=11)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _right(true: int, assigned: int) -> bool:
+    return true == assigned  # −1 is both "belongs to no class" and "removed"
+
+
+def _write_list(path: Path, paths: list[str], labels: np.ndarray) -> None:
+    path.write_text("".join(f"{p} {y}\n" for p, y in zip(paths, labels, strict=True)))

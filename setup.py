@@ -1,0 +1,88 @@
+"""Drives CMake, which alone describes the native build. Metadata is in pyproject.toml."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, PlatformError
+
+ROOT = Path(__file__).parent.resolve()
+INFO = "mopro_fast/_build_info.json"
+WHAT_TO_DO = (
+    "Install the CUDA toolkit (12.1 or newer), name its nvcc in CUDACXX or its folder in CUDA_HOME, "
+    "and install mopro_fast again. Without it the package works on its PyTorch and Triton backends."
+)
+
+
+def find_nvcc() -> tuple[str | None, str]:
+    """The path of nvcc, or None and where it was looked for. CUDACXX, if set, decides alone, as in CMake."""
+    if wanted := os.environ.get("CUDACXX"):
+        return shutil.which(wanted), f"nvcc not found: CUDACXX={wanted} is not an executable."
+    folders = [os.path.join(os.environ[v], "bin") for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
+    folders += [os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
+    return (
+        shutil.which("nvcc", path=os.pathsep.join(folders)),
+        "nvcc not found: looked at CUDACXX, CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda.",
+    )
+
+
+class CMakeBuild(build_ext):
+    def run(self):
+        self.nvcc, reason = find_nvcc()
+        info = Path(self.build_lib, INFO)
+        info.parent.mkdir(parents=True, exist_ok=True)
+        if self.nvcc is None:
+            if os.environ.get("MOPRO_FAST_REQUIRE_CUDA") == "1":
+                raise PlatformError(f"MOPRO_FAST_REQUIRE_CUDA=1, but {reason} {WHAT_TO_DO}")
+            print(f"mopro_fast: building without the CUDA extension. {reason} {WHAT_TO_DO}", file=sys.stderr)
+            self._remove_earlier_builds()
+            self.extensions = []
+            info.write_text(json.dumps({"cuda": False, "reason": reason, "what_to_do": WHAT_TO_DO}, indent=2))
+        super().run()
+        if self.inplace:
+            shutil.copyfile(info, ROOT / INFO)
+
+    def build_extension(self, ext):
+        import cmake
+        import ninja
+        import pybind11
+
+        command = Path(cmake.CMAKE_BIN_DIR, "cmake")
+        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        configure = [
+            # --fresh: an isolated build finds ninja and pybind11 in another temporary folder every time.
+            *(command, "--fresh", "-G", "Ninja", "-S", ROOT, "-B", self.build_temp),
+            f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR, 'ninja')}",
+            f"-DCMAKE_CUDA_COMPILER={self.nvcc}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DMOPRO_FAST_OUTPUT={output}",
+        ]
+        try:
+            subprocess.run(configure, check=True)
+            subprocess.run([command, "--build", self.build_temp], check=True)
+        except subprocess.CalledProcessError as error:
+            raise CompileError(
+                f"the CUDA extension did not build with {self.nvcc}; the reason is in CMake's output above"
+            ) from error
+
+    def _remove_earlier_builds(self):
+        """A binary of other sources must not be packaged or imported beside these."""
+        for ext in self.extensions:
+            name = self.get_ext_filename(ext.name)
+            Path(self.build_lib, name).unlink(missing_ok=True)
+            if self.inplace:
+                (ROOT / name).unlink(missing_ok=True)
+
+
+setup(
+    packages=[*find_packages(include=["mopro_fast", "mopro_fast.*"]), "mopro_fast.kernels"],
+    package_dir={"mopro_fast.kernels": "kernels"},
+    ext_modules=[Extension("mopro_fast._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

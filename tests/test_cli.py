@@ -1,0 +1,120 @@
+"""Every mistake of a first-time user ends in one line that names the thing, status 2, no traceback."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from mopro_fast.config import RECIPES, TrainConfig, from_dict, recipe
+from mopro_fast.errors import UserError
+
+
+def mopro_fast(*args, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "mopro_fast", *map(str, args)],
+        capture_output=True, text=True, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    for i in range(6):
+        Image.new("RGB", (16, 16), (40 * i, 0, 0)).save(folder / f"{i}.jpg")
+    lists = {
+        "good.txt": "".join(f"{i}.jpg {i % 2}\n" for i in range(6)),
+        "missing.txt": "0.jpg 0\nnot_there.jpg 1\n",
+        "range.txt": "0.jpg 0\n1.jpg 10\n",
+        "empty.txt": "",
+        "malformed.txt": "0.jpg zero\n",
+    }
+    for name, text in lists.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+MISTAKES = {
+    "no such folder": (["--data", "{}/nowhere"], ["nowhere"]),
+    "missing image": (["--data", "{}/missing.txt"], ["missing.txt", "not_there.jpg"]),
+    "label out of range": (["--data", "{}/range.txt"], ["range.txt", "10", "num-classes"]),
+    "empty list": (["--data", "{}/empty.txt"], ["empty.txt"]),
+    "malformed line": (["--data", "{}/malformed.txt"], ["malformed.txt", "1"]),
+    "batch larger than the data": (["--data", "{}/good.txt", "--batch-size", "64"], ["64", "6"]),
+    "queue smaller than the batch": (["--data", "{}/good.txt", "--queue-size", "2"], ["--queue-size 2"]),
+    "group does not divide": (["--data", "{}/good.txt", "--bn-group", "5"], ["--bn-group 5"]),
+    "momentum": (["--data", "{}/good.txt", "--key-momentum", "1.5"], ["--key-momentum", "1.5"]),
+    "no data": ([], ["--data"]),
+    "no GPU": (["--data", "{}/good.txt", "--device", "cuda"], ["cuda"]),
+    "no such checkpoint": (
+        ["--data", "{}/good.txt", "--batch-size", "4", "--resume", "{}/none.pt"],
+        ["no checkpoint at"],
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_end_in_one_line(mistake, images, tmp_path):
+    args, named = MISTAKES[mistake]
+    result = mopro_fast(
+        "train", "demo", "--out", tmp_path / "run", *(a.format(images) for a in args), CUDA_VISIBLE_DEVICES=""
+    )
+    assert result.returncode == 2, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("mopro-fast: error: "), result.stderr
+    assert all(text in lines[0] for text in named), lines[0]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_names_that_do_not_exist_come_with_the_nearest():
+    for args, named in (
+        (["train", "webvision-v3"], "did you mean 'webvision-v"),
+        (["trian", "demo"], "did you mean 'train'"),
+        (["train", "demo", "--batchsize", "3"], "--batch-size"),
+    ):
+        result = mopro_fast(*args)
+        assert result.returncode == 2 and named in result.stderr and "Traceback" not in result.stderr
+
+
+def test_help_is_there_for_everything():
+    assert "mopro-fast COMMAND" in mopro_fast("--help").stdout
+    assert "webvision-v2" in mopro_fast("train", "--help").stdout
+    text = mopro_fast("train", "webvision-v2", "--help").stdout
+    for field in ("--threshold", "--num-classes", "--bn-group", "--resume"):
+        assert field in text
+    assert "0.6" in text and "5000" in text
+
+
+def test_importing_the_package_stays_light():
+    code = "import sys, mopro_fast; assert not {'torch', 'numpy'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_survive_json(name, tmp_path):
+    config = recipe(name)
+    config.data.path, config.run.out = "somewhere", "out"
+    config.validate()
+    path = tmp_path / "config.json"
+    path.write_text(config.to_json())
+    assert recipe(str(path)) == config
+
+
+def test_official_values():
+    v1, v2, mini = (recipe(n) for n in ("webvision-v1", "webvision-v2", "webvision-mini"))
+    assert (v1.data.num_classes, v1.optim.epochs, v1.optim.batch_size, v1.optim.lr) == (1000, 90, 256, 0.1)
+    assert (v1.optim.milestones, v1.optim.momentum, v1.optim.weight_decay) == ((40, 80), 0.9, 1e-4)
+    assert (v1.mopro.queue_size, v1.mopro.key_momentum, v1.mopro.proto_momentum) == (8192, 0.999, 0.999)
+    assert (v1.mopro.temperature, v1.mopro.alpha, v1.mopro.threshold, v1.mopro.start_clean) == (0.1, 0.5, 0.8, 11)
+    assert (v2.data.num_classes, v2.mopro.threshold) == (5000, 0.6)
+    assert (mini.data.num_classes, mini.data.keep_classes) == (50, 50)
+    assert recipe("google500").data.num_classes == 500
+
+
+def test_unknown_keys_of_a_config_are_refused():
+    values = dataclasses.asdict(recipe("demo"))
+    values["optim"]["learning_rate"] = values["optim"].pop("lr")
+    with pytest.raises(UserError, match="unknown setting 'learning_rate'"):
+        from_dict(TrainConfig, values, "config.json")

@@ -1,0 +1,231 @@
+"""The trainer as a user runs it: interrupted and resumed bit for bit, on one and two ranks, and its refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mopro_fast.config import OptimConfig, TrainConfig, recipe
+from mopro_fast.demo import write_images
+from mopro_fast.errors import UserError
+from mopro_fast.training import checkpoint
+from mopro_fast.training.loop import Trainer
+from mopro_fast.training.optim import learning_rate
+
+EPOCHS, STEPS = 3, 22  # 22 batches of 64 in the demo's 1,441 images
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("digits")
+    write_images(folder, seed=0)
+    return folder
+
+
+def small_config(data: Path, out: Path) -> TrainConfig:
+    c = recipe("demo")
+    c.data.path, c.run.out, c.run.device = str(data), str(out), "cpu"
+    c.data.image_size = c.data.eval_resize = 8
+    c.model.width = 0.125
+    c.optim.epochs, c.mopro.start_clean = EPOCHS, 2
+    c.run.tensorboard, c.run.log_every = False, 5
+    return c
+
+
+def final_state(out: Path) -> tuple[dict, bytes, torch.Tensor]:
+    state = checkpoint.load(checkpoint.all_of(out / "checkpoints")[-1])
+    assert (state["epoch"], state["step"]) == (EPOCHS, 0)
+    log = (out / "log.jsonl").read_bytes()
+    return state, log, torch.load(out / "labels.pt", weights_only=True)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    (a, log_a, labels_a), (b, log_b, labels_b) = final_state(one), final_state(other)
+    for name in a["model"]:
+        assert torch.equal(a["model"][name], b["model"][name]), name
+    for i, slot in a["optimizer"]["state"].items():
+        assert torch.equal(slot["momentum_buffer"], b["optimizer"]["state"][i]["momentum_buffer"])
+    assert log_a == log_b
+    assert torch.equal(labels_a, labels_b)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(digits, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("uninterrupted")
+    assert Trainer(small_config(digits, out)).run() == 0
+    return out
+
+
+def run_and_stop_at(config: TrainConfig, at_step: int) -> None:
+    trainer = Trainer(config)
+    step = trainer._train_step
+
+    def stop_here(batch):
+        step(batch)
+        if trainer.global_step == at_step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer._train_step = stop_here
+    assert trainer.run() == signal.SIGTERM
+
+
+def test_stopped_in_every_phase_and_resumed_it_ends_with_the_same_bits(digits, uninterrupted, tmp_path):
+    for at_step in (3, STEPS + 7, 2 * STEPS + 12):  # epoch 0, prototypes, cleaning
+        run_and_stop_at(small_config(digits, tmp_path), at_step)
+    assert Trainer(small_config(digits, tmp_path)).run() == 0
+    assert_same_run(uninterrupted, tmp_path)
+
+
+def test_killed_without_warning_it_goes_on_from_the_last_checkpoint(digits, uninterrupted, tmp_path):
+    config = small_config(digits, tmp_path)
+    config.run.checkpoint_every = 8
+    trainer = Trainer(config)
+    step = trainer._train_step
+
+    def die(batch):
+        if trainer.global_step == STEPS + 12:  # after a log entry that the checkpoint at 8 does not know
+            raise MemoryError
+        step(batch)
+
+    trainer._train_step = die
+    with pytest.raises(MemoryError):
+        trainer.run()
+    assert Trainer(config).run() == 0
+    assert_same_run(uninterrupted, tmp_path)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(digits, uninterrupted):
+    before = final_state(uninterrupted)[1]
+    assert Trainer(small_config(digits, uninterrupted)).run() == 0
+    assert final_state(uninterrupted)[1] == before
+
+
+def test_what_a_run_leaves_behind(uninterrupted):
+    entries = [json.loads(line) for line in (uninterrupted / "log.jsonl").read_text().splitlines()]
+    assert [e["epoch"] for e in entries if e["split"] == "val"] == list(range(EPOCHS))
+    assert all(0 <= e["top1"] <= e["top5"] <= 100 and e["images"] == 500 for e in entries if e["split"] == "val")
+    epochs = [e for e in entries if e["split"] == "epoch"]
+    assert epochs[0]["loss_proto"] == 0 and epochs[1]["loss_proto"] > 0
+    assert epochs[1]["relabelled"] == 0 and epochs[2]["relabelled"] > 0
+    assert len(checkpoint.all_of(uninterrupted / "checkpoints")) == small_config(uninterrupted, uninterrupted).run.keep
+    assert json.loads((uninterrupted / "config.json").read_text())["optim"]["epochs"] == EPOCHS
+    labels = torch.load(uninterrupted / "labels.pt", weights_only=True)
+    assert len(labels) == 1441 and int((labels == -2).sum()) == 1441 - STEPS * 64
+    assert "images_per_second" in json.loads((uninterrupted / "timing.jsonl").read_text().splitlines()[0])
+
+
+def arguments(digits: Path, out: Path) -> list[str]:
+    options = {"data": digits, "out": out, "device": "cpu", "epochs": EPOCHS, "image-size": 8, "eval-resize": 8}
+    options |= {"width": 0.125, "start-clean": 2, "log-every": 5, "tensorboard": False}
+    return ["-m", "mopro_fast", "train", "demo", *(str(x) for k, v in options.items() for x in (f"--{k}", v))]
+
+
+def torchrun(*args: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *args]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_torchrun_two_ranks_sigterm_resume_same_bits(digits, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    process = torchrun(*arguments(digits, whole))
+    assert process.wait(300) == 0, process.stderr.read()
+
+    process = torchrun(*arguments(digits, broken))
+    log = broken / "log.jsonl"
+    deadline = time.time() + 120
+    while not log.exists() or log.read_text().count("\n") < 8:  # somewhere in the second epoch
+        assert time.time() < deadline and process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    state = checkpoint.load(checkpoint.all_of(broken / "checkpoints")[-1])
+    assert 0 < state["step"] < STEPS, "it was not stopped in the middle of an epoch"
+    assert "stopped by signal 15" in said and "the same command goes on from there" in said
+    process = torchrun(*arguments(digits, broken))
+    assert process.wait(300) == 0, process.stderr.read()
+    assert_same_run(whole, broken)
+
+
+def test_cross_entropy_runs_through_the_same_loop(digits, tmp_path):
+    config = small_config(digits, tmp_path)
+    config.method, config.optim.epochs = "ce", 1
+    assert Trainer(config).run() == 0
+    names = checkpoint.load(checkpoint.all_of(tmp_path / "checkpoints")[-1])["model"]
+    assert all(name.startswith("encoder_q.") for name in names)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoints(digits, tmp_path):
+    config = small_config(digits, tmp_path)
+    config.optim.epochs = 1
+    assert Trainer(config).run() == 0
+    good = checkpoint.all_of(tmp_path / "checkpoints")[-1]
+    config = small_config(digits, tmp_path / "diverging")
+    config.run.init, config.optim.lr, config.optim.warmup_epochs = str(good), 1e30, 0
+    with pytest.raises(UserError, match=r"not finite at epoch 1, step \d+, rank 0; last checkpoint: none yet"):
+        Trainer(config).run()
+    assert not checkpoint.all_of(tmp_path / "diverging" / "checkpoints")
+
+
+def test_resume_refuses_another_run(digits, uninterrupted, tmp_path):
+    def refusal(change) -> str:
+        config = small_config(digits, uninterrupted)
+        change(config)
+        with pytest.raises(UserError) as caught:
+            Trainer(config)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "optim.lr=0.05, this one has 0.1" in refusal(lambda c: setattr(c.optim, "lr", 0.1))
+    assert "another architecture" in refusal(lambda c: setattr(c.model, "arch", "resnet34"))
+    assert "another architecture" in refusal(lambda c: setattr(c.model, "embed_dim", 16))
+    assert "already holds a run" in refusal(lambda c: setattr(c.run, "resume", "never"))
+    assert "no checkpoint at nowhere.pt" in refusal(lambda c: setattr(c.run, "resume", "nowhere.pt"))
+    other = tmp_path / "other"
+    write_images(other, seed=1)
+    assert "trained on other data" in refusal(lambda c: setattr(c.data, "path", str(other)))
+    text = tmp_path / "text.pt"
+    text.write_text("not a checkpoint")
+    assert "is it a whole file?" in refusal(lambda c: setattr(c.run, "resume", str(text)))
+
+
+def test_initial_weights_must_fit(digits, uninterrupted, tmp_path):
+    saved = checkpoint.all_of(uninterrupted / "checkpoints")[-1]
+    config = small_config(digits, tmp_path)
+    config.run.init, config.optim.epochs = str(saved), 1
+    model = Trainer(config).model
+    assert torch.equal(model.prototypes, checkpoint.load(saved)["model"]["prototypes"])
+    config.model.width = 0.25
+    with pytest.raises(UserError, match="another architecture: .* set --arch, --width"):
+        Trainer(config)
+
+
+def test_a_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):
+    for step in range(5):
+        checkpoint.save(tmp_path, step, {"model": {}, "config": "{}"}, keep=2)
+    assert [p.name for p in checkpoint.all_of(tmp_path)] == ["step_000000003.pt", "step_000000004.pt"]
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(UserError, match="cannot write the checkpoint .*No space left on device"):
+        checkpoint.save(tmp_path, 9, {"model": {}, "config": "{}"}, keep=2)
+    assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
+    assert len(checkpoint.all_of(tmp_path)) == 2
+
+
+def test_learning_rate_schedules():
+    step = OptimConfig(lr=0.1, epochs=90, milestones=(40, 80))
+    assert [round(learning_rate(step, e, 0, 10), 6) for e in (0, 39, 40, 79, 80, 89)] == [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
+    cosine = OptimConfig(lr=0.1, epochs=10, schedule="cosine")
+    assert learning_rate(cosine, 0, 5, 10) == 0.1 and learning_rate(cosine, 5, 0, 10) == pytest.approx(0.05)
+    scaled = OptimConfig(lr=0.1, batch_size=1024, scale_lr=True, warmup_epochs=2)
+    assert learning_rate(scaled, 0, 0, 10) == pytest.approx(0.4 / 20)
+    assert learning_rate(scaled, 1, 9, 10) == pytest.approx(0.4) == learning_rate(scaled, 2, 0, 10)
