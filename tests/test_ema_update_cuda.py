@@ -1,4 +1,4 @@
-"""csrc/ema_update.cu against float64: on the CPU through tests/host_cuda.py, and on a GPU where there is one."""
+"""csrc/ema_update.cu against float64: on the CPU through tests/host_cuda.py, and on a GPU if there is one."""
 
 import pytest
 import torch

@@ -1,0 +1,46 @@
+"""What every result file says about where it was measured."""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+from mopro_fast import __version__
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def conditions() -> dict:
+    """Hardware, versions, commit and date, for the head of a result file."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    here = Path(__file__).parent
+    git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude", "*"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    return {
+        "gpu": gpu,
+        "cpu": f"{_cpu_model()}, {len(os.sched_getaffinity(0))} cores",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "mopro_fast": __version__,
+        "commit": commit,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def write(name: str, result: dict, folder: Path = RESULTS) -> Path:
+    path = Path(folder) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"conditions": conditions(), **result}, indent=2) + "\n")
+    return path
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()

@@ -1,0 +1,24 @@
+"""The documents say what the result files say, and the README's code runs."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_every_table_is_generated_from_the_committed_results():
+    result = subprocess.run([sys.executable, ROOT / "bench/tables.py", "--check"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+def test_the_readme_example_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_the_files_the_readme_names_exist():
+    named = re.findall(r"`((?:mopro_fast|csrc|kernels|bench|docs|tests)/[\w/.]*)`", (ROOT / "README.md").read_text())
+    assert len(named) >= 6
+    assert [n for n in named if not (ROOT / n).exists()] == []
