@@ -232,7 +232,7 @@ def demo() -> TrainConfig:
     return TrainConfig(
         # Digits have no mirror images, and a fifth of one is often no digit.
         data=DataConfig(
-            num_classes=10, image_size=16, eval_resize=16, augment=AugmentConfig(crop_scale=(0.5, 1.0), flip=0.0)
+            num_classes=10, image_size=16, eval_resize=16, augment=AugmentConfig(scale=(0.5, 1.0), flip=0.0)
         ),
         model=ModelConfig(arch="resnet18", width=0.25, stem="small", embed_dim=64),
         mopro=MoProConfig(queue_size=512, key_momentum=0.99, proto_momentum=0.99, start_clean=6),

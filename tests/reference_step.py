@@ -22,9 +22,9 @@ class PlainMoPro:
         self.prototypes = torch.zeros(encoder_q.classifier.out_features, queue.shape[1])
 
     def step(self, views_q, views_k, labels, epoch: int, order):
-        """Lists with one entry per rank; -> per rank dicts of losses, labels, kept; gradients are averaged."""
+        """Views [W, N, 3, H, W] and labels [W, N], one entry per rank; -> per rank dicts of losses, labels, kept; gradients are averaged."""
         c, n = self.c, len(labels[0])
-        shuffled = torch.cat(views_k)[torch.as_tensor(order)]
+        shuffled = views_k.flatten(0, 1)[torch.as_tensor(order)]
         keys = torch.empty(n * self.ranks, self.queue.shape[1])
         with torch.no_grad():
             for rank, encoder in enumerate(self.encoder_k):

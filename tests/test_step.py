@@ -15,7 +15,7 @@ from mopro_fast.models.mopro import MoPro
 from mopro_fast.models.resnet import ResNet
 from mopro_fast.training.distributed import exchange_rows, gather_rows, shuffle_order
 
-STEPS, ROWS, CLASSES, DIM, QUEUE, SIZE = 20, 6, 5, 8, 20, 16  # 6 and 12 rows: neither divides the queue
+STEPS, ROWS, CLASSES, DIM, QUEUE, SIZE = 20, 6, 5, 8, 20, 32  # 6 and 12 rows: neither divides the queue
 EPOCH_OF_STEP = [0] * 5 + [1] * 5 + [2] * 10
 NOTHING_KEPT = 13  # at this step rank 0 keeps no row
 SGD = {"lr": 0.005, "momentum": 0.9, "weight_decay": 1e-4}
@@ -23,6 +23,12 @@ SGD = {"lr": 0.005, "momentum": 0.9, "weight_decay": 1e-4}
 
 def close(actual, expected, tolerance: float) -> None:
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def as_floats(images):
+    """uint8 [..., H, W, 3] → normalised float32 [..., 3, H, W], with ImageNet's mean and standard deviation."""
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return ((images / 255 - mean) / std).movedim(-1, -3)
 
 
 def twenty_steps(rank: int, ranks: int, bn_group: int) -> None:
@@ -46,17 +52,18 @@ def compare_twenty_steps(rank: int, ranks: int, bn_group: int) -> None:
     relabelled = removed = 0
     for step, epoch in enumerate(EPOCH_OF_STEP):
         g = torch.Generator().manual_seed(100 + step)
-        views_q, views_k = (torch.randn(ranks, ROWS, 3, SIZE, SIZE, generator=g) for _ in range(2))
+        shape = (ranks, ROWS, SIZE, SIZE, 3)
+        views_q, views_k = (torch.randint(256, shape, dtype=torch.uint8, generator=g) for _ in range(2))
         labels = torch.randint(CLASSES - 2, (ranks, ROWS), generator=g)  # few classes: every batch repeats some
         config.threshold = 0.4
         if step == NOTHING_KEPT:
             config.threshold = 1.0
             with torch.no_grad():
-                logits, q = copy.deepcopy(plain.encoder_q[0])(views_q[0])
+                logits, q = copy.deepcopy(plain.encoder_q[0])(as_floats(views_q[0]))
                 t = 0.5 * logits.softmax(1) + 0.5 * (q @ plain.prototypes.T / config.temperature).softmax(1)
                 labels[0] = t.argmin(1)
         order = shuffle_order(0, step, ranks * ROWS)
-        results, gradients = plain.step(list(views_q), list(views_k), list(labels), epoch, order)
+        results, gradients = plain.step(as_floats(views_q), as_floats(views_k), labels, epoch, order)
         out = model(views_q[rank], views_k[rank], labels[rank], epoch, order, query)
         optimizer.zero_grad()
         out.loss.backward()
@@ -75,8 +82,8 @@ def compare_twenty_steps(rank: int, ranks: int, bn_group: int) -> None:
         assert (ours - theirs).norm() < 1e-5 * theirs.norm()
         if step == NOTHING_KEPT and rank == 0:
             assert not out.kept.any() and out.loss.isfinite()
-        relabelled += int((out.labels != labels[rank]).sum())
-        removed += int((~out.kept).sum())
+        relabelled += sum(int((r["labels"] != y).sum()) for r, y in zip(results, labels, strict=True))
+        removed += sum(int((~r["kept"]).sum()) for r in results)
 
         optimizer.step()
         model.update_key_encoder()
@@ -121,7 +128,7 @@ def test_missing_labels_are_learnt_only_once_relabelled() -> None:
     config = MoProConfig(queue_size=8, start_clean=2, threshold=0.0)
     encoder = ResNet("resnet18", 4, 8, width=0.125, stem="small")
     model = MoPro(encoder, copy.deepcopy(encoder), config).train()
-    views = torch.randn(2, 4, 3, 8, 8)
+    views = torch.randint(256, (2, 4, 8, 8, 3), dtype=torch.uint8)
     labels = torch.tensor([0, -1, 1, -1])
     order = shuffle_order(0, 0, 4)
     out = model(views[0], views[1], labels, 0, order)

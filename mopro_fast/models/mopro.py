@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mopro_fast import ops
 from mopro_fast.config import MoProConfig
+from mopro_fast.data.augment import normalize
 from mopro_fast.models.resnet import ResNet
 from mopro_fast.training.distributed import exchange_rows, gather_rows
 
@@ -49,17 +50,17 @@ class MoPro(nn.Module):
     ) -> StepOutput:
         """Steps 1 and 3–8 of the method for this rank's rows; step 2's update is :meth:`update_key_encoder`.
 
-        view_q, view_k: [N, 3, H, W], two views of the same N images.
+        view_q, view_k: uint8 [N, H, W, 3], two views of the same N images.
         labels:         int64 [N], −1 where none is given.
         epoch:          0-based; prototypes count from 1, cleaning starts at ``start_clean``.
         order:          permutation of all ranks' W·N rows for view_k's shuffle.
         query:          encoder_q wrapped for distributed training.
         """
         c = self.config
-        logits, q = (query or self.encoder_q)(view_q)                                        # [N, C], [N, D]
+        logits, q = (query or self.encoder_q)(normalize(view_q))                             # [N, C], [N, D]
         logits = logits.float()
         with torch.no_grad():  # keys: rows change groups and ranks, so that BatchNorm cannot leak who pairs with whom
-            _, k = self.encoder_k(exchange_rows(view_k, order))
+            _, k = self.encoder_k(normalize(exchange_rows(view_k, order)))
             k = exchange_rows(k, np.argsort(order))
 
         inst, hit = ops.info_nce(q, k, self.queue, c.temperature)                            # against past keys only

@@ -23,8 +23,9 @@ class RunLog:
         if not active:
             return
         self.file = (out / "log.jsonl").open("a+b")
-        self.file.truncate(log_bytes)  # entries written after the checkpoint we resume from will be written again
-        self.file.seek(0, os.SEEK_END)
+        if self.file.seek(0, os.SEEK_END) > log_bytes:
+            self.file.truncate(log_bytes)  # entries written after the checkpoint we resume from come again
+            self.file.seek(0, os.SEEK_END)
         self.timing = (out / "timing.jsonl").open("a")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter

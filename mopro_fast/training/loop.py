@@ -6,6 +6,7 @@ A run is a function of its config and data. The loader, the shuffle across ranks
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mopro_fast import __version__, models
 from mopro_fast.config import TrainConfig, differences
-from mopro_fast.data.augment import normalize
 from mopro_fast.data.index import Index, load_index
 from mopro_fast.data.pipeline import EvalLoader, TrainLoader
 from mopro_fast.errors import UserError
@@ -89,14 +89,17 @@ class Trainer:
         try:
             with distributed.StopSignal() as stop:
                 while self.epoch < epochs:
-                    if received := self._train_epoch(stop):
+                    received = self._train_epoch(stop)
+                    if not received:
+                        self._end_epoch()
+                        received = stop.poll() if self.epoch < epochs else 0
+                    if received:
                         path = self._save()
                         self.log.say(
                             f"stopped by signal {received} in epoch {self.epoch + 1} after step {self.step} of "
                             f"{self.steps}; saved {path}: the same command goes on from there"
                         )
                         return received
-                    self._end_epoch()
         finally:
             self.loader.close()
             self.log.close()
@@ -136,10 +139,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config.optim, self.epoch, self.step, self.steps)
         order = distributed.shuffle_order(config.run.seed, self.global_step, config.optim.batch_size)
-        view_q = normalize(batch.view_q)
-        view_k = None if batch.view_k is None else normalize(batch.view_k)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            out = self.model(view_q, view_k, batch.labels, self.epoch, order, self.query)
+            out = self.model(batch.view_q, batch.view_k, batch.labels, self.epoch, order, self.query)
         self.optimizer.zero_grad(set_to_none=True)
         out.loss.backward()
         self.optimizer.step()
@@ -249,6 +250,8 @@ class Trainer:
         path = run.resume if run.resume not in ("auto", "never") else (saved[-1] if saved else None)
         if run.resume == "never" and saved:
             raise UserError(f"{self.out} already holds a run: choose another --out, or --resume auto to go on with it")
+        elif run.resume != "auto" and saved and Path(path).parent.samefile(saved[-1].parent) and Path(path).name < saved[-1].name:
+            raise UserError(f"{path} is older than {saved[-1]}: to go back to it, choose another --out")
         path = distributed.from_rank0(path)
         if path is None:
             if run.init:
@@ -269,7 +272,7 @@ class Trainer:
         } or None
         if self.rank == 0:
             note = "" if same_ranks else f" (saved by {state['ranks']} ranks, now {self.ranks}: not bit for bit)"
-            print(f"resuming {path} at epoch {self.epoch + 1}, step {self.step}{note}")
+            print(f"resuming {path} at epoch {self.epoch + 1}, step {self.step}{note}", file=sys.stderr)
         return state["log_bytes"]
 
     def _require_same_run(self, path: str | Path, state: dict) -> None:
