@@ -56,7 +56,12 @@ def main() -> int:
         runs.append(result | demo.judge(given, true, assigned))
         print(demo.table(runs[-1]))
     gain = statistics.mean(r["mopro_top1"] - r["ce_top1"] for r in runs)
-    settings = {"recipe": "small", "epochs": a.epochs, "images": len(rows), "out_of_distribution": int((true < 0).sum())}
+    settings = {
+        "recipe": "small",
+        "epochs": a.epochs,
+        "images": len(rows),
+        "out_of_distribution": int((true < 0).sum()),
+    }
     path = record.write("cifar10n", {"settings": settings, "runs": runs}, a.results)
     print(f"\nMoPro is ahead of cross-entropy by {gain:.1f} points (mean of {a.seeds} seeds): {path}")
     return 0

@@ -1,7 +1,7 @@
 """Writes the tables of README.md and docs/ from the committed files in bench/results/.
 
-    python bench/tables.py          rewrite what stands between <!-- table NAME --> and <!-- end -->
-    python bench/tables.py --check  only compare; exit status 1 if a document is out of date
+python bench/tables.py          rewrite what stands between <!-- table NAME --> and <!-- end -->
+python bench/tables.py --check  only compare; exit status 1 if a document is out of date
 """
 
 import argparse
@@ -31,7 +31,8 @@ def accuracy(result: dict, title: str) -> str:
         f"| out-of-distribution images removed, % | 0 | {mean('ood_removed', 100)} |",
     ]
     where = c["gpu"] or c["cpu"]
-    note = f"Mean ± standard deviation of {len(result['runs'])} seeds; {where}; PyTorch {c['torch']}; commit {c['commit']}."
+    seeds = len(result["runs"])
+    note = f"Mean ± standard deviation of {seeds} seeds; {where}; PyTorch {c['torch']}; commit {c['commit']}."
     return "\n".join([*rows, "", note])
 
 

@@ -22,7 +22,7 @@ class PlainMoPro:
         self.prototypes = torch.zeros(encoder_q.classifier.out_features, queue.shape[1])
 
     def step(self, views_q, views_k, labels, epoch: int, order):
-        """Views [W, N, 3, H, W] and labels [W, N], one entry per rank; -> per rank dicts of losses, labels, kept; gradients are averaged."""
+        """Views [W, N, 3, H, W] and labels [W, N]; -> (per rank a dict of losses, labels, kept; mean gradients)."""
         c, n = self.c, len(labels[0])
         shuffled = views_k.flatten(0, 1)[torch.as_tensor(order)]
         keys = torch.empty(n * self.ranks, self.queue.shape[1])

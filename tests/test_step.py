@@ -41,7 +41,14 @@ def twenty_steps(rank: int, ranks: int, bn_group: int) -> None:
 def compare_twenty_steps(rank: int, ranks: int, bn_group: int) -> None:
     torch.manual_seed(3)
     config = MoProConfig(
-        queue_size=QUEUE, key_momentum=0.9, proto_momentum=0.9, alpha=0.5, threshold=0.4, start_clean=2, w_inst=0.7, w_proto=1.3
+        queue_size=QUEUE,
+        key_momentum=0.9,
+        proto_momentum=0.9,
+        alpha=0.5,
+        threshold=0.4,
+        start_clean=2,
+        w_inst=0.7,
+        w_proto=1.3,
     )
     encoder = ResNet("resnet18", CLASSES, DIM, width=0.125, stem="small", bn_group=bn_group)
     model = MoPro(encoder, copy.deepcopy(encoder), config).train()

@@ -223,7 +223,14 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):
 
 def test_learning_rate_schedules():
     step = OptimConfig(lr=0.1, epochs=90, milestones=(40, 80))
-    assert [round(learning_rate(step, e, 0, 10), 6) for e in (0, 39, 40, 79, 80, 89)] == [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
+    assert [round(learning_rate(step, e, 0, 10), 6) for e in (0, 39, 40, 79, 80, 89)] == [
+        0.1,
+        0.1,
+        0.01,
+        0.01,
+        0.001,
+        0.001,
+    ]
     cosine = OptimConfig(lr=0.1, epochs=10, schedule="cosine")
     assert learning_rate(cosine, 0, 5, 10) == 0.1 and learning_rate(cosine, 5, 0, 10) == pytest.approx(0.05)
     scaled = OptimConfig(lr=0.1, batch_size=1024, scale_lr=True, warmup_epochs=2)

@@ -1,6 +1,5 @@
 """Plain cross-entropy on the given labels, in the shape of the MoPro step: the baseline of every comparison."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

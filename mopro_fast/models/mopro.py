@@ -46,7 +46,13 @@ class MoPro(nn.Module):
         self.register_buffer("prototypes", torch.zeros(classes, dim))
 
     def forward(
-        self, view_q: Tensor, view_k: Tensor, labels: Tensor, epoch: int, order: np.ndarray, query: nn.Module | None = None
+        self,
+        view_q: Tensor,
+        view_k: Tensor,
+        labels: Tensor,
+        epoch: int,
+        order: np.ndarray,
+        query: nn.Module | None = None,
     ) -> StepOutput:
         """Steps 1 and 3–8 of the method for this rank's rows; step 2's update is :meth:`update_key_encoder`.
 
@@ -57,13 +63,13 @@ class MoPro(nn.Module):
         query:          encoder_q wrapped for distributed training.
         """
         c = self.config
-        logits, q = (query or self.encoder_q)(normalize(view_q))                             # [N, C], [N, D]
+        logits, q = (query or self.encoder_q)(normalize(view_q))  # [N, C], [N, D]
         logits = logits.float()
         with torch.no_grad():  # keys: rows change groups and ranks, so that BatchNorm cannot leak who pairs with whom
             _, k = self.encoder_k(normalize(exchange_rows(view_k, order)))
             k = exchange_rows(k, np.argsort(order))
 
-        inst, hit = ops.info_nce(q, k, self.queue, c.temperature)                            # against past keys only
+        inst, hit = ops.info_nce(q, k, self.queue, c.temperature)  # against past keys only
         ops.queue_enqueue_(self.queue, self.queue_ptr, gather_rows(k))
 
         given, kept = labels, labels >= 0
@@ -71,11 +77,11 @@ class MoPro(nn.Module):
             labels, kept = ops.correct_labels(
                 logits, q, self.prototypes, labels, alpha=c.alpha, threshold=c.threshold, temperature=c.temperature
             )
-        used = torch.where(kept, labels, -1)                                                 # -1: no class, left out
+        used = torch.where(kept, labels, -1)  # -1: no class, left out
         cls = F.cross_entropy(logits, used, ignore_index=-1, reduction="none")
         proto = torch.zeros_like(cls)
         if epoch >= 1:
-            proto = ops.prototype_contrast(q, self.prototypes, used, None, c.temperature)    # before their update
+            proto = ops.prototype_contrast(q, self.prototypes, used, None, c.temperature)  # before their update
         ops.prototype_update_(self.prototypes, gather_rows(q), gather_rows(used), None, c.proto_momentum)
 
         rows = kept.sum().clamp(min=1)  # a rank without a kept row has zero loss and zero gradient in these terms

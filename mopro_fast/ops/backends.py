@@ -34,7 +34,9 @@ IMPLEMENTED = {"reference": OPS, "cuda": ("ema_update_",), "triton": ()}
 _choice = os.environ.get("MOPRO_FAST_BACKEND", "auto")
 
 
-def define(schema: str, fake: Callable[..., Any], backward: Callable | None = None, setup: Callable | None = None) -> None:
+def define(
+    schema: str, fake: Callable[..., Any], backward: Callable | None = None, setup: Callable | None = None
+) -> None:
     """Define ``mopro_fast::<schema>`` for CPU and CUDA, with its fake kernel and, if given, its gradient."""
     name = schema.partition("(")[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

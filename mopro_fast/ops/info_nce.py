@@ -25,7 +25,10 @@ def _backward(ctx, grad_loss: Tensor, _hit, _grad):
 
 
 backends.define(
-    "info_nce(Tensor q, Tensor k, Tensor queue, float temperature) -> (Tensor, Tensor, Tensor)", _fake, _backward, _setup
+    "info_nce(Tensor q, Tensor k, Tensor queue, float temperature) -> (Tensor, Tensor, Tensor)",
+    _fake,
+    _backward,
+    _setup,
 )
 
 

@@ -24,7 +24,8 @@ def _backward(ctx, grad_loss: Tensor, _grad):
 
 
 backends.define(
-    "prototype_contrast(Tensor q, Tensor prototypes, Tensor labels, Tensor? kept, float temperature) -> (Tensor, Tensor)",
+    "prototype_contrast(Tensor q, Tensor prototypes, Tensor labels, Tensor? kept, float temperature) "
+    "-> (Tensor, Tensor)",
     _fake,
     _backward,
     _setup,

@@ -25,5 +25,7 @@ def queue_enqueue_(queue: Tensor, cursor: Tensor, keys: Tensor) -> None:
     checks.tensor("keys", keys, ("M", queue.shape[1]), checks.FLOATS, device)
     if len(keys) > len(queue):
         raise ValueError(f"keys must have at most Q={len(queue)} rows, got {len(keys)}")
+    if len(keys) == 0:
+        return
     with torch.no_grad():
         torch.ops.mopro_fast.queue_enqueue_(queue, cursor, keys)

@@ -33,11 +33,11 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> tuple[T
     """-> loss f32 [N], hit bool [N], d loss / d q [N, D] = (E − k)/T with E = softmax-weighted mean of k and queue."""
     q, k, queue = wide(q, k, queue)
     positive = (q * k).sum(1, keepdim=True)
-    negative = q @ queue.T                                                     # [N, Q]
-    logits = torch.cat([positive, negative], dim=1) / temperature              # [N, 1 + Q]
+    negative = q @ queue.T  # [N, Q]
+    logits = torch.cat([positive, negative], dim=1) / temperature  # [N, 1 + Q]
     log_p = logits.log_softmax(1)
     p = log_p.exp()
-    expected = p[:, :1] * k + p[:, 1:] @ queue                                 # [N, D]
+    expected = p[:, :1] * k + p[:, 1:] @ queue  # [N, D]
     hit = (positive >= negative).all(1)
     return -log_p[:, 0].float(), hit, (expected - k) / temperature
 
@@ -47,11 +47,11 @@ def correct_labels(
 ) -> tuple[Tensor, Tensor]:
     logits, q, prototypes = wide(logits, q, prototypes)
     classes = len(prototypes)
-    t = alpha * logits.softmax(1) + (1 - alpha) * (q @ prototypes.T / temperature).softmax(1)     # [N, C]
+    t = alpha * logits.softmax(1) + (1 - alpha) * (q @ prototypes.T / temperature).softmax(1)  # [N, C]
     finite = t.isfinite().all(1)
     given = t.gather(1, labels.clamp(0, classes - 1)[:, None])[:, 0]
     confirmed = (labels >= 0) & (labels < classes) & (given > 1 / classes)
-    best, guess = t.max(1)                                                     # ties: the lowest class
+    best, guess = t.max(1)  # ties: the lowest class
     sure = finite & (best > threshold)
     return torch.where(sure, guess, labels), (finite & confirmed) | sure
 
@@ -62,9 +62,9 @@ def prototype_contrast(
     """-> loss f32 [N], d loss / d q [N, D] = (E − c_y)/T; both 0 where the row is not kept."""
     q, prototypes = wide(q, prototypes)
     use, target = _used_rows(labels, kept, len(prototypes))
-    log_p = (q @ prototypes.T / temperature).log_softmax(1)                    # [N, C]
+    log_p = (q @ prototypes.T / temperature).log_softmax(1)  # [N, C]
     loss = -log_p.gather(1, target[:, None])[:, 0]
-    grad = (log_p.exp() @ prototypes - prototypes[target]) / temperature       # [N, D]
+    grad = (log_p.exp() @ prototypes - prototypes[target]) / temperature  # [N, D]
     return torch.where(use, loss, 0).float(), torch.where(use[:, None], grad, 0)
 
 
@@ -74,7 +74,7 @@ def prototype_update_(
     """The n rows of a class, in order: c ← mⁿ·c + (1−m)·Σ m^(n−i)·q_i; then every row to unit length."""
     classes = len(prototypes)
     use, target = _used_rows(labels, kept, classes)
-    target = torch.where(use, target, classes)                                 # row C collects what is not used
+    target = torch.where(use, target, classes)  # row C collects what is not used
     # How many rows of its own class follow each row: its distance to the end of its run once sorted by class.
     by_class, order = target.sort(stable=True)
     run_end = torch.searchsorted(by_class, torch.arange(classes + 1, device=target.device), right=True)

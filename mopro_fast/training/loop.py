@@ -250,7 +250,12 @@ class Trainer:
         path = run.resume if run.resume not in ("auto", "never") else (saved[-1] if saved else None)
         if run.resume == "never" and saved:
             raise UserError(f"{self.out} already holds a run: choose another --out, or --resume auto to go on with it")
-        elif run.resume != "auto" and saved and Path(path).parent.samefile(saved[-1].parent) and Path(path).name < saved[-1].name:
+        elif (
+            run.resume != "auto"
+            and saved
+            and Path(path).parent.samefile(saved[-1].parent)
+            and Path(path).name < saved[-1].name
+        ):
             raise UserError(f"{path} is older than {saved[-1]}: to go back to it, choose another --out")
         path = distributed.from_rank0(path)
         if path is None:

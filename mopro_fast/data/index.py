@@ -1,0 +1,181 @@
+"""Which images there are, and their labels: WebVision's file lists, any file list, or class folders.
+
+Everything that can be wrong with the input is found here, before training, and raises a UserError.
+"""
+
+import functools
+import hashlib
+import os
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from mopro_fast.errors import UserError
+
+Split = Literal["train", "val"]
+
+NO_LABEL = -1  # allowed in training data
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+WEBVISION_LISTS = {
+    "train": ("info/train_filelist_google.txt", "info/train_filelist_flickr.txt"),
+    "val": ("info/val_filelist.txt",),
+}
+WEBVISION_FOLDERS = {"train": "", "val": "val_images_256"}  # where the paths of those lists start
+_NAMED = 3  # missing images named in the message
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """The images of one split, in the order of the lists they come from."""
+
+    root: str
+    """Folder the paths start from."""
+    paths: np.ndarray
+    """StringDType [n], relative to root."""
+    labels: np.ndarray
+    """int64 [n]; -1: none given."""
+    classes: list[str] | None
+    """The classes' names, where the layout has them."""
+    source: str
+    """What was read, for messages."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @functools.cached_property
+    def ids(self) -> np.ndarray:
+        """int64 [n]: an image's stable id is its row number here."""
+        return np.arange(len(self))
+
+    def digest(self) -> str:
+        """sha256 over paths and labels: equal for the same data wherever it lies."""
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        names = "\n".join(self.paths).encode()
+        return hashlib.sha256(names + b"\0" + self.labels.astype("<i8").tobytes()).hexdigest()
+
+    def full_path(self, i: int) -> str:
+        return os.path.join(self.root, self.paths[i])
+
+
+def load_index(
+    data: str | os.PathLike,
+    split: Split,
+    *,
+    num_classes: int,
+    layout: Literal["auto", "webvision", "list", "folder"] = "auto",
+    root: str | os.PathLike | None = None,
+    keep_classes: int | None = None,
+) -> Index:
+    """Read the index of ``data``: a WebVision folder, a list file ("path label" per line) or class folders.
+
+    root: where the paths of a list file start (default: its own folder). keep_classes: take only the images with
+    a label below this (of class folders, the first ones by name). Raises UserError.
+    """
+    data = os.fspath(data)
+    if not os.path.exists(data):
+        raise UserError(f"no such file or folder: {data}: check --data")
+    if layout == "auto":
+        layout = _recognise(data)
+    if layout == "webvision":
+        return _webvision(data, split, num_classes, keep_classes)
+    if layout == "list":
+        if not os.path.isfile(data):
+            raise UserError(f"{data} is not a file: give the list file itself, or another --layout")
+        root = os.path.dirname(data) if root is None else os.fspath(root)
+        return _from_lists([data], root, split, num_classes, keep_classes)
+    return _folders(data, split, num_classes, keep_classes)
+
+
+def _recognise(data: str) -> str:
+    if os.path.isfile(data):
+        return "list"
+    lists = [name for names in WEBVISION_LISTS.values() for name in names]
+    if any(os.path.isfile(os.path.join(data, name)) for name in lists):
+        return "webvision"
+    if _subfolders(data):
+        return "folder"
+    raise UserError(
+        f"{data} has no known layout: looked for {', '.join(lists)} and for class folders; "
+        "give one of these folders or a list file"
+    )
+
+
+def _webvision(data: str, split: Split, num_classes: int, keep_classes: int | None) -> Index:
+    names = WEBVISION_LISTS[split]
+    lists = [path for name in names if os.path.isfile(path := os.path.join(data, name))]
+    if not lists:
+        raise UserError(f"{data} has no {' and no '.join(names)}: unpack WebVision's info/ there")
+    return _from_lists(lists, os.path.join(data, WEBVISION_FOLDERS[split]), split, num_classes, keep_classes)
+
+
+def _from_lists(lists: list[str], root: str, split: Split, num_classes: int, keep_classes: int | None) -> Index:
+    all_paths: list[str] = []
+    all_labels = []
+    for name in lists:
+        paths, labels, lines = _read_list(name)
+        lowest = NO_LABEL if split == "train" else 0
+        bad = labels < lowest
+        if keep_classes is None:
+            bad |= labels >= num_classes
+        if bad.any():
+            _refuse_label(name, lines[bad.argmax()], labels[bad.argmax()], split, num_classes)
+        if keep_classes is not None:
+            kept = np.flatnonzero(labels < keep_classes)
+            paths, labels = [paths[i] for i in kept], labels[kept]
+        all_paths += paths
+        all_labels.append(labels)
+    source = " + ".join(lists)
+    if not all_paths:
+        why = f"no image with a label below --keep-classes {keep_classes}" if keep_classes else "no image"
+        raise UserError(f"{source}: {why}: expected lines of the form: path label")
+    _require_files(root, all_paths, source)
+    return Index(root, _compact(all_paths, source), np.concatenate(all_labels), None, source)
+
+
+def _read_list(name: str) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """-> paths, labels int64 and line numbers of a list file; the label is last, so paths may hold spaces."""
+    paths, labels, lines = [], array("q"), array("q")
+    try:
+        with open(name, encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                line = line.strip()
+                if not line or line.startswith("#"):
+                    continue
+                try:
+                    path, label = line.rsplit(maxsplit=1)
+                    labels.append(int(label))
+                except (ValueError, OverflowError):
+                    raise UserError(f"{name}:{number}: expected: path label; found: {line[:80]!r}") from None
+                paths.append(path)
+                lines.append(number)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 text ({error.reason}): save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"cannot read {name}: {error.strerror}") from None
+    return paths, np.array(labels, np.int64), np.array(lines, np.int64)
+
+
+def _refuse_label(name: str, line: int, label: int, split: Split, num_classes: int) -> None:
+    if label == NO_LABEL:
+        raise UserError(f"{name}:{line}: label -1 (none) cannot be evaluated: remove the image from the {split} data")
+    hint = f"set --num-classes to at least {label + 1}, or correct the line" if label > 0 else "correct the line"
+    raise UserError(f"{name}:{line}: label {label} is outside [0, {num_classes}): {hint}")
+
+
+def _require_files(root: str, paths: list[str], source: str) -> None:
+    """Raise for images that are not there. One listing per folder: millions of stat calls would take hours."""
+    names: dict[str, list[str]] = {}
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        names.setdefault(folder, []).append(name)
+    missing: list[str] = []
+    for folder, wanted in names.items():
+        # rpartition has cut the slash of the root itself from "/name".
+        absolute = os.path.join(root, folder or ("/" if wanted_is_absolute(folder, paths) else ""))
+        missing += _absent(absolute, wanted)
