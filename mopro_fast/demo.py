@@ -187,8 +187,9 @@ def draw(out: Path, path: Path) -> None:
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.legend()
-    changed = np.flatnonzero((assigned >= 0) & (assigned != given))
-    removed = np.flatnonzero(assigned == -1)
+    sample = np.random.default_rng(0).permutation
+    changed = sample(np.flatnonzero((assigned >= 0) & (assigned != given)))
+    removed = sample(np.flatnonzero(assigned == -1))
     axes = bottom.subplots(4, columns)
     for row, (title, rows) in enumerate(
         (

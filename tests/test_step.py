@@ -1,6 +1,8 @@
 """Twenty training steps of the real model against the plain, loop-written method of reference_step.py."""
 
 import copy
+import json
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -18,6 +20,7 @@ from mopro_fast.training.distributed import exchange_rows, gather_rows, shuffle_
 STEPS, ROWS, CLASSES, DIM, QUEUE, SIZE = 20, 6, 5, 8, 20, 32  # 6 and 12 rows: neither divides the queue
 EPOCH_OF_STEP = [0] * 5 + [1] * 5 + [2] * 10
 NOTHING_KEPT = 13  # at this step rank 0 keeps no row
+GOLDEN = Path(__file__).with_name("golden_losses.json")
 SGD = {"lr": 0.005, "momentum": 0.9, "weight_decay": 1e-4}
 
 
@@ -160,3 +163,33 @@ def test_grouped_batchnorm_is_batchnorm_of_each_group() -> None:
     close(split.bn1.running_mean, 0.9 * bn.running_mean + 0.1 * mean, 1e-5)
     close(split.bn1.running_var, 0.9 * bn.running_var + 0.1 * var, 1e-5)
     assert int(split.bn1.num_batches_tracked) == 1
+
+
+def golden_run() -> list[float]:
+    """Twelve steps through all phases on fixed random images: the loss of each."""
+    torch.manual_seed(0)
+    config = MoProConfig(queue_size=32, key_momentum=0.9, proto_momentum=0.9, threshold=0.4, start_clean=2)
+    encoder = ResNet("resnet18", 4, 8, width=0.125, stem="small")
+    model = MoPro(encoder, copy.deepcopy(encoder), config).train()
+    optimizer = torch.optim.SGD(encoder.parameters(), **SGD)
+    losses = []
+    for step in range(12):
+        g = torch.Generator().manual_seed(step)
+        view_q, view_k = torch.randint(256, (2, 8, 16, 16, 3), dtype=torch.uint8, generator=g)
+        labels = torch.randint(4, (8,), generator=g)
+        out = model(view_q, view_k, labels, step // 4, shuffle_order(0, step, 8))
+        optimizer.zero_grad()
+        out.loss.backward()
+        optimizer.step()
+        model.update_key_encoder()
+        losses.append(out.loss.item())
+    return losses
+
+
+def test_losses_are_the_committed_ones() -> None:
+    """python -c 'import test_step; test_step.write_golden()' in tests/ renews the file, on purpose only."""
+    torch.testing.assert_close(golden_run(), json.loads(GOLDEN.read_text()), rtol=1e-3, atol=0)
+
+
+def write_golden() -> None:
+    GOLDEN.write_text(json.dumps(golden_run()) + "\n")

@@ -33,7 +33,7 @@ def small_config(data: Path, out: Path) -> TrainConfig:
     c.data.path, c.run.out, c.run.device = str(data), str(out), "cpu"
     c.data.image_size = c.data.eval_resize = 8
     c.model.width = 0.125
-    c.optim.epochs, c.mopro.start_clean = EPOCHS, 2
+    c.optim.epochs, c.mopro.start_clean, c.mopro.threshold = EPOCHS, 2, 0.3
     c.run.tensorboard, c.run.log_every = False, 5
     return c
 
@@ -122,7 +122,7 @@ def test_what_a_run_leaves_behind(uninterrupted):
 
 def arguments(digits: Path, out: Path) -> list[str]:
     options = {"data": digits, "out": out, "device": "cpu", "epochs": EPOCHS, "image-size": 8, "eval-resize": 8}
-    options |= {"width": 0.125, "start-clean": 2, "log-every": 5, "tensorboard": False}
+    options |= {"width": 0.125, "start-clean": 2, "threshold": 0.3, "log-every": 5, "tensorboard": False}
     return ["-m", "mopro_fast", "train", "demo", *(str(x) for k, v in options.items() for x in (f"--{k}", v))]
 
 

@@ -17,11 +17,11 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 ATTEMPTS = 10  # boxes that RandomResizedCrop tries before it takes the central one
-RATIO = (3 / 4, 4 / 3)  # width:height of a crop
+WIDEST = 4 / 3  # a crop's width over its height lies between the inverse of this and this
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 _PER_CROP = 2 * ATTEMPTS + 3
 _PER_ROW = 2 * _PER_CROP + 9  # uniforms of one row: both views' crops and flips, grayscale, 4 factors, 4 order keys
-_CPU_PIXELS = 1 << 20  # pixels per piece of color_jitter on a CPU; 2^18 and 2^22 were slower on one thread
+_CPU_PIXELS = 1 << 17  # pixels per piece of color_jitter on a CPU: measured; fewer cost calls, more leave the cache
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ class Jitter:
     gray: np.ndarray
     """bool [n]: to grayscale, before everything else."""
     factors: np.ndarray
-    """float32 [n, 4] for brightness, contrast, saturation (1 = unchanged) and hue (0 = unchanged)."""
+    """float32 [n, 4]: brightness, contrast, saturation (1 = unchanged) and hue (part of a full circle)."""
     order: np.ndarray
-    """int64 [n, 4]: the four operations in the order they are applied."""
+    """int64 [n, up to 4]: the operations (BRIGHTNESS ... HUE) in the order they are applied; others are skipped."""
 
     def __len__(self) -> int:
         return len(self.gray)
@@ -105,15 +105,16 @@ def draw(rng: np.random.Generator, n: int, config: AugmentConfig, skip: int = 0)
     q, k, colour = np.split(u, [_PER_CROP, 2 * _PER_CROP], axis=1)
     strength = np.array([config.brightness, config.contrast, config.saturation, config.hue])
     factors = np.array([1.0, 1.0, 1.0, 0.0]) + strength * (2 * colour[:, 1:5] - 1)
-    jitter = Jitter(colour[:, 0] < config.grayscale, factors.astype(np.float32), colour[:, 5:].argsort(1))
+    used = np.flatnonzero(strength)  # an operation of strength 0 is left out, as ColorJitter does
+    order = used[colour[:, 5:][:, used].argsort(1)]
+    jitter = Jitter(colour[:, 0] < config.grayscale, factors.astype(np.float32), order)
     return Views(_crops(q, config), _crops(k, config), jitter)
 
 
 def _crops(u: np.ndarray, config: AugmentConfig) -> Crops:
     low, high = config.scale
     area = low + (high - low) * u[:, :ATTEMPTS]
-    shape, log_ratio = u[:, ATTEMPTS : 2 * ATTEMPTS], np.log(RATIO)
-    ratio = np.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * shape)
+    ratio = np.exp(np.log(WIDEST) * (2 * u[:, ATTEMPTS : 2 * ATTEMPTS] - 1))
     sides = np.stack([np.sqrt(area / ratio), np.sqrt(area * ratio)], axis=2)
     return Crops(sides, u[:, -3:-1], u[:, -1] < config.flip)
 
@@ -122,13 +123,13 @@ def crop_boxes(shapes: np.ndarray, crops: Crops) -> np.ndarray:
     """int64 [n, 4] (top, left, height, width) of the crops in images of these ``shapes``, int [n, 2] (H, W).
 
     RandomResizedCrop.get_params of torchvision: the first attempt that fits, else the central box whose ratio
-    is as near to the image's as RATIO allows.
+    is as near to the image's as WIDEST allows.
     """
     shapes = np.asarray(shapes, np.int64)
     root = np.sqrt(shapes.prod(1).astype(np.float64))
     tried = np.floor(root[:, None, None] * crops.sides + 0.5).astype(np.int64)  # [n, 10, 2]
     fits = ((tried >= 1) & (tried <= shapes[:, None])).all(2)
-    central = np.minimum(shapes, np.floor(shapes[:, ::-1] * [1 / RATIO[0], RATIO[1]] + 0.5).astype(np.int64))
+    central = np.minimum(shapes, np.floor(shapes[:, ::-1] * WIDEST + 0.5).astype(np.int64))
     found = fits.any(1)[:, None]
     size = np.where(found, tried[np.arange(len(tried)), fits.argmax(1)], central)
     room = shapes - size
@@ -137,54 +138,66 @@ def crop_boxes(shapes: np.ndarray, crops: Crops) -> np.ndarray:
 
 
 def color_jitter(images: torch.Tensor, jitter: Jitter) -> torch.Tensor:
-    """Grayscale and the four colour operations, each image with its own factors and order.
+    """Grayscale, then the colour operations, each image with its own factors and order.
 
-    images: uint8 [N, H, W, 3] on any device; -> a new tensor of the same kind. Which rows an operation takes is
-    known on the host, and everything the device needs goes there in one copy: nothing waits for the device.
-    A factor that changes nothing skips its operation, as ColorJitter(hue=0) does.
+    images: uint8 [N, H, W, 3] on any device; -> a new tensor of the same kind. What each operation takes is known
+    on the host, and everything the device needs goes there in one copy: nothing waits for the device.
     """
     n, height, width, _ = images.shape
     if n != len(jitter):
         raise ValueError(f"jitter has {len(jitter)} rows, images has {n}")
-    out = torch.empty_like(images, memory_format=torch.contiguous_format)
-    piece = max(1, _CPU_PIXELS // (height * width) if images.device.type == "cpu" else n)
-    for first in range(0, n, piece):
-        rows = slice(first, first + piece)
-        planes = images[rows].permute(0, 3, 1, 2).contiguous().float()
-        _jitter_planes(planes, jitter[rows])
-        out[rows] = planes.permute(0, 2, 3, 1)
-    return out
+    if not jitter.gray.any() and not jitter.order.size:
+        return images.clone()
+    piece = max(1, _CPU_PIXELS // (height * width)) if images.device.type == "cpu" else n
+    pieces = [slice(first, first + piece) for first in range(0, n, piece)]
+    return torch.cat([_jitter(images[rows], jitter[rows]) for rows in pieces])
 
 
-def _jitter_planes(planes: torch.Tensor, jitter: Jitter) -> None:
-    """color_jitter in place on float32 [n, 3, H, W] that holds whole values."""
-    # 1. The work list: every operation's rows and their factors, in order.
-    factors = jitter.factors.astype(np.float64)
-    idle = factors == [1, 1, 1, 0]
-    factors[:, HUE] = np.trunc(factors[:, HUE] * 255)  # in steps of the 8-bit hue
-    work = [(_grayscale, np.flatnonzero(jitter.gray), np.zeros(len(jitter)))]
-    for position in range(4):
-        for operation, function in enumerate((_brightness, _contrast, _saturation, _hue)):
-            rows = np.flatnonzero((jitter.order[:, position] == operation) & ~idle[:, operation])
-            work.append((function, rows, factors[:, operation]))
-    work = [(function, rows, values[rows]) for function, rows, values in work if len(rows)]
-    if not work:
-        return
-    # 2. Rows and factors to the device, in one copy (float64 holds both exactly).
-    packed = torch.from_numpy(np.concatenate([np.stack([rows, values]) for _, rows, values in work], axis=1))
-    if planes.device.type == "cuda":
-        packed = packed.pin_memory().to(planes.device, non_blocking=True)
-    index, factor = packed[0].long(), packed[1].float()[:, None, None, None]
-    # 3. Apply. Fractions are cut off after every operation, as Pillow does.
-    first = 0
-    for function, rows, _ in work:
-        part = slice(first, first + len(rows))
-        changed = function(planes.index_select(0, index[part]), factor[part])
-        planes.index_copy_(0, index[part], changed.floor_())
-        first += len(rows)
+def _jitter(images: torch.Tensor, jitter: Jitter) -> torch.Tensor:
+    # 1. The plan. Hue costs most, so it runs once, with the rows' sequences aligned at it. Sorted by how many
+    #    operations precede hue, the rows that take part in a step lie side by side: a prefix, after hue a suffix.
+    n, operations = jitter.order.shape
+    is_hue = jitter.order == HUE
+    before = (is_hue.cumsum(1) == 0).sum(1)
+    rows = np.argsort(-before)
+    before, order, factors = before[rows], jitter.order[rows], jitter.factors[rows].astype(np.float64)
+    early = [(slice(0, (before > i).sum()), order[:, i]) for i in range(before.max())]
+    late = []
+    for i in range(1, operations - before.min()):
+        part = slice((before + i >= operations).sum(), n)
+        late.append((part, order[np.arange(n), np.minimum(before + i, operations - 1)]))
+    # 2. Its numbers, to the device in one copy (float64 holds them all exactly): hue's turn in 8-bit steps, the
+    #    sorting and its inverse, the rows to make grey, and each blend's weights of luma and mean and its factor.
+    gray = np.flatnonzero(jitter.gray[rows])
+    numbers = [np.trunc(factors[:, HUE] * 255), rows, rows.argsort(), np.resize(gray, n)]
+    for _, which in early + late:
+        numbers += [which == SATURATION, which == CONTRAST, factors[np.arange(n), which]]
+    on_device = to_device(np.stack(numbers), images.device)
+    to_sorted, from_sorted, gray_rows = on_device[1:4].long()
+    parameters = on_device.float()[:, :, None, None, None]
+    # 3. Apply, in float32 planes that hold whole values.
+    x = images.index_select(0, to_sorted).permute(0, 3, 1, 2).contiguous().float()
+    if len(gray):
+        gray_rows = gray_rows[: len(gray)]
+        x.index_copy_(0, gray_rows, _luma(x.index_select(0, gray_rows)).repeat(1, 3, 1, 1))
+    blends = parameters[4:].unflatten(0, (len(early + late), 3))
+    for (part, _), blend in zip(early, blends[: len(early)], strict=True):
+        _blend_(x[part], *blend[:, part])
+    if is_hue.any():
+        x = _hue(x, parameters[0])
+    for (part, _), blend in zip(late, blends[len(early) :], strict=True):
+        _blend_(x[part], *blend[:, part])
+    out = torch.empty_like(images)
+    return out.copy_(x.permute(0, 2, 3, 1)).index_select(0, from_sorted)
 
 
-# The operations: x float32 [m, 3, H, W] with whole values, factor float32 [m, 1, 1, 1] -> values in [0, 255].
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Without waiting for the device."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+# The operations, on x float32 [m, 3, H, W] with whole values in [0, 255], with parameters float32 [m, 1, 1, 1].
 
 
 def _luma(x: torch.Tensor) -> torch.Tensor:
@@ -193,25 +206,15 @@ def _luma(x: torch.Tensor) -> torch.Tensor:
     return (r * 19595).add_(g, alpha=38470).add_(b, alpha=7471).add_(0x8000).mul_(2**-16).floor_()
 
 
-def _blend(base: torch.Tensor, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    return (x - base).mul_(factor).add_(base).clamp_(0, 255)
+def _blend_(x: torch.Tensor, of_luma: torch.Tensor, of_mean: torch.Tensor, factor: torch.Tensor) -> None:
+    """Pillow's ImageEnhance, in place: base + factor·(x - base), the fraction cut off.
 
-
-def _grayscale(x: torch.Tensor, _factor: torch.Tensor) -> torch.Tensor:
-    return _luma(x).repeat(1, 3, 1, 1)
-
-
-def _brightness(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    return (x * factor).clamp_(0, 255)
-
-
-def _contrast(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    mean = _luma(x).mean((1, 2, 3), keepdim=True, dtype=torch.float64)
-    return _blend((mean + 0.5).floor_().float(), x, factor)
-
-
-def _saturation(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    return _blend(_luma(x), x, factor)
+    The base is black for brightness, the luma for saturation, its rounded mean for contrast: weights of 0 or 1.
+    """
+    luma = _luma(x)
+    mean = luma.mean((1, 2, 3), keepdim=True, dtype=torch.float64).add_(0.5).floor_().float()
+    base = luma.mul_(of_luma).add_(mean.mul_(of_mean))
+    x.sub_(base).mul_(factor).add_(base).clamp_(0, 255).floor_()
 
 
 def _hue(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
@@ -224,7 +227,10 @@ def _hue(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     value, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
     chroma = value - low
     fall = (value * 2).add_(low).sub_(r).sub_(g).sub_(b).div_(chroma.clamp(min=1))  # (value - middle) / chroma
-    red, green = (r - value).add_(1).clamp_(min=0), (g - value).add_(1).clamp_(min=0)  # 1 where it is the highest
+    red, green = (
+        (r - value).add_(1).clamp_(min=0),
+        (g - value).add_(1).clamp_(min=0),
+    )  # 1 where it is the highest
     side = torch.lerp(torch.lerp(g - r, r - b, green), b - g, red).sign_()  # on which side of the sector's centre
     centre = (red - 1).mul_(green.mul_(2).sub_(4))  # 0, 2, 4 for red, green, blue
     hue = (centre - side).add_(side.mul_(fall)).div_(6)

@@ -7,7 +7,6 @@ import functools
 import hashlib
 import os
 from array import array
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -169,13 +168,72 @@ def _refuse_label(name: str, line: int, label: int, split: Split, num_classes: i
 
 
 def _require_files(root: str, paths: list[str], source: str) -> None:
-    """Raise for images that are not there. One listing per folder: millions of stat calls would take hours."""
+    """Raise for images that are not there. One listing per folder: millions of stat calls would take too long."""
     names: dict[str, list[str]] = {}
     for path in paths:
-        folder, _, name = path.rpartition("/")
+        folder, name = os.path.split(path)
         names.setdefault(folder, []).append(name)
     missing: list[str] = []
     for folder, wanted in names.items():
-        # rpartition has cut the slash of the root itself from "/name".
-        absolute = os.path.join(root, folder or ("/" if wanted_is_absolute(folder, paths) else ""))
-        missing += _absent(absolute, wanted)
+        try:
+            present = set(os.listdir(os.path.join(root, folder) or "."))
+        except (FileNotFoundError, NotADirectoryError):
+            present = set()
+        except OSError as error:
+            raise UserError(f"cannot read the folder {os.path.join(root, folder)}: {error.strerror}") from None
+        missing += [os.path.join(folder, name) for name in wanted if name not in present]
+    if missing:
+        more = ", ..." if len(missing) > _NAMED else ""
+        raise UserError(
+            f"{source}: {len(missing)} of {len(paths)} images are missing under {root or '.'}: "
+            f"{', '.join(missing[:_NAMED])}{more}: put them there, remove their lines, or set --root"
+        )
+
+
+def _folders(data: str, split: Split, num_classes: int, keep_classes: int | None) -> Index:
+    if not os.path.isdir(data):
+        raise UserError(f"{data} is not a folder: give a folder of class folders, or another --layout")
+    subfolders = _subfolders(data)
+    if {"train", "val"} <= set(subfolders):
+        data = os.path.join(data, split)
+        subfolders = _subfolders(data)
+    if not subfolders:
+        raise UserError(f"{data} holds no class folders: expected {data}/CLASS/IMAGE.jpg")
+    enough = len(subfolders) == num_classes if keep_classes is None else len(subfolders) >= keep_classes
+    if not enough:
+        setting = f"--num-classes {num_classes}" if keep_classes is None else f"--keep-classes {keep_classes}"
+        raise UserError(
+            f"{data} holds {len(subfolders)} class folders, which contradicts {setting}: set it to {len(subfolders)}"
+        )
+    classes = subfolders[:keep_classes]
+    paths: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        with os.scandir(os.path.join(data, name)) as entries:
+            images = sorted(e.name for e in entries if _is_image(e.name) and e.is_file())
+        paths += [f"{name}/{image}" for image in images]
+        labels += [label] * len(images)
+    if not paths:
+        raise UserError(f"{data}: no image in its {len(classes)} class folders: looked for {' '.join(EXTENSIONS)}")
+    return Index(data, _compact(paths, data), np.array(labels, np.int64), classes, data)
+
+
+def _subfolders(folder: str) -> list[str]:
+    """The visible folders in ``folder``, by name."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+    except OSError as error:
+        raise UserError(f"cannot read the folder {folder}: {error.strerror}") from None
+
+
+def _is_image(name: str) -> bool:
+    return not name.startswith(".") and name.lower().endswith(EXTENSIONS)
+
+
+def _compact(paths: list[str], source: str) -> np.ndarray:
+    """As one StringDType array: UTF-8 bytes, without a Python object per path."""
+    try:
+        return np.array(paths, np.dtypes.StringDType())
+    except UnicodeEncodeError as error:
+        raise UserError(f"{source}: the file name {error.object!r} is not UTF-8: rename it") from None
