@@ -8,8 +8,6 @@ Pixels are read as stored: EXIF orientation is ignored, as in the official code.
 bilinear filter, but at a crop's border it sees the pixels beyond.
 """
 
-import os
-import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -181,7 +179,7 @@ class EvalLoader:
         for rows in self._batches:
             while later and len(self._decoder) <= _EVAL_PREFETCH:
                 ahead = later.popleft()
-                self._decoder.submit([self._index.full_path(i) for i in ahead], np.zeros((len(ahead), 0)))
+                self._decoder.submit([self._index.full_path(i) for i in ahead])
             (images,) = self._decoder.take()
             labels, ids = to_device(np.stack([self._index.labels[rows], rows]), self._device)
             yield images, labels, ids
@@ -207,14 +205,15 @@ class _Decoder:
     def __len__(self) -> int:
         return len(self._files)
 
-    def submit(self, files: list[str], numbers: np.ndarray) -> None:
-        """Start on a batch: n paths and float64 [n, ...]."""
+    def submit(self, files: list[str], numbers: np.ndarray | None = None) -> None:
+        """Start on a batch: n paths and float64 [n, ...], if ``define`` uses numbers."""
         if self._pipeline is None:
             self._pipeline = self._build()
         # One array, padded with zero bytes (where a path ends in C): a list of arrays takes three times as long.
         names = np.array([file.encode() for file in files])
         self._pipeline.feed_input("files", names.view(np.uint8).reshape(len(files), -1))
-        self._pipeline.feed_input("numbers", numbers)
+        if numbers is not None:
+            self._pipeline.feed_input("numbers", numbers)
         self._pipeline.schedule_run()
         self._files.append(files)
 
@@ -226,7 +225,7 @@ class _Decoder:
             outputs = self._pipeline.share_outputs(cuda_stream=stream)
         except RuntimeError as error:
             self.close()
-            raise UserError(_explain(str(error), files)) from error
+            raise self._explain(str(error), files) from error
         tensors = [self._copy(output.as_tensor(), stream) for output in outputs]
         self._pipeline.release_outputs()
         return tensors
@@ -268,6 +267,17 @@ class _Decoder:
         pipeline.build()
         return pipeline
 
+    def _explain(self, error: str, files: list[str]) -> UserError:
+        """For a batch that DALI gave up. Its message names no file, so the files are tried one by one."""
+        if len(files) > 1:
+            single = _Decoder(lambda fn, images, shape, numbers: [images], 1, self._threads, self._device)
+            for file in files:
+                single.submit([file])
+                single.take()  # raises at the broken one
+            files = [f"one of {files[0]} ... {files[-1]}"]
+        reason = error.partition("encountered:")[2].strip().partition("\n")[0] or "DALI gives no reason"
+        return UserError(f"cannot read the image {files[0]} ({reason}): replace the file, or remove it from the data")
+
     def _copy(self, tensor: Any, stream: torch.cuda.Stream | None) -> torch.Tensor:
         """Out of DALI's memory, in the order of ``stream``."""
         copy = torch.empty(tensor.shape(), dtype=torch.uint8, device=self._device)
@@ -281,16 +291,6 @@ def _import_dali() -> ModuleType:
     except ImportError as error:
         raise UserError(f"reading images needs NVIDIA DALI ({error}): pip install nvidia-dali-cuda130") from None
     return dali
-
-
-def _explain(error: str, files: list[str]) -> str:
-    """The line for a batch that DALI gave up, from its message, which holds a path or a row of the batch."""
-    empty = [file for file in files if not os.path.isfile(file) or os.path.getsize(file) == 0]
-    rows = [int(row) for row in re.findall(r"#(\d+)", error)]
-    named = empty or [files[row] for row in sorted(set(rows)) if row < len(files)]
-    what = ", ".join(named) or f"one of {files[0]} ... {files[-1]}"
-    reason = error.partition("encountered:")[2].strip().partition("\n")[0] or error.strip().partition("\n")[0]
-    return f"cannot read the image {what} ({reason}): replace the file, or remove its line from the data"
 
 
 # Boxes in DALI's arithmetic, in float64, so that they equal augment.crop_boxes to the last pixel. Python constants

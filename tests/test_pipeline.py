@@ -1,0 +1,331 @@
+"""The loaders on small images made here. Those on a GPU run the same checks where there is one."""
+
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mopro_fast.data import pipeline
+from mopro_fast.data.augment import AugmentConfig, color_jitter, crop_boxes
+from mopro_fast.data.index import load_index
+from mopro_fast.data.pipeline import EvalLoader, TrainLoader
+from mopro_fast.errors import UserError
+
+if sys.platform != "linux":
+    pytest.skip("DALI is for Linux", allow_module_level=True)
+
+CPU = torch.device("cpu")
+SHAPES = [(40, 56), (61, 30), (33, 33), (24, 120), (100, 21), (48, 64), (57, 50), (1, 1), (3, 90), (35, 47), (64, 64)]
+PLAIN = AugmentConfig(grayscale=0, brightness=0, contrast=0, saturation=0, hue=0)
+
+
+def picture(i, height, width):
+    """uint8 [height, width, 3]: smooth waves, another in every image."""
+    y, x = np.mgrid[:height, :width]
+    waves = [np.sin(x / (5 + c) + i) + np.cos(y / (4 + i % 3) - c) for c in range(3)]
+    return (127 + 60 * np.stack(waves, axis=2)).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    """37 lossless images of odd shapes, one of them under a name outside ASCII; labels of 4 classes and none."""
+    root = tmp_path_factory.mktemp("images")
+    lines = []
+    for i in range(37):
+        name = f"sub {i % 2}/{'ü' if i == 5 else ''}{i}.png"
+        (root / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(picture(i, *SHAPES[i % len(SHAPES)])).save(root / name)
+        lines.append(f"{name} {i % 5 - 1}")
+    (root / "list.txt").write_text("\n".join(lines))
+    return load_index(root / "list.txt", "train", num_classes=4)
+
+
+def loader(index, **changes):
+    arguments = dict(batch_size=8, rank=0, world_size=1, seed=0, image_size=32, augment=AugmentConfig())
+    return TrainLoader(index, **{**arguments, "device": CPU, "threads": 2, **changes})
+
+
+def equal(a, b):
+    return all(x is y is None or torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def rows_of(loader, epoch):
+    return torch.cat([batch.ids for batch in loader.epoch(epoch)]).tolist()
+
+
+def test_batch(index):
+    train = loader(index)
+    assert train.steps_per_epoch == 4  # the last 5 images are dropped
+    batches = list(train.epoch(0))
+    assert len(batches) == 4
+    for batch in batches:
+        for view in (batch.view_q, batch.view_k):
+            assert view.shape == (8, 32, 32, 3) and view.dtype == torch.uint8 and view.is_contiguous()
+        assert batch.labels.dtype == batch.ids.dtype == torch.int64
+        assert (batch.labels.numpy() == index.labels[batch.ids.numpy()]).all()
+        assert not torch.equal(batch.view_q, batch.view_k)
+
+
+def test_one_view(index):
+    batch = next(loader(index, two_views=False).epoch(0))
+    assert batch.view_k is None
+    assert torch.equal(batch.view_q, next(loader(index).epoch(0)).view_q)
+
+
+def test_order_is_a_function_of_seed_and_epoch(index):
+    train = loader(index)
+    first, second = rows_of(train, 0), rows_of(train, 1)
+    assert len(set(first)) == len(set(second)) == 32 and first != second
+    assert rows_of(loader(index), 1) == second
+    assert rows_of(loader(index, seed=1), 0) not in (first, second)
+
+
+def test_batches_outlive_the_next_ones(index):
+    train = loader(index)
+    kept = list(train.epoch(0))
+    copies = [[x.clone() for x in batch] for batch in kept]
+    list(train.epoch(1))
+    assert all(equal(a, b) for a, b in zip(kept, copies, strict=True))
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 2, 5])
+def test_resume_is_exact_at_every_step(index, prefetch):
+    whole = {(e, s): batch for e in (0, 1, 2) for s, batch in enumerate(loader(index).epoch(e))}
+    train = loader(index, prefetch=prefetch)
+    for epoch, start in ((1, 2), (2, 0), (0, 3), (1, 0), (0, 0), (0, 0)):  # new, going on, back, on, back, again
+        batches = list(train.epoch(epoch, start))
+        assert len(batches) == 4 - start
+        assert all(equal(batch, whole[epoch, start + i]) for i, batch in enumerate(batches))
+    next(train.epoch(2))
+    assert equal(next(train.epoch(0, 1)), whole[0, 1])  # from the middle of an epoch
+    train.close()
+    assert equal(next(train.epoch(2, 2)), whole[2, 2])
+
+
+def test_ranks_share_the_batch_of_one_rank(index):
+    one = loader(index)
+    two = [loader(index, batch_size=4, world_size=2, rank=rank) for rank in (0, 1)]
+    for epoch in (0, 1):
+        halves = zip(*(part.epoch(epoch) for part in two), strict=True)
+        for batch, parts in zip(one.epoch(epoch), halves, strict=True):
+            assert equal(batch, [torch.cat(pair) for pair in zip(*parts, strict=True)])
+
+
+def test_three_ranks_show_no_image_twice(index):
+    shown = [i for rank in range(3) for i in rows_of(loader(index, batch_size=4, world_size=3, rank=rank), 0)]
+    assert len(shown) == len(set(shown)) == 36
+
+
+def test_next_epoch_and_step_differ_in_augmentation(index):
+    """Also where (seed, epoch, step) differ by a zero only, which numpy's seeding does not tell apart by itself."""
+    drawn = [
+        loader(index, seed=seed)._draw(epoch, step).q.place[0, 0]
+        for seed in (0, 1)
+        for epoch in (0, 1)
+        for step in (0, 1)
+    ]
+    assert len(set(drawn)) == 8
+    first_word = np.random.default_rng((pipeline._ORDER, 0, 0)).random()
+    assert first_word not in drawn
+
+
+def pillow_crop(image, box, size):
+    top, left, height, width = (int(v) for v in box)
+    crop = Image.fromarray(image).crop((left, top, left + width, top + height))
+    return np.asarray(crop.resize((size, size), Image.BILINEAR)).astype(int)
+
+
+def inner(view, box, size):
+    """The part of a view that no pixel beyond the crop has touched: DALI's filter sees those, Pillow's does not."""
+    height, width = (max(int(v), 1) for v in box[2:])
+    y, x = (math.ceil(max(1, size / side)) for side in (height, width))
+    return view[y:-y, x:-x]
+
+
+def check_views(train, index, tolerance):
+    compared = flips = 0
+    for step, batch in enumerate(train.epoch(0)):
+        drawn = train._draw(0, step)
+        images = [np.asarray(Image.open(index.full_path(i)).convert("RGB")) for i in batch.ids.tolist()]
+        shapes = np.array([image.shape[:2] for image in images])
+        for view, crops in ((batch.view_q.cpu(), drawn.q), (batch.view_k.cpu(), drawn.k)):
+            for image, result, box, flip in zip(
+                images, view.numpy(), crop_boxes(shapes, crops), crops.flip, strict=True
+            ):
+                expected = pillow_crop(image, box, len(result))
+                result = result[:, ::-1].astype(int) if flip else result.astype(int)
+                difference = abs(inner(result - expected, box, len(result)))
+                assert difference.size == 0 or difference.max() <= tolerance, (shapes, box)
+                compared += difference.size > 0
+                flips += flip
+    assert compared > 50 and 15 < flips < 50
+
+
+def test_views_equal_pillow_within_rounding(index):
+    check_views(loader(index, augment=PLAIN), index, tolerance=1)
+
+
+def test_colours_of_view_k_alone_change(index):
+    plain, coloured = loader(index, augment=PLAIN), loader(index)
+    for step, (a, b) in enumerate(zip(plain.epoch(0), coloured.epoch(0), strict=True)):
+        assert torch.equal(a.view_q, b.view_q)
+        assert torch.equal(color_jitter(a.view_k, coloured._draw(0, step).jitter), b.view_k)
+
+
+def test_flip_is_the_mirrored_view(index):
+    with_flips = {"augment": AugmentConfig(**{**vars(PLAIN), "flip": 1.0})}
+    without = {"augment": AugmentConfig(**{**vars(PLAIN), "flip": 0.0})}
+    for a, b in zip(loader(index, **with_flips).epoch(0), loader(index, **without).epoch(0), strict=True):
+        assert (a.view_q.flip(2).int() - b.view_q.int()).abs().max() <= 1
+
+
+def test_boxes_in_dali_equal_crop_boxes(index):
+    """Through the ROI itself, for shapes with no image file: DALI's arithmetic against numpy's."""
+    from nvidia.dali import Pipeline, fn
+
+    rng, n = np.random.Generator(np.random.PCG64(9)), 2000
+    shapes = np.column_stack([rng.integers(1, 3000, (n, 2)), np.full(n, 3)])
+    shapes[: n // 2, 0] = rng.integers(1, 60, n // 2)
+    drawn = pipeline.draw(rng, n, AugmentConfig())
+    pipe = Pipeline(batch_size=n, num_threads=2, device_id=None, prefetch_queue_depth=1)
+    with pipe:
+        boxes = pipeline._crops(fn, fn.external_source(name="shapes"), fn.external_source(name="numbers"), 2)
+        pipe.set_outputs(*(corner for box in boxes for corner in box))
+    pipe.feed_input("shapes", shapes)
+    pipe.feed_input("numbers", pipeline._pack([drawn.q, drawn.k]))
+    pipe.schedule_run()
+    corners = [np.asarray(out.as_tensor()).astype(int) for out in pipe.share_outputs()]
+    for crops, (start, end) in zip((drawn.q, drawn.k), (corners[:2], corners[2:]), strict=True):
+        low, high = np.minimum(start, end), np.maximum(start, end)
+        assert (np.column_stack([low, high - low]) == crop_boxes(shapes[:, :2], crops)).all()
+        assert ((start[:, 1] > end[:, 1]) == crops.flip).all() and (start[:, 0] < end[:, 0]).all()
+
+
+def test_exif_orientation_is_ignored_by_size_and_pixels(tmp_path):
+    (tmp_path / "c").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    image = Image.fromarray(picture(0, 90, 30))
+    for i in range(4):
+        image.save(tmp_path / "c" / f"{i}.jpg", quality=95, exif=exif)
+    index = load_index(tmp_path, "train", num_classes=1)
+    train = loader(index, batch_size=4, augment=PLAIN)
+    batch, crops = next(train.epoch(0)), train._draw(0, 0).q
+    stored = np.asarray(Image.open(tmp_path / "c" / "0.jpg"))
+    boxes = crop_boxes(np.tile(stored.shape[:2], (4, 1)), crops)
+    for view, box, flip in zip(batch.view_q.numpy(), boxes, crops.flip, strict=True):
+        view = view[:, ::-1] if flip else view
+        assert abs(inner(view - pillow_crop(stored, box, 32), box, 32)).max() <= 2
+
+
+def test_batch_larger_than_the_data(index):
+    with pytest.raises(UserError, match="batch larger than the data: 38 rows over all ranks, 37 images"):
+        loader(index, batch_size=19, world_size=2)
+    assert loader(index, batch_size=37).steps_per_epoch == 1
+
+
+def test_dali_absent(index, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    with pytest.raises(UserError, match="pip install nvidia-dali-cuda130"):
+        loader(index)
+
+
+@pytest.mark.parametrize("damage", ["text", "empty", "gone", "cut"])
+def test_a_broken_file_is_named(tmp_path, damage):
+    (tmp_path / "c").mkdir()
+    for i in range(12):
+        Image.fromarray(picture(i, 40, 50)).save(tmp_path / "c" / f"{i:02}.jpg")
+    index = load_index(tmp_path, "train", num_classes=1)
+    bad = tmp_path / "c" / "07.jpg"
+    content = bad.read_bytes()
+    if damage == "gone":
+        bad.unlink()
+    else:
+        bad.write_bytes({"text": b"<html></html>" * 20, "empty": b"", "cut": content[: len(content) * 6 // 10]}[damage])
+    train = loader(index, batch_size=4)
+    position = train._rows(0, 0).tolist() + train._rows(0, 1).tolist() + train._rows(0, 2).tolist()
+    step = position.index(7) // 4
+    batches = train.epoch(0)
+    for _ in range(step):
+        next(batches)  # what comes before it is not lost
+    with pytest.raises(UserError) as error:
+        next(batches)
+    assert str(bad) in str(error.value) and "\n" not in str(error.value) and "replace the file" in str(error.value)
+    assert "06.jpg" not in str(error.value)
+    bad.write_bytes(content)
+    assert len(list(train.epoch(0))) == 3  # the loader itself goes on
+
+
+def resize_and_crop(path, resize, size):
+    """torchvision's Resize(resize) and CenterCrop(size), with Pillow."""
+    image = Image.open(path).convert("RGB")
+    width, height = image.size
+    short, long = min(width, height), max(width, height)
+    new_long = int(resize * long / short)
+    width, height = (resize, new_long) if width <= height else (new_long, resize)
+    left, top = int(round((width - size) / 2.0)), int(round((height - size) / 2.0))
+    image = image.resize((width, height), Image.BILINEAR)
+    return np.asarray(image.crop((left, top, left + size, top + size))).astype(int)
+
+
+def eval_loader(index, **changes):
+    arguments = dict(batch_size=8, rank=0, world_size=1, image_size=28, resize=32, device=CPU, threads=2)
+    return EvalLoader(index, **{**arguments, **changes})
+
+
+def test_eval_shows_every_image_once_in_every_pass(index):
+    for ranks in (1, 2, 3):
+        loaders = [eval_loader(index, world_size=ranks, rank=rank) for rank in range(ranks)]
+        for _ in range(2):
+            passes = [list(each) for each in loaders]
+            ids = [torch.cat([ids for _, _, ids in batches]) for batches in passes]
+            assert all(part.tolist() == list(range(rank, 37, ranks)) for rank, part in enumerate(ids))
+            for images, labels, numbers in (batch for batches in passes for batch in batches):
+                assert len(images) == len(labels) == len(numbers) <= 8
+                assert labels.tolist() == index.labels[numbers.numpy()].tolist()
+
+
+def test_eval_last_batch_and_rank_without_images(index):
+    sizes = [len(ids) for _, _, ids in eval_loader(index)]
+    assert sizes == [8, 8, 8, 8, 5] and len(eval_loader(index)) == 5
+    assert [len(ids) for _, _, ids in eval_loader(index, batch_size=50)] == [37]
+    assert list(eval_loader(index, rank=37, world_size=40)) == []
+
+
+def test_eval_pass_after_an_abandoned_one(index):
+    each = eval_loader(index)
+    next(iter(each))
+    assert [ids[0].item() for _, _, ids in each] == [0, 8, 16, 24, 32]
+    each.close()
+    assert len(list(each)) == 5
+
+
+@pytest.mark.parametrize("resize, size", [(32, 28), (37, 28), (28, 28), (90, 61)])
+def test_eval_pixels_equal_pillow(index, resize, size):
+    for images, _, ids in eval_loader(index, image_size=size, resize=resize):
+        assert images.shape[1:] == (size, size, 3) and images.dtype == torch.uint8
+        for image, i in zip(images.numpy().astype(int), ids.tolist(), strict=True):
+            difference = abs(image - resize_and_crop(index.full_path(i), resize, size))
+            # Pillow rounds to 8 bits between the two passes and has fixed-point weights.
+            assert difference.max() <= 2 and difference.mean() < 0.6, index.full_path(i)
+
+
+def test_eval_crop_larger_than_the_resized_image(index):
+    with pytest.raises(UserError, match="--eval-resize"):
+        eval_loader(index, image_size=33)
+
+
+@pytest.mark.gpu
+def test_loaders_on_a_gpu(index):
+    gpu = torch.device("cuda")
+    train = loader(index, device=gpu)
+    batches = list(train.epoch(0, 1))
+    assert all(x.device.type == "cuda" for x in batches[0])
+    again = list(loader(index, device=gpu).epoch(0))[1:]
+    assert all(equal(a, b) for a, b in zip(batches, again, strict=True))
+    check_views(loader(index, augment=PLAIN, device=gpu), index, tolerance=2)
+    for (a, *_), (b, *_) in zip(eval_loader(index), eval_loader(index, device=gpu), strict=True):
+        assert (a.int() - b.cpu().int()).abs().max() <= 2
