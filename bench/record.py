@@ -7,9 +7,11 @@ import platform
 import subprocess
 from pathlib import Path
 
-import torch
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as mopro_fast/cli.py does, before torch is imported
 
-from mopro_fast import __version__
+import torch  # noqa: E402
+
+from mopro_fast import __version__  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -1,4 +1,7 @@
 import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as mopro_fast/cli.py does, and for the same reason
+
 import shutil
 from pathlib import Path
 

@@ -53,6 +53,7 @@ def test_boxes_equal_get_params():
     n = 4000
     shapes = rng.integers(1, 700, (n, 2))
     shapes[:1000, 0] = rng.integers(1, 40, 1000)  # banners, where many attempts fail
+    shapes[-100:] = rng.integers(1, 3, (100, 2))  # where an attempt may have no pixel
     area, ratio = rng.uniform(0.2, 1, (n, 10)), np.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3), (n, 10)))
     place = rng.random((n, 2))
     crops = Crops(np.stack([np.sqrt(area / ratio), np.sqrt(area * ratio)], axis=2), place, np.zeros(n, bool))

@@ -189,6 +189,7 @@ def test_boxes_in_dali_equal_crop_boxes(index):
     rng, n = np.random.Generator(np.random.PCG64(9)), 2000
     shapes = np.column_stack([rng.integers(1, 3000, (n, 2)), np.full(n, 3)])
     shapes[: n // 2, 0] = rng.integers(1, 60, n // 2)
+    shapes[:100, :2] = rng.integers(1, 3, (100, 2))  # where an attempt may have no pixel
     drawn = pipeline.draw(rng, n, AugmentConfig())
     pipe = Pipeline(batch_size=n, num_threads=2, device_id=None, prefetch_queue_depth=1)
     with pipe:
@@ -298,7 +299,7 @@ def test_eval_last_batch_and_rank_without_images(index):
 def test_eval_pass_after_an_abandoned_one(index):
     each = eval_loader(index)
     next(iter(each))
-    assert [ids[0].item() for _, _, ids in each] == [0, 8, 16, 24, 32]
+    assert all(equal(a, b) for a, b in zip(each, eval_loader(index), strict=True))
     each.close()
     assert len(list(each)) == 5
 
