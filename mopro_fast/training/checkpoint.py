@@ -26,7 +26,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise UserError(f"cannot write the checkpoint {path}: {error.strerror}; earlier ones are untouched") from None
-    for old in all_of(folder)[:-keep]:
+    for old in [*all_of(folder)[:-keep], *folder.glob("*.partial")]:  # partial: left by a crash while writing
         old.unlink()
     return path
 
@@ -52,8 +52,9 @@ def load(path: str | Path) -> dict[str, Any]:
 
 def load_weights(model: torch.nn.Module, path: str | Path) -> None:
     """Initialise ``model`` from a checkpoint's weights; a UserError names the first tensor that does not fit."""
-    check_fits(model, load(path)["model"], path)
-    model.load_state_dict(load(path)["model"])
+    weights = load(path)["model"]
+    check_fits(model, weights, path)
+    model.load_state_dict(weights)
 
 
 def check_fits(model: torch.nn.Module, weights: dict[str, torch.Tensor], path: str | Path) -> None:

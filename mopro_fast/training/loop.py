@@ -101,7 +101,8 @@ class Trainer:
                         )
                         return received
         finally:
-            self.loader.close()
+            for loader in (self.loader, *self.eval_loaders.values()):
+                loader.close()
             self.log.close()
         return 0
 
