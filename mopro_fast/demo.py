@@ -19,7 +19,7 @@ from mopro_fast.config import TrainConfig, recipe
 
 SIDE = 32  # of the image files, px
 TEST = 500  # digits that keep their true label and are never trained on
-SYMMETRIC, CLASS_DEPENDENT, OUT_OF_DISTRIBUTION = 0.3, 0.2, 0.1  # shares; 0.3 + 0.2: half of the labels are wrong
+SYMMETRIC, CLASS_DEPENDENT, OUT_OF_DISTRIBUTION = 0.35, 0.15, 0.1  # shares; the first two: half the labels are wrong
 LOOKS_LIKE = np.array([6, 7, 3, 8, 9, 6, 0, 1, 3, 4])  # the class-dependent mistakes: 0→6, 1→7, …
 
 
