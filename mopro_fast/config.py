@@ -27,7 +27,7 @@ class DataConfig:
     layout: Literal["auto", "webvision", "list", "folder"] = "auto"
     """Layout of the data; auto looks."""
     root: str | None = None
-    """Folder that the paths of a list file start from (default: the list's own folder)."""
+    """Folder that the paths of the list files of --data and --val start from (default: each list's own folder)."""
     val: str | None = None
     """Validation data in any of the layouts (default: the validation split that comes with the data, if any)."""
     extra_val: dict[str, str] = field(default_factory=dict)
@@ -124,8 +124,6 @@ class RunConfig:
     """auto: the GPU of each local rank if there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Autocast type of the encoders; auto: bf16 on a GPU, fp32 on a CPU. Masters are always float32."""
-    channels_last: bool = True
-    """Keep activations and convolution weights in NHWC."""
     deterministic: bool = False
     """Only deterministic cuDNN kernels, so that runs on a GPU repeat bit for bit; slower."""
     log_every: int = 50
@@ -171,12 +169,14 @@ class TrainConfig:
             _require(0 <= value <= 1, f"--{_flag(name)} must lie in [0, 1], got {value}")
         _require(0 <= o.momentum < 1, f"--momentum must lie in [0, 1), got {o.momentum}")
         _require(p.temperature > 0, f"--temperature must be above 0, got {p.temperature}")
-        _require(m.width > 0, f"--width must be above 0, got {m.width}")
+        _require(m.width >= 1 / 64, f"--width must be at least 1/64, one channel in the first stage, got {m.width}")
         _require(
             o.batch_size % ranks == 0,
             f"--batch-size {o.batch_size} cannot be divided among {ranks} ranks: choose a multiple of {ranks}",
         )
         rows = o.batch_size // ranks
+        _require(rows > 1, f"--batch-size {o.batch_size} leaves one row per rank: BatchNorm needs at least two")
+        _require(m.bn_group != 1, "--bn-group 1: BatchNorm needs at least two rows; 0 takes all of a rank")
         _require(
             m.bn_group == 0 or rows % m.bn_group == 0,
             f"--bn-group {m.bn_group} does not divide the {rows} rows of a rank: choose a divisor, or 0 for all rows",
@@ -263,10 +263,11 @@ def recipe(name: str) -> TrainConfig:
 def load(path: str | Path) -> TrainConfig:
     """Read a config.json as a run saves it."""
     try:
-        values = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+        config = from_dict(TrainConfig, json.loads(Path(path).read_text()), str(path))
+        config.validate()
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read the config {path}: {error}") from None
-    return from_dict(TrainConfig, values, str(path))
+    return config
 
 
 def from_dict(cls: type, values: dict[str, Any], where: str) -> Any:

@@ -11,6 +11,7 @@ out=${OUT:-bench/results}
 "$python" -c 'import mopro_fast._C' 2>/dev/null || "$python" -m pip install --no-build-isolation --no-deps .
 "$python" -m mopro_fast env
 "$python" -m pytest -q tests/test_ops.py tests/test_ema_update_cuda.py
+"$python" -m pytest -q -m gpu tests --ignore tests/test_ema_update_cuda.py
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
     compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest -q tests/test_ops.py -k "cuda_ema or ema_update"

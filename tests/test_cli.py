@@ -11,6 +11,7 @@ from PIL import Image
 from mopro_fast import cli
 from mopro_fast.config import RECIPES, TrainConfig, from_dict, recipe
 from mopro_fast.errors import UserError
+from mopro_fast.ops import backends
 
 
 @pytest.fixture
@@ -57,6 +58,9 @@ MISTAKES = {
     "group does not divide": (["--data", "{}/good.txt", "--bn-group", "5"], ["--bn-group 5"]),
     "momentum": (["--data", "{}/good.txt", "--key-momentum", "1.5"], ["--key-momentum", "1.5"]),
     "no data": ([], ["--data"]),
+    "width": (["--data", "{}/good.txt", "--width", "0.01"], ["--width", "0.01"]),
+    "one row": (["--data", "{}/good.txt", "--batch-size", "1"], ["--batch-size 1"]),
+    "no such validation data": (["--data", "{}/good.txt", "--batch-size", "4", "--val", "{}/no"], ["no such", "/no"]),
     "no GPU": (["--data", "{}/good.txt", "--device", "cuda"], ["cuda"]),
     "no such checkpoint": (
         ["--data", "{}/good.txt", "--batch-size", "4", "--resume", "{}/none.pt"],
@@ -92,7 +96,7 @@ def test_as_a_process_there_is_one_line_and_no_traceback(tmp_path):
     command = [sys.executable, "-m", "mopro_fast", "train", "demo", "--data", "nowhere", "--out", tmp_path]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr == "mopro-fast: error: no such file or folder: nowhere: check --data\n"
+    assert result.stderr == "mopro-fast: error: no such file or folder: nowhere\n"
 
 
 def test_help_is_there_for_everything(mopro_fast):
@@ -129,6 +133,23 @@ def test_official_values():
     assert (v2.data.num_classes, v2.mopro.threshold) == (5000, 0.6)
     assert (mini.data.num_classes, mini.data.keep_classes) == (50, 50)
     assert recipe("google500").data.num_classes == 500
+
+
+def test_out_must_be_a_folder_and_the_backend_known(images, tmp_path, mopro_fast, monkeypatch):
+    (tmp_path / "file").touch()
+    data = ["train", "demo", "--data", images / "good.txt", "--batch-size", "4", "--device", "cpu", "--out"]
+    status, _, stderr = mopro_fast(*data, tmp_path / "file")
+    assert status == 2 and "is a file: name a folder" in stderr
+    monkeypatch.setattr(backends, "_choice", "triton")
+    status, _, stderr = mopro_fast(*data, tmp_path / "run")
+    assert status == 2 and "MOPRO_FAST_BACKEND=triton" in stderr
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"optim": {"epochs": "ninety"}}', '{"optim": 3}'])
+def test_a_broken_config_is_one_line(text, tmp_path, mopro_fast):
+    (tmp_path / "config.json").write_text(text)
+    status, _, stderr = mopro_fast("train", tmp_path / "config.json")
+    assert status == 2 and len(stderr.splitlines()) == 1
 
 
 def test_unknown_keys_of_a_config_are_refused():

@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 from processes import on_ranks
 from reference_step import PlainMoPro
-from torch.nn.parallel import DistributedDataParallel
 
 from mopro_fast.config import MoProConfig
 from mopro_fast.models.mopro import MoPro
 from mopro_fast.models.resnet import ResNet
-from mopro_fast.training.distributed import exchange_rows, gather_rows, shuffle_order
+from mopro_fast.training.distributed import data_parallel, exchange_rows, gather_rows, shuffle_order
 
 STEPS, ROWS, CLASSES, DIM, QUEUE, SIZE = 20, 6, 5, 8, 20, 32  # 6 and 12 rows: neither divides the queue
 EPOCH_OF_STEP = [0] * 5 + [1] * 5 + [2] * 10
@@ -56,7 +55,7 @@ def compare_twenty_steps(rank: int, ranks: int, bn_group: int) -> None:
     encoder = ResNet("resnet18", CLASSES, DIM, width=0.125, stem="small", bn_group=bn_group)
     model = MoPro(encoder, copy.deepcopy(encoder), config).train()
     plain = PlainMoPro(encoder, model.queue, config, ranks)
-    query = DistributedDataParallel(encoder, broadcast_buffers=False) if ranks > 1 else encoder
+    query = data_parallel(encoder, torch.device("cpu")) if ranks > 1 else encoder
     optimizer = torch.optim.SGD(encoder.parameters(), **SGD)
     plain_optimizers = [torch.optim.SGD(e.parameters(), **SGD) for e in plain.encoder_q]
     relabelled = removed = 0
@@ -125,6 +124,24 @@ def shuffle_round_trip(rank: int, ranks: int) -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_rows_change_ranks_and_come_back(ranks: int) -> None:
     on_ranks(ranks, shuffle_round_trip)
+
+
+def first_gradients_again(rank: int, ranks: int) -> None:
+    """From three ranks on the order of a sum matters: a fresh wrapper must sum as one that has run for a while."""
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(*(torch.nn.Linear(40, 40) for _ in range(12)))
+    wrapped = data_parallel(module, torch.device("cpu"))
+    x = torch.randn(8, 40, generator=torch.Generator().manual_seed(rank))
+    gradients = []
+    for _ in range(3):
+        module.zero_grad()
+        wrapped(x).square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in module.parameters()]))
+    assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[2])
+
+
+def test_the_first_step_after_a_resume_sums_gradients_as_the_others() -> None:
+    on_ranks(4, first_gradients_again)
 
 
 def test_shuffle_depends_on_seed_and_step_alone() -> None:

@@ -157,8 +157,37 @@ def test_cross_entropy_runs_through_the_same_loop(digits, tmp_path):
     config = small_config(digits, tmp_path)
     config.method, config.optim.epochs = "ce", 1
     assert Trainer(config).run() == 0
-    names = checkpoint.load(checkpoint.all_of(tmp_path / "checkpoints")[-1])["model"]
-    assert all(name.startswith("encoder_q.") for name in names)
+    saved = checkpoint.all_of(tmp_path / "checkpoints")[-1]
+    weights = checkpoint.load(saved)["model"]
+    assert all(name.startswith("encoder_q.") for name in weights)
+    config = small_config(digits, tmp_path / "from_ce")
+    config.run.init = str(saved)
+    model = Trainer(config).model
+    assert torch.equal(model.encoder_q.fc1.weight, weights["encoder_q.fc1.weight"])
+    assert torch.equal(model.encoder_k.fc1.weight, weights["encoder_q.fc1.weight"])
+
+
+def test_weights_that_are_not_finite_are_never_saved(digits, tmp_path):
+    trainer = Trainer(small_config(digits, tmp_path))
+    with torch.no_grad():
+        trainer.model.encoder_q.fc1.weight[0, 0] = float("inf")
+    with pytest.raises(UserError, match="weights are not finite at epoch 1, step 0, rank 0"):
+        trainer._save()
+    assert not checkpoint.all_of(tmp_path / "checkpoints")
+
+
+def test_killed_in_an_evaluation_it_goes_on_from_the_end_of_the_epoch(digits, uninterrupted, tmp_path, monkeypatch):
+    def die(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mopro_fast.training.loop.accuracy", die)
+        with pytest.raises(MemoryError):
+            Trainer(small_config(digits, tmp_path)).run()
+    trainer = Trainer(small_config(digits, tmp_path))
+    assert (trainer.epoch, trainer.step) == (0, STEPS)
+    assert trainer.run() == 0
+    assert_same_run(uninterrupted, tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoints(digits, tmp_path):
@@ -186,7 +215,9 @@ def test_resume_refuses_another_run(digits, uninterrupted, tmp_path):
     assert "another architecture" in refusal(lambda c: setattr(c.model, "arch", "resnet34"))
     assert "another architecture" in refusal(lambda c: setattr(c.model, "embed_dim", 16))
     assert "already holds a run" in refusal(lambda c: setattr(c.run, "resume", "never"))
-    assert "no checkpoint at nowhere.pt" in refusal(lambda c: setattr(c.run, "resume", "nowhere.pt"))
+    assert "no checkpoint at no/where.pt" in refusal(lambda c: setattr(c.run, "resume", "no/where.pt"))
+    older = str(checkpoint.all_of(uninterrupted / "checkpoints")[0])
+    assert "choose another --out" in refusal(lambda c: setattr(c.run, "resume", older))
     other = tmp_path / "other"
     write_images(other, seed=1)
     assert "trained on other data" in refusal(lambda c: setattr(c.data, "path", str(other)))
@@ -201,6 +232,9 @@ def test_initial_weights_must_fit(digits, uninterrupted, tmp_path):
     config.run.init, config.optim.epochs = str(saved), 1
     model = Trainer(config).model
     assert torch.equal(model.prototypes, checkpoint.load(saved)["model"]["prototypes"])
+    config.mopro.queue_size = 128  # only the query encoder must fit
+    model = Trainer(config).model
+    assert torch.equal(model.encoder_k.fc2.weight, checkpoint.load(saved)["model"]["encoder_k.fc2.weight"])
     config.model.width = 0.25
     with pytest.raises(UserError, match="another architecture: .* set --arch, --width"):
         Trainer(config)

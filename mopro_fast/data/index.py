@@ -78,7 +78,7 @@ def load_index(
     """
     data = os.fspath(data)
     if not os.path.exists(data):
-        raise UserError(f"no such file or folder: {data}: check --data")
+        raise UserError(f"no such file or folder: {data}")
     if layout == "auto":
         layout = _recognise(data)
     if layout == "webvision":

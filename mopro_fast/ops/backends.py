@@ -8,12 +8,16 @@ choice that cannot be honoured raises.
 import contextlib
 import functools
 import importlib
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+
+from mopro_fast import environment
+from mopro_fast.errors import UserError
 
 log = logging.getLogger("mopro_fast")
 library = torch.library.Library("mopro_fast", "DEF")
@@ -73,6 +77,15 @@ def describe() -> dict[str, dict[str, str]]:
     return {op: {device: backend(op, device) for device in ("cpu", "cuda")} for op in OPS}
 
 
+def require(device: str) -> None:
+    """Raise a UserError now if MOPRO_FAST_BACKEND cannot be honoured for every op on this device."""
+    for op in OPS:
+        try:
+            choose(op, device, _known(_choice))
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"MOPRO_FAST_BACKEND={_choice}: {error}") from None
+
+
 def choose(op: str, device: str, choice: str) -> str:
     """The backend that runs ``op`` on tensors of ``device`` ("cpu" or "cuda") under ``choice``."""
     if choice != "auto":
@@ -103,6 +116,13 @@ def _missing_extension() -> str | None:
         importlib.import_module("mopro_fast._C")
     except ImportError as error:
         return f"the compiled extension is not there ({error}); `mopro-fast env` says why"
+    if torch.cuda.is_available():
+        archs = json.loads(environment.BUILD_INFO.read_text())["archs"]
+        capability = "{}.{}".format(*torch.cuda.get_device_capability())
+        if not environment.covers(archs, capability):
+            return (
+                f"it was built for {', '.join(archs)}, not for this GPU's {capability}: install mopro_fast again here"
+            )
     return None
 
 

@@ -51,15 +51,22 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def load_weights(model: torch.nn.Module, path: str | Path) -> None:
-    """Initialise ``model`` from a checkpoint's weights; a UserError names the first tensor that does not fit."""
-    weights = load(path)["model"]
-    check_fits(model, weights, path)
-    model.load_state_dict(weights)
+    """Initialise ``model`` from a checkpoint: its query encoder must fit; key encoder, queue and prototypes if they do.
+
+    A key encoder that the checkpoint lacks (cross-entropy) starts as a copy of the query encoder, as always.
+    """
+    own, weights = model.state_dict(), load(path)["model"]
+    query = {name: w for name, w in weights.items() if name.startswith("encoder_q.")}
+    for name, w in query.items():
+        weights.setdefault(name.replace("encoder_q.", "encoder_k.", 1), w)
+    check_fits({name: w for name, w in own.items() if name.startswith("encoder_q.")}, query, path)
+    fitting = {name: w for name, w in weights.items() if name in own and own[name].shape == w.shape}
+    model.load_state_dict(own | fitting)
 
 
-def check_fits(model: torch.nn.Module, weights: dict[str, torch.Tensor], path: str | Path) -> None:
-    own = model.state_dict()
-    for name in own.keys() | weights.keys():
+def check_fits(own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Raise a UserError that names the first tensor of another shape."""
+    for name in own | weights:
         have, want = (tuple(d[name].shape) if name in d else None for d in (weights, own))
         if have != want:
             raise UserError(

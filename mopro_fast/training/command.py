@@ -14,11 +14,9 @@ def main(argv: list[str]) -> int:
     config = parse(argv)
     from mopro_fast.training.loop import Trainer
 
-    try:
-        received = Trainer(config).run()
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    received = Trainer(config).run()
+    if dist.is_initialized():  # not after an error: other ranks may sit in a collective, and this would wait for them
+        dist.destroy_process_group()
     return 128 + received if received else 0
 
 

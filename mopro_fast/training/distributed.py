@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mopro_fast.errors import UserError
 
@@ -36,7 +37,7 @@ def start(device: str) -> torch.device:
     place = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(place)
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+    if {"WORLD_SIZE", "RANK", "MASTER_ADDR"} <= os.environ.keys() and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", device_id=place if cuda else None)
     return place
 
@@ -80,6 +81,16 @@ def _on(index: np.ndarray, x: Tensor) -> Tensor:
     return index.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else index
 
 
+def data_parallel(module: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """The module with its gradients averaged over the ranks, the same bits in the first step as in any later one.
+
+    find_unused_parameters keeps DDP from laying out its buckets anew after the first step: from three ranks on, the
+    layout decides the order of summation, and the first step after a resume would differ from the uninterrupted one.
+    """
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False, find_unused_parameters=True)
+
+
 def from_rank0(value):
     """Rank 0's value (any small picklable object) on every rank."""
     if world()[1] == 1:
@@ -99,8 +110,8 @@ def sync_buffers(module: nn.Module) -> None:
 class StopSignal:
     """SIGTERM and Ctrl-C as a flag that all ranks see at the same step.
 
-    Each :meth:`poll` starts an all-reduce of the flag on a CPU group and reads the one started a step before, so
-    neither the device nor the step waits for it.
+    Each :meth:`poll` starts an all-reduce of the flag on a CPU group and reads the one started a step before: the
+    device never waits for it, a rank only for one that is more than a step behind.
     """
 
     def __init__(self) -> None:
@@ -120,6 +131,8 @@ class StopSignal:
             signal.signal(s, handler)
 
     def _note(self, number: int, _frame) -> None:
+        if self.signal and self.group is None and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C ends a single process at once (torchrun repeats the first itself)
         self.signal = number
 
     def poll(self) -> int:

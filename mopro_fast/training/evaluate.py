@@ -16,14 +16,17 @@ def accuracy(encoder: ResNet, loader: Iterable, device: torch.device, bf16: bool
 
     With fewer than five classes top5 counts all of them. The encoder is left in training mode.
     """
-    counts = torch.zeros(3, dtype=torch.int64, device=device)
+    counts = torch.zeros(2, dtype=torch.int64, device=device)
+    shown = 0
     encoder.eval()
     for images, labels, _ids in loader:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             logits = encoder.classifier(encoder.features(normalize(images)))
         top = logits.float().topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        counts += torch.stack([top[:, 0].sum(), top.sum(), torch.tensor(len(labels), device=device)])
+        counts += torch.stack([top[:, 0].sum(), top.sum()])
+        shown += len(labels)
     encoder.train()
+    counts = torch.cat([counts, torch.tensor([shown], device=device)])
     if world()[1] > 1:
         dist.all_reduce(counts)
     top1, top5, images = counts.tolist()

@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from mopro_fast import __version__, models
 from mopro_fast.config import TrainConfig, differences
 from mopro_fast.data.index import Index, load_index
 from mopro_fast.data.pipeline import EvalLoader, TrainLoader
 from mopro_fast.errors import UserError
+from mopro_fast.ops import backends
 from mopro_fast.training import checkpoint, distributed
 from mopro_fast.training.distributed import gather_rows
 from mopro_fast.training.evaluate import accuracy
@@ -42,7 +42,11 @@ class Trainer:
         self.rank, self.ranks = distributed.world()
         config.validate(self.ranks)
         self.out = Path(config.run.out)
-        self.bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and self.device.type == "cuda")
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"--out {self.out} is a file: name a folder")
+        backends.require(self.device.type)
+        auto = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and auto)
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = not config.run.deterministic
             torch.backends.cudnn.deterministic = config.run.deterministic
@@ -56,16 +60,11 @@ class Trainer:
         self.eval_loaders = self._eval_loaders()
 
         torch.manual_seed(config.run.seed)
-        self.model = models.build(config).to(self.device).train()
-        if config.run.channels_last:
-            self.model.to(memory_format=torch.channels_last)
+        self.model = models.build(config).to(self.device, memory_format=torch.channels_last).train()
         self.optimizer = build_optimizer(self.model.encoder_q, config.optim)
         self.query = self.model.encoder_q
         if self.ranks > 1:
-            devices = [self.device] if self.device.type == "cuda" else None
-            self.query = DistributedDataParallel(
-                self.query, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            self.query = distributed.data_parallel(self.query, self.device)
 
         self.epoch = self.step = 0  # the next step to take
         self.sums: dict[str, torch.Tensor] | None = None  # per metric float64 [2]: since the last entry, this epoch
@@ -185,6 +184,7 @@ class Trainer:
             self.log.say(f"{where} | {text} | {speed:.0f} img/s | {_duration(left)} left")
 
     def _end_epoch(self) -> None:
+        self._save()  # evaluation may take longer than a scheduler waits between SIGTERM and SIGKILL
         self.log.entry("epoch", self.epoch, self.step, self.global_step, self._means(1))
         distributed.sync_buffers(self.model)
         for name, loader in self.eval_loaders.items():
@@ -207,11 +207,23 @@ class Trainer:
         bad = gather_rows(self.bad_step).tolist()
         for rank, step in enumerate(bad):
             if step >= 0:
-                saved = checkpoint.all_of(self.out / "checkpoints")
                 raise UserError(
                     f"the loss is not finite at epoch {self.epoch + 1}, step {step + 1}, rank {rank}; last checkpoint: "
-                    f"{saved[-1] if saved else 'none yet'}; try a lower --lr or some --warmup-epochs"
+                    f"{self._last_checkpoint()}; try a lower --lr or some --warmup-epochs"
                 )
+
+    def _check_weights(self) -> None:
+        """The losses can be finite to the last and the step after them not: such weights are never saved."""
+        norms = torch.stack(torch._foreach_norm(list(self.model.parameters())))
+        if not bool(norms.isfinite().all()):
+            raise UserError(
+                f"weights are not finite at epoch {self.epoch + 1}, step {self.step}, rank {self.rank}; "
+                f"last checkpoint: {self._last_checkpoint()}; try a lower --lr or some --warmup-epochs"
+            )
+
+    def _last_checkpoint(self) -> str:
+        saved = checkpoint.all_of(self.out / "checkpoints")
+        return str(saved[-1]) if saved else "none yet"
 
     def _no_decisions(self) -> torch.Tensor:
         return torch.full((len(self.index),), UNSEEN, dtype=torch.int32, device=self.device)
@@ -225,6 +237,7 @@ class Trainer:
 
     def _save(self) -> Path | None:
         self._check_finite()
+        self._check_weights()
         sums = self.sums or {}
         state = {
             "version": __version__,
@@ -251,12 +264,7 @@ class Trainer:
         path = run.resume if run.resume not in ("auto", "never") else (saved[-1] if saved else None)
         if run.resume == "never" and saved:
             raise UserError(f"{self.out} already holds a run: choose another --out, or --resume auto to go on with it")
-        elif (
-            run.resume != "auto"
-            and saved
-            and Path(path).parent.samefile(saved[-1].parent)
-            and Path(path).name < saved[-1].name
-        ):
+        if path and saved and Path(path).resolve() in [p.resolve() for p in saved[:-1]]:
             raise UserError(f"{path} is older than {saved[-1]}: to go back to it, choose another --out")
         path = distributed.from_rank0(path)
         if path is None:
@@ -285,7 +293,7 @@ class Trainer:
         theirs, ours = json.loads(state["config"]), json.loads(self.config.to_json())
         changed = [name for name in differences(theirs, ours) if name not in FREE]
         if any(name.startswith("model.") or name == "data.num_classes" for name in changed):
-            checkpoint.check_fits(self.model, state["model"], path)
+            checkpoint.check_fits(self.model.state_dict(), state["model"], path)
         if changed:
             first = changed[0]
             raise UserError(
@@ -318,7 +326,7 @@ class Trainer:
         common = {"num_classes": d.num_classes, "layout": "auto"}
         sets: dict[str, Index] = {}
         if d.val:
-            sets["val"] = load_index(d.val, "val", keep_classes=d.keep_classes, **common)
+            sets["val"] = load_index(d.val, "val", root=d.root, keep_classes=d.keep_classes, **common)
         elif has_val_split(d.path):
             sets["val"] = load_index(d.path, "val", keep_classes=d.keep_classes, **common)
         for name, path in d.extra_val.items():
