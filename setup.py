@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.resolve()
 INFO = "mopro_fast/_build_info.json"
 WHAT_TO_DO = (
     "Install the CUDA toolkit (12.1 or newer), name its nvcc in CUDACXX or its folder in CUDA_HOME, "
-    "and install mopro_fast again. Without it the package works on its PyTorch and Triton backends."
+    "and install mopro_fast again. Without it everything runs on the reference backend, plain PyTorch."
 )
 
 

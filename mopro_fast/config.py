@@ -191,6 +191,8 @@ class TrainConfig:
             d.keep_classes is None or d.keep_classes == d.num_classes,
             f"--keep-classes {d.keep_classes} contradicts --num-classes {d.num_classes}: they must be equal",
         )
+        taken = {"train", "epoch", "val", "speed"} & d.extra_val.keys()
+        _require(not taken, f"--extra-val {' '.join(taken)}: the log uses this name itself, choose another")
         _require(not (o.nesterov and o.momentum == 0), "--nesterov needs --momentum above 0")
 
     def to_json(self) -> str:
