@@ -1,1 +1,8 @@
 """Triton kernels, installed as `mopro_fast.kernels`: one file per op, named as the op, imported lazily."""
+
+from mopro_fast.kernels.correct_labels import correct_labels
+from mopro_fast.kernels.info_nce import info_nce
+from mopro_fast.kernels.mopro_loss import mopro_loss, mopro_loss_backward
+from mopro_fast.kernels.prototype_contrast import prototype_contrast
+
+__all__ = ["correct_labels", "info_nce", "mopro_loss", "mopro_loss_backward", "prototype_contrast"]

@@ -9,6 +9,7 @@ from mopro_fast.ops.backends import use_backend
 from mopro_fast.ops.correct_labels import correct_labels
 from mopro_fast.ops.ema_update import ema_update_
 from mopro_fast.ops.info_nce import info_nce
+from mopro_fast.ops.mopro_loss import mopro_loss
 from mopro_fast.ops.prototype_contrast import prototype_contrast
 from mopro_fast.ops.prototype_update import prototype_update_
 from mopro_fast.ops.queue_enqueue import queue_enqueue_
@@ -17,6 +18,7 @@ __all__ = [
     "correct_labels",
     "ema_update_",
     "info_nce",
+    "mopro_loss",
     "prototype_contrast",
     "prototype_update_",
     "queue_enqueue_",

@@ -27,13 +27,16 @@ OPS = (
     "queue_enqueue_",
     "info_nce",
     "correct_labels",
+    "mopro_loss",
+    "mopro_loss_backward",
     "prototype_contrast",
     "prototype_update_",
 )
 PREFERENCE = ("cuda", "triton", "reference")
 # Where each backend's implementations live, and which ops it has. Modules are imported on first use.
 MODULES = {"reference": "mopro_fast.ops.reference", "cuda": "mopro_fast.ops.cuda", "triton": "mopro_fast.kernels"}
-IMPLEMENTED = {"reference": OPS, "cuda": ("ema_update_",), "triton": ()}
+TRITON = ("info_nce", "correct_labels", "prototype_contrast", "mopro_loss", "mopro_loss_backward")
+IMPLEMENTED = {"reference": OPS, "cuda": ("ema_update_",), "triton": TRITON}
 
 _choice = os.environ.get("MOPRO_FAST_BACKEND", "auto")
 
@@ -140,5 +143,10 @@ def _implementation(op: str, device: str, choice: str) -> Callable[..., Any]:
 
 
 def _run(op: str, device: str, *args: Any) -> Any:
+    choice = _choice
+    if any(isinstance(a, torch.Tensor) and a.dtype == torch.float64 for a in args):
+        if choice not in ("auto", "reference"):
+            raise RuntimeError(f"the {choice} backend was asked for but cannot run {op}: it has no float64")
+        choice = "reference"
     with torch.autocast(device, enabled=False):  # the arithmetic type is the op's own affair
-        return _implementation(op, device, _choice)(*args)
+        return _implementation(op, device, choice)(*args)

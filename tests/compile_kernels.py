@@ -1,0 +1,114 @@
+"""Compiles every Triton kernel for GPUs that are not here, with the arguments its own launcher gives it.
+
+python tests/compile_kernels.py ARCH...    one JSON object per compiled variant: kernel, arch, stack, registers, shared
+
+The launches are intercepted: types, alignment and constants come from the tensors and tilings of real calls.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from mopro_fast import kernels
+
+TYPES = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+    torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1",
+}  # fmt: skip
+WARPS, STAGES = 4, 3  # Triton's defaults
+
+
+def launches(call) -> list[tuple[JITFunction, dict, dict]]:
+    """What `call` launches, without running any of it: (kernel, its arguments, its options)."""
+    seen = []
+
+    def record(kernel, *args, grid, warmup, **kwargs):
+        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+        seen.append((kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs, options))
+
+    run, JITFunction.run = JITFunction.run, record
+    try:
+        call()
+    finally:
+        JITFunction.run = run
+    return seen
+
+
+def source(kernel: JITFunction, arguments: dict) -> ASTSource:
+    """Specialised as a launch would: 1 is a constant, multiples of 16 are known as such."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or (type(value) is int and value == 1):
+            signature[parameter.name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name], attributes[(i,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            if isinstance(value, int) and value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def resources(cubin: bytes) -> dict:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
+    return {"registers": int(registers), "stack": int(stack)}
+
+
+def calls():
+    """Every op over embedding sizes and types. The last two numbers: classes beyond one block, odd sizes."""
+    f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
+    for dim, q_type, bank_type, n, classes in [
+        *[(dim, t, t, 256, 1000) for dim in (32, 128, 256, 512) for t in (f32, bf16)],
+        (128, f16, f16, 256, 1000), (128, bf16, f32, 256, 21841), (65, bf16, bf16, 33, 257), (768, bf16, bf16, 64, 64),
+    ]:  # fmt: skip
+        q, bank = torch.empty(n, dim, dtype=q_type), torch.empty(classes, dim, dtype=bank_type)
+        logits, labels = torch.empty(n, classes, dtype=q_type), torch.empty(n, dtype=torch.int64)
+        kept = torch.empty(n, dtype=torch.bool)
+        yield kernels.info_nce, (q, q, bank, 0.1)
+        yield kernels.correct_labels, (logits, q, bank, labels, 0.5, 0.8, 0.1)
+        yield kernels.prototype_contrast, (q, bank, labels, None, 0.1)
+        yield kernels.prototype_contrast, (q, bank, labels, kept, 0.1)
+        for contrast, correct in [(True, True), (True, False), (False, False)]:
+            yield kernels.mopro_loss, (logits, q, q, bank, bank, labels, 0.1, 0.5, 0.8, 1.0, 1.0, contrast, correct)
+        wide = q.float()
+        yield kernels.mopro_loss_backward, (
+            wide[0, 0], logits, labels, kept, wide, wide, wide[:, 0].contiguous(), wide[0, :1], 1.0, 1.0, q_type
+        )  # fmt: skip
+
+
+def main() -> int:
+    done = set()
+    for function, arguments in calls():
+        for kernel, values, options in launches(lambda f=function, a=arguments: f(*a)):
+            compiled_from = source(kernel, values)
+            options = {"num_warps": WARPS, "num_stages": STAGES, **options}
+            key = (compiled_from.hash(), *options.values())
+            if key in done:
+                continue
+            done.add(key)
+            for arch in map(int, sys.argv[1:]):
+                compiled = triton.compile(compiled_from, target=GPUTarget("cuda", arch, 32), options=options)
+                shown = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
+                types = [str(v.dtype) for v in values.values() if isinstance(v, torch.Tensor)][:2]
+                report = {"kernel": kernel.__name__, "arch": arch, "types": types, "constants": shown}
+                report |= {"shared": compiled.metadata.shared, **resources(compiled.asm["cubin"])}
+                print(json.dumps(report), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
