@@ -41,10 +41,10 @@ class PlainMoPro:
                 scores = torch.stack([q[i] @ k] + [q[i] @ row for row in self.queue]) / c.temperature
                 inst.append(F.cross_entropy(scores[None], torch.tensor([0])))
                 s = torch.stack([q[i] @ row for row in self.prototypes]) / c.temperature
-                keep = True
+                keep = bool(y[i] >= 0)
                 if epoch >= c.start_clean:
                     t = (c.alpha * logits[i].softmax(0) + (1 - c.alpha) * s.softmax(0)).detach()
-                    keep = bool(t[y[i]] > 1 / len(t))
+                    keep = keep and bool(t[y[i]] > 1 / len(t))
                     if t.max() > c.threshold:
                         y[i], keep = t.argmax(), True
                 kept.append(keep)

@@ -33,10 +33,14 @@ def as_floats(images):
     return ((images / 255 - mean) / std).movedim(-1, -3)
 
 
+def smooth():
+    """At a ReLU's kink a rounding difference of 1e-8 becomes a jump in the gradient, and of ~700,000 units some sit
+    there in every step. SiLU in its place leaves float32 rounding alone between two versions."""
+    return mock.patch.object(F, "relu", lambda x, inplace=False: F.silu(x))
+
+
 def twenty_steps(rank: int, ranks: int, bn_group: int) -> None:
-    # At a ReLU's kink a rounding difference of 1e-8 becomes a jump in the gradient, and of ~700,000 units some sit
-    # there in every step. SiLU in its place leaves float32 rounding alone between the two versions.
-    with mock.patch.object(F, "relu", lambda x, inplace=False: F.silu(x)):
+    with smooth():
         compare_twenty_steps(rank, ranks, bn_group)
 
 
@@ -64,6 +68,7 @@ def compare_twenty_steps(rank: int, ranks: int, bn_group: int) -> None:
         shape = (ranks, ROWS, SIZE, SIZE, 3)
         views_q, views_k = (torch.randint(256, shape, dtype=torch.uint8, generator=g) for _ in range(2))
         labels = torch.randint(CLASSES - 2, (ranks, ROWS), generator=g)  # few classes: every batch repeats some
+        labels[torch.rand(ranks, ROWS, generator=g) < 0.15] = -1  # none given
         config.threshold = 0.4
         if step == NOTHING_KEPT:
             config.threshold = 1.0
@@ -205,8 +210,10 @@ def golden_run() -> list[float]:
 
 def test_losses_are_the_committed_ones() -> None:
     """python -c 'import test_step; test_step.write_golden()' in tests/ renews the file, on purpose only."""
-    torch.testing.assert_close(golden_run(), json.loads(GOLDEN.read_text()), rtol=1e-3, atol=0)
+    with smooth():
+        torch.testing.assert_close(golden_run(), json.loads(GOLDEN.read_text()), rtol=1e-5, atol=0)
 
 
 def write_golden() -> None:
-    GOLDEN.write_text(json.dumps(golden_run()) + "\n")
+    with smooth():
+        GOLDEN.write_text(json.dumps(golden_run()) + "\n")

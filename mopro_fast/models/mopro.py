@@ -64,40 +64,21 @@ class MoPro(nn.Module):
         """
         c = self.config
         logits, q = (query or self.encoder_q)(normalize(view_q))  # [N, C], [N, D]
-        logits = logits.float()
         with torch.no_grad():  # keys: rows change groups and ranks, so that BatchNorm cannot leak who pairs with whom
             _, k = self.encoder_k(normalize(exchange_rows(view_k, order)))
             k = exchange_rows(k, np.argsort(order))
 
-        inst, hit = ops.info_nce(q, k, self.queue, c.temperature)  # against past keys only
-        ops.queue_enqueue_(self.queue, self.queue_ptr, gather_rows(k))
-
-        given, kept = labels, labels >= 0
-        if epoch >= c.start_clean:
-            labels, kept = ops.correct_labels(
-                logits, q, self.prototypes, labels, alpha=c.alpha, threshold=c.threshold, temperature=c.temperature
-            )
+        # Steps 3, 5, 6 and 8 against the queue and the prototypes of earlier steps: instance contrast, label
+        # correction, classification, prototypical contrast. Then those two move on with this step's rows.
+        loss, metrics, labels, kept = ops.mopro_loss(
+            logits, q, k, self.queue, self.prototypes, labels,
+            temperature=c.temperature, alpha=c.alpha, threshold=c.threshold, w_proto=c.w_proto, w_inst=c.w_inst,
+            contrast=epoch >= 1, correct=epoch >= c.start_clean,
+        )  # fmt: skip
+        ops.queue_enqueue_(self.queue, self.queue_ptr, gather_rows(k))  # step 4
         used = torch.where(kept, labels, -1)  # -1: no class, left out
-        cls = F.cross_entropy(logits, used, ignore_index=-1, reduction="none")
-        proto = torch.zeros_like(cls)
-        if epoch >= 1:
-            proto = ops.prototype_contrast(q, self.prototypes, used, None, c.temperature)  # before their update
-        ops.prototype_update_(self.prototypes, gather_rows(q), gather_rows(used), None, c.proto_momentum)
-
-        rows = kept.sum().clamp(min=1)  # a rank without a kept row has zero loss and zero gradient in these terms
-        loss_cls, loss_proto, loss_inst = cls.sum() / rows, proto.sum() / rows, inst.mean()
-        loss = loss_cls + c.w_proto * loss_proto + c.w_inst * loss_inst
-        metrics = {
-            "loss": loss,
-            "loss_cls": loss_cls,
-            "loss_proto": loss_proto,
-            "loss_inst": loss_inst,
-            "acc_cls": ((logits.argmax(1) == used) & kept).sum() / rows,
-            "acc_inst": hit.float().mean(),
-            "kept": kept.float().mean(),
-            "relabelled": (labels != given).float().mean(),
-        }
-        return StepOutput(loss, {name: m.detach() for name, m in metrics.items()}, labels, kept)
+        ops.prototype_update_(self.prototypes, gather_rows(q), gather_rows(used), None, c.proto_momentum)  # step 7
+        return StepOutput(loss, dict(zip(ops.METRICS, metrics.unbind(), strict=True)), labels, kept)
 
     @torch.no_grad()
     def update_key_encoder(self) -> None:

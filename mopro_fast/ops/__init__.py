@@ -9,12 +9,13 @@ from mopro_fast.ops.backends import use_backend
 from mopro_fast.ops.correct_labels import correct_labels
 from mopro_fast.ops.ema_update import ema_update_
 from mopro_fast.ops.info_nce import info_nce
-from mopro_fast.ops.mopro_loss import mopro_loss
+from mopro_fast.ops.mopro_loss import METRICS, mopro_loss
 from mopro_fast.ops.prototype_contrast import prototype_contrast
 from mopro_fast.ops.prototype_update import prototype_update_
 from mopro_fast.ops.queue_enqueue import queue_enqueue_
 
 __all__ = [
+    "METRICS",
     "correct_labels",
     "ema_update_",
     "info_nce",
