@@ -82,14 +82,14 @@ def correct_labels_fwd_kernel(
 @triton.jit
 def correct_labels_finish_kernel(
     labels_ptr, best_ptr, guess_ptr, given_ptr, new_labels_ptr, kept_ptr,
-    n_rows, classes, slices, threshold,
+    n_rows, slices, threshold, chance,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row blocks)."""
+    """Grid (row blocks). chance: 1/C."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok = rows < n_rows
     label, kept = decide(
-        labels_ptr, best_ptr, guess_ptr, given_ptr, rows, row_ok, n_rows, classes, slices, threshold, BLOCK_N
+        labels_ptr, best_ptr, guess_ptr, given_ptr, rows, row_ok, n_rows, slices, threshold, chance, BLOCK_N
     )
     tl.store(new_labels_ptr + rows, label, row_ok)
     tl.store(kept_ptr + rows, kept, row_ok)
@@ -97,7 +97,7 @@ def correct_labels_finish_kernel(
 
 @triton.jit
 def decide(
-    labels_ptr, best_ptr, guess_ptr, given_ptr, rows, row_ok, n_rows, classes, slices, threshold,
+    labels_ptr, best_ptr, guess_ptr, given_ptr, rows, row_ok, n_rows, slices, threshold, chance,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """-> (label int64 [BLOCK_N], kept): what all slices together say. The first slice wins a tie."""
@@ -118,7 +118,7 @@ def decide(
         given += tl.sum(tl.load(given_ptr + at, ok, 0.0), 1)
     label = tl.load(labels_ptr + rows, row_ok, -1)
     sure = best > threshold
-    return tl.where(sure, guess.to(tl.int64), label), sure | (given > tl.div_rn(1.0, classes.to(tl.float32)))
+    return tl.where(sure, guess.to(tl.int64), label), sure | (given > chance)
 
 
 def opinions(
@@ -148,7 +148,7 @@ def correct_labels(
         block_n = 32
         correct_labels_finish_kernel[(triton.cdiv(n, block_n),)](
             labels, best, guess, given, new_labels, kept,
-            n, len(prototypes), p.slices, threshold,
+            n, p.slices, threshold, 1 / len(prototypes),
             BLOCK_N=block_n,
         )  # fmt: skip
     return new_labels, kept

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mopro_fast.kernels.similarity import LN_2, LOG2_E, add_slices_with_e, block_of, similarity
+from mopro_fast.kernels.similarity import LN_2, LOG2_E, add_slices_with_e, row_options, similarity
 
 
 @triton.jit
@@ -50,6 +50,6 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> tuple[T
         info_nce_fwd_kernel[(n,)](
             q, k, p.m, p.z, p.e, loss, hit, grad,
             n, p.slices, dim, LOG2_E.value / temperature,
-            BLOCK_D=block_of(dim),
+            **row_options(dim),
         )  # fmt: skip
     return loss, hit, grad

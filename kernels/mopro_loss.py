@@ -15,7 +15,7 @@ from torch import Tensor
 from mopro_fast.kernels.correct_labels import decide, opinions
 from mopro_fast.kernels.info_nce import info_nce
 from mopro_fast.kernels.prototype_contrast import contrast_row
-from mopro_fast.kernels.similarity import LN_2, LOG2_E, add_slices, block_of, similarity
+from mopro_fast.kernels.similarity import LN_2, LOG2_E, add_slices, block_of, row_options, similarity
 
 
 @triton.jit
@@ -23,10 +23,10 @@ def mopro_loss_fwd_kernel(
     logits_ptr, q_ptr, prototypes_ptr, labels_ptr, m_ptr, z_ptr, e_ptr, logits_m_ptr, logits_z_ptr,
     best_ptr, guess_ptr, given_ptr,
     new_labels_ptr, kept_ptr, cls_ptr, hit_ptr, log_z_ptr, proto_ptr, grad_ptr,
-    n_rows, classes, slices, dim, scale, threshold,
+    n_rows, classes, slices, dim, scale, threshold, chance,
     CONTRAST: tl.constexpr, CORRECT: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Grid (N): the label, both losses of it, and the prototype loss's gradient to q."""
+    """Grid (N): the label, both losses of it, and the prototype loss's gradient to q. chance: 1/C."""
     row = tl.program_id(0).to(tl.int64)
     one = row + tl.arange(0, 1)
     ok = one < n_rows
@@ -34,7 +34,7 @@ def mopro_loss_fwd_kernel(
     # 1. The label, and whether the row counts.
     if CORRECT:
         label, kept = decide(
-            labels_ptr, best_ptr, guess_ptr, given_ptr, one, ok, n_rows, classes, slices, threshold, 1
+            labels_ptr, best_ptr, guess_ptr, given_ptr, one, ok, n_rows, slices, threshold, chance, 1
         )
     else:
         label = tl.load(labels_ptr + one)
@@ -61,10 +61,10 @@ def mopro_loss_fwd_kernel(
 def mopro_loss_sum_kernel(
     labels_ptr, new_labels_ptr, kept_ptr, cls_ptr, hit_ptr, proto_ptr, inst_ptr, inst_hit_ptr,
     loss_ptr, metrics_ptr, rows_ptr,
-    n_rows, w_proto, w_inst,
+    n_rows, n, w_proto, w_inst,
     CONTRAST: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: sums over the rows in a fixed order."""
+    """One program: sums over the rows in a fixed order. n: the rows as a float, at least 1."""
     cls = tl.zeros([BLOCK_N], tl.float32)
     hit = tl.zeros([BLOCK_N], tl.float32)
     proto = tl.zeros([BLOCK_N], tl.float32)
@@ -84,7 +84,6 @@ def mopro_loss_sum_kernel(
         kept += tl.load(kept_ptr + rows, ok, 0).to(tl.float32)
         changed += (tl.load(labels_ptr + rows, ok, 0) != tl.load(new_labels_ptr + rows, ok, 0)).to(tl.float32)
 
-    n = tl.maximum(n_rows, 1).to(tl.float32)
     count = tl.maximum(tl.sum(kept, 0), 1.0)
     cls_mean = tl.sum(cls, 0) / count
     proto_mean = tl.sum(proto, 0) / count
@@ -152,12 +151,12 @@ def mopro_loss(
         mopro_loss_fwd_kernel[(n,)](
             logits, q, prototypes, labels, p.m, p.z, p.e, p.logits_m, p.logits_z, best, guess, given,
             new_labels, kept, cls, hit, log_z, proto, proto_grad,
-            n, classes, p.slices, dim, LOG2_E.value / temperature, threshold,
-            CONTRAST=contrast, CORRECT=correct, BLOCK_D=block_of(dim),
+            n, classes, p.slices, dim, LOG2_E.value / temperature, threshold, 1 / classes,
+            CONTRAST=contrast, CORRECT=correct, **row_options(dim),
         )  # fmt: skip
     mopro_loss_sum_kernel[(1,)](
         labels, new_labels, kept, cls, hit, proto, inst, inst_hit, loss, metrics, rows,
-        n, w_proto, w_inst,
+        n, float(max(1, n)), w_proto, w_inst,
         CONTRAST=contrast, BLOCK_N=1024,
     )  # fmt: skip
     return loss, metrics, new_labels, kept, inst_grad, proto_grad, log_z, rows

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mopro_fast.kernels.similarity import LN_2, LOG2_E, add_slices_with_e, block_of, similarity
+from mopro_fast.kernels.similarity import LN_2, LOG2_E, add_slices_with_e, row_options, similarity
 
 
 @triton.jit
@@ -59,6 +59,6 @@ def prototype_contrast(
         prototype_contrast_fwd_kernel[(n,)](
             q, prototypes, labels, labels if kept is None else kept.contiguous(), p.m, p.z, p.e, loss, grad,
             n, len(prototypes), p.slices, dim, LOG2_E.value / temperature,
-            WITH_KEPT=kept is not None, BLOCK_D=block_of(dim),
+            WITH_KEPT=kept is not None, **row_options(dim),
         )  # fmt: skip
     return loss, grad

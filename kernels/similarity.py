@@ -252,5 +252,9 @@ def similarity(
 
 
 def block_of(dim: int) -> int:
-    """The block that holds one row of D columns."""
     return max(16, triton.next_power_of_2(dim))
+
+
+def row_options(dim: int) -> dict[str, int]:
+    """For kernels whose program has one row. Left to itself ptxas stops at 48 to 80 registers for some D and spills."""
+    return {"BLOCK_D": block_of(dim), "maxnreg": 128}

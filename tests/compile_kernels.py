@@ -1,6 +1,7 @@
 """Compiles every Triton kernel for GPUs that are not here, with the arguments its own launcher gives it.
 
-python tests/compile_kernels.py ARCH...    one JSON object per compiled variant: kernel, arch, stack, registers, shared
+python tests/compile_kernels.py ARCH...    one JSON object per line: {"op", "launches"} for every call, and
+                                           {"kernel", "arch", "stack", "registers", "shared"} for every variant
 
 The launches are intercepted: types, alignment and constants come from the tensors and tilings of real calls.
 """
@@ -31,7 +32,7 @@ def launches(call) -> list[tuple[JITFunction, dict, dict]]:
     seen = []
 
     def record(kernel, *args, grid, warmup, **kwargs):
-        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in kwargs}
         seen.append((kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs, options))
 
     run, JITFunction.run = JITFunction.run, record
@@ -69,11 +70,11 @@ def resources(cubin: bytes) -> dict:
 
 
 def calls():
-    """Every op over embedding sizes and types. The last two numbers: classes beyond one block, odd sizes."""
+    """Every op over embedding sizes and types; the most classes, sizes that divide nothing, the widest embedding."""
     f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
     for dim, q_type, bank_type, n, classes in [
         *[(dim, t, t, 256, 1000) for dim in (32, 128, 256, 512) for t in (f32, bf16)],
-        (128, f16, f16, 256, 1000), (128, bf16, f32, 256, 21841), (65, bf16, bf16, 33, 257), (768, bf16, bf16, 64, 64),
+        (128, f16, f16, 256, 1000), (128, bf16, f32, 256, 21841), (65, bf16, bf16, 33, 257), (768, bf16, bf16, 64, 64), (1, f32, f32, 1, 1),
     ]:  # fmt: skip
         q, bank = torch.empty(n, dim, dtype=q_type), torch.empty(classes, dim, dtype=bank_type)
         logits, labels = torch.empty(n, classes, dtype=q_type), torch.empty(n, dtype=torch.int64)
@@ -93,7 +94,10 @@ def calls():
 def main() -> int:
     done = set()
     for function, arguments in calls():
-        for kernel, values, options in launches(lambda f=function, a=arguments: f(*a)):
+        seen = launches(lambda f=function, a=arguments: f(*a))
+        flags = [a for a in arguments if isinstance(a, bool)]
+        print(json.dumps({"op": function.__name__, "flags": flags, "launches": len(seen)}))
+        for kernel, values, options in seen:
             compiled_from = source(kernel, values)
             options = {"num_warps": WARPS, "num_stages": STAGES, **options}
             key = (compiled_from.hash(), *options.values())
