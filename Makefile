@@ -27,8 +27,11 @@ test: $(READY)
 test-gpu: $(READY)
 	PYTHON="$(RUN)" bash tests/gpu.sh
 
+# The ops need a CUDA machine to be timed; on a CPU small shapes only are run and nothing is kept.
 bench: $(READY)
+	$(RUN) bench/ops.py
 	$(RUN) bench/demo_accuracy.py
+	$(RUN) bench/tables.py
 
 lint: $(READY)
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .

@@ -11,7 +11,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as mopro_fast/cli.py does, b
 
 import torch  # noqa: E402
 
-from mopro_fast import __version__  # noqa: E402
+from mopro_fast import __version__, environment  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -22,12 +22,18 @@ def conditions() -> dict:
     here = Path(__file__).parent
     git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude", "*"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    found = environment.collect()
+    extension = found["extension"]
     return {
         "gpu": gpu,
+        "driver": found["driver"] if gpu else None,
+        "clocks": _clocks() if gpu else None,
         "cpu": f"{_cpu_model()}, {len(os.sched_getaffinity(0))} cores",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
+        "triton": found["triton"],
+        "extension": {name: extension[name] for name in ("usable", "nvcc", "archs") if name in extension},
         "mopro_fast": __version__,
         "commit": commit,
         "date": datetime.date.today().isoformat(),
@@ -39,6 +45,15 @@ def write(name: str, result: dict, folder: Path = RESULTS) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"conditions": conditions(), **result}, indent=2) + "\n")
     return path
+
+
+def _clocks() -> str:
+    """SM and memory clock now, and the SM clock's maximum; empty where nvidia-smi says nothing."""
+    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,clocks.max.sm", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, timeout=30).stdout.partition("\n")[0]
+    except OSError:
+        return ""
 
 
 def _cpu_model() -> str:

@@ -1,10 +1,12 @@
-"""Writes the tables of README.md and docs/ from the committed files in bench/results/.
+"""Writes the tables of README.md and docs/, and docs/ops.svg, from the committed files in bench/results/.
 
-python bench/tables.py          rewrite what stands between <!-- table NAME --> and <!-- end -->
-python bench/tables.py --check  only compare; exit status 1 if a document is out of date
+python bench/tables.py                            rewrite what stands between <!-- table NAME --> and <!-- end -->
+python bench/tables.py --check                    only compare; exit status 1 if a document is out of date
+python bench/tables.py --print NAME ... [--results FOLDER]    print tables and write nothing
 """
 
 import argparse
+import hashlib
 import json
 import re
 import statistics
@@ -12,6 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 DOCUMENTS = [HERE.parent / "README.md", *sorted((HERE.parent / "docs").glob("*.md"))]
+FIGURE = HERE.parent / "docs" / "ops.svg"
 BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -46,38 +49,191 @@ def cifar10n(result: dict) -> str:
     return accuracy(result, f"CIFAR-10N `worse`, {s['images']} images, {s['epochs']} epochs")
 
 
-def ema(result: dict) -> str:
+def ops(result: dict) -> str:
+    """The settings of the paper, the larger ones of the design, and the gathered rows of eight GPUs."""
+    names = ["op", "shape", "type", "µs, eager", "µs, replay", "launches", "% of the floor", "peak MB"]
+    names += ["peers: how many times ours, eager / replay"]
+    head = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    rows = [_ops_row(r) for r in result["cases"] if any(r["settings"].items() <= one.items() for one in SHOWN)]
+    c, ceilings = result["conditions"], result["ceilings"]
+    rates = ", ".join(f"{name} {ceilings[f'{name}_flop_per_s'] / 1e12:.0f} TFLOP/s" for name in ("bf16", "tf32"))
+    copies = f"{ceilings['copy_bytes_per_s'] / 1e12:.2f} TB/s"
+    note = [
+        f"p50; {c['gpu']}, driver {c['driver']}; in the same run copies at {copies}, products at {rates}; "
+        f"PyTorch {c['torch']}, Triton {c['triton']}; commit {c['commit']}."
+    ]
+    if missing := result["not_reached"]:
+        note.append(f"Not measured: {', '.join(missing)}.")
+    return "\n".join([*head, *rows, "", *note])
+
+
+def _ops_row(r: dict) -> str:
+    shape = ", ".join(f"{k}={v}" for k, v in r["settings"].items())
+    if "ours" not in r:
+        return f"| `{r['op']}` | {shape} | {r['dtype']} | wrong: not timed | – | – | – | – | – |"
+    ours = r["ours"]
+    replay = ours.get("replay_us", {}).get("p50")
+    peers = "; ".join(
+        f"{name} {_times(p.get('eager_ratio'))} / {_times(p.get('replay_ratio'))}"
+        for name, p in r["peers"].items()
+        if "skipped" not in p
+    )
+    cells = [
+        f"`{r['op']}`",
+        shape,
+        r["dtype"],
+        f"{ours['eager_us']['p50']:.1f}",
+        "–" if replay is None else f"{replay:.1f}",
+        "–" if ours["launches"] is None else str(ours["launches"]),
+        "–" if replay is None else f"{100 * r['floor_us'] / replay:.0f}",
+        f"{ours['extra_bytes'] / 1e6:.1f}",
+        peers or "–",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _times(ratio: float | None) -> str:
+    return "–" if ratio is None else f"{ratio:.1f}" if ratio < 100 else f"{ratio:.0f}"
+
+
+def launches(result: dict) -> str:
+    """Before and after; bench/launches.py."""
+    names = {
+        "head": "losses, label correction, queue, prototypes, with gradients: {N} rows, {M} gathered, C={C}, Q={Q}",
+        "ema_update_": "momentum encoder, ResNet-50",
+        "sgd_ema_update_": "SGD, momentum encoder, 16-bit copies of both, ResNet-50",
+    }
     rows = [
-        f"| {name} | {1000 * r['p50']:.0f} | {100 * r['share_of_copy_bandwidth']:.0f} |"
-        for name, r in result["milliseconds"].items()
+        f"| {names[r['op']].format(**r['settings'])} | {r['official']['launches']} | {r['official']['waits']} "
+        f"| {r['ours']['launches']} | {r['ours']['waits']} |"
+        for r in result["rows"]
+    ]
+    head = ["| | official: launches | synchronisations | ours: launches | synchronisations |", "|---|---|---|---|---|"]
+    note = "Counted without a GPU (`python bench/launches.py`); official: PyTorch's operators, each at least one launch"
+    return "\n".join([*head, *rows, "", f"{note}; commit {result['conditions']['commit']}."])
+
+
+def requirements(result: dict) -> str:
+    words = {True: "yes", False: "**no**", None: "not measured"}
+    rows = [
+        f"| {q['name']} | {_number(q['value'])} "
+        f"| {'≥' if q['at_least'] else '≤'} {q['limit']:g} | {words[q['passed']]} |"
+        for q in result["requirements"]
     ]
     c = result["conditions"]
-    head = ["| momentum update, ResNet-50 | µs | % of copy bandwidth |", "|---|---|---|"]
-    return "\n".join([*head, *rows, "", f"{c['gpu']}; PyTorch {c['torch']}; commit {c['commit']}."])
+    head = ["| requirement | measured | limit | met |", "|---|---|---|---|"]
+    return "\n".join([*head, *rows, "", f"{c['gpu']}; commit {c['commit']}."])
 
 
-TABLES = {"demo_accuracy": demo_accuracy, "cifar10n": cifar10n, "ema": ema}
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0f}" if value >= 100 or value == int(value) else f"{value:.2f}"
 
 
-def table(name: str) -> str:
-    path = HERE / "results" / f"{name}.json"
-    return TABLES[name](json.loads(path.read_text())) if path.is_file() else "Not measured yet."
+def figure(result: dict) -> str:
+    return f"![Time of every op against its floor, {result['conditions']['gpu']}](ops.svg)"
+
+
+def draw(result: dict, path: Path) -> None:
+    """Time in graph replay against the floor, per op; a hollow mark is the official formulation, eager."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "ops"  # the same file for the same result
+    from matplotlib import pyplot
+
+    axes = pyplot.figure(figsize=(8, 6)).gca()
+    timed = [r for r in result["cases"] if "replay_us" in r.get("ours", {})]
+    for i, op in enumerate(dict.fromkeys(r["op"] for r in timed)):
+        rows = [r for r in timed if r["op"] == op]
+        floor = [r["floor_us"] for r in rows]
+        axes.plot(floor, [r["ours"]["replay_us"]["p50"] for r in rows], "o", color=f"C{i}", label=op)
+        peers = [(r["floor_us"], r["peers"]["official"]["eager_us"]["p50"]) for r in rows if _timed_official(r)]
+        if peers:
+            axes.plot(*zip(*peers, strict=True), "o", color=f"C{i}", fillstyle="none")
+    axes.set(xscale="log", yscale="log", xlabel="floor, µs", ylabel="time, µs (p50)")
+    low, high = axes.get_xlim()
+    axes.plot([low, high], [low, high], "-", color="grey", linewidth=1, label="the floor")
+    axes.set_title(
+        f"{result['conditions']['gpu']}: ours in graph replay (filled), official, eager (hollow)", fontsize=10
+    )
+    axes.legend(fontsize=8)
+    metadata = {"Date": None, "Description": _digest(result)}
+    pyplot.savefig(path, format="svg", metadata=metadata, bbox_inches="tight")
+    pyplot.close()
+
+
+def _timed_official(r: dict) -> bool:
+    return "eager_us" in r["peers"]["official"]
+
+
+def _digest(result: dict) -> str:
+    return "bench/results/ops_gpu.json " + hashlib.sha256(json.dumps(result).encode()).hexdigest()
+
+
+def figure_is_stale() -> bool:
+    """The figure names the result that it was drawn from; without a result there must be none."""
+    result = read("ops_gpu", HERE / "results")
+    if result is None:
+        return FIGURE.exists()
+    return not FIGURE.exists() or _digest(result) not in FIGURE.read_text()
+
+
+# The settings of bench/cases.py that the documentation shows.
+PAPER = [
+    {"model": "resnet50", "shadows": False},
+    {"N": 256, "C": 1000, "Q": 8192, "M": 256},
+    {"N": 256, "C": 1000, "Q": 8192, "M": 2048},
+]
+SHOWN = [*PAPER, {"model": "resnet50", "shadows": True}, {"N": 1024, "C": 5000, "Q": 65536, "M": 1024}]
+# table: (result file, function)
+TABLES = {
+    "demo_accuracy": ("demo_accuracy", demo_accuracy),
+    "cifar10n": ("cifar10n", cifar10n),
+    "ops": ("ops_gpu", ops),
+    "launches": ("launches", launches),
+    "ops_requirements": ("ops_gpu", requirements),
+    "ops_figure": ("ops_gpu", figure),
+}
+
+
+def read(file: str, folder: Path) -> dict | None:
+    path = folder / f"{file}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def table(name: str, folder: Path | None = None) -> str:
+    file, function = TABLES[name]
+    result = read(file, folder or HERE / "results")
+    return "Not measured yet." if result is None else function(result)
 
 
 def rendered(text: str) -> str:
     return BLOCK.sub(lambda m: f"{m[1]}{table(m[2])}\n{m[3]}", text)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    check = parser.parse_args().check
+    parser.add_argument("--print", nargs="+", choices=list(TABLES), dest="names", metavar="NAME")
+    parser.add_argument("--results", type=Path)
+    a = parser.parse_args(argv)
+    if a.names:
+        for name in a.names:
+            print(f"{name}:\n\n{table(name, a.results)}\n")
+        return 0
     stale = [d for d in DOCUMENTS if rendered(d.read_text()) != d.read_text()]
     for document in stale:
-        if not check:
+        if not a.check:
             document.write_text(rendered(document.read_text()))
-        print(f"{document.name} {'is out of date: run python bench/tables.py' if check else 'rewritten'}")
-    return int(check and bool(stale))
+    names = [d.name for d in stale]
+    if figure_is_stale():
+        names.append(FIGURE.name)
+        result = read("ops_gpu", HERE / "results")
+        if not a.check:
+            FIGURE.unlink(missing_ok=True) if result is None else draw(result, FIGURE)
+    for name in names:
+        print(f"{name} {'is out of date: run python bench/tables.py' if a.check else 'rewritten'}")
+    return int(a.check and bool(names))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Steps 3, 5, 6 and 8 of one MoPro step: the three losses, label correction, their sum and its gradient.
 
-    loss = Σ_kept CE(logits, y)/R + w_proto · Σ_kept CE(q·prototypesᵀ/T, y)/R + w_inst · Σ InfoNCE/N,   R = max(1, #kept)
+    loss = Σ_kept CE(logits, y)/R + w_proto·Σ_kept CE(q·prototypesᵀ/T, y)/R + w_inst·Σ InfoNCE/N,  R = max(1, kept rows)
 
 The passes over queue and prototypes are those of the other ops; their results stay, so that correction and contrast
 share one. Six launches forward (two for the queue, one per pass over the prototypes, rows, sums), one backward.
@@ -22,7 +22,7 @@ from mopro_fast.kernels.similarity import LN_2, LOG2_E, add_slices, block_of, ro
 def mopro_loss_fwd_kernel(
     logits_ptr, q_ptr, prototypes_ptr, labels_ptr, m_ptr, z_ptr, e_ptr, logits_m_ptr, logits_z_ptr,
     best_ptr, guess_ptr, given_ptr,
-    new_labels_ptr, kept_ptr, cls_ptr, hit_ptr, log_z_ptr, proto_ptr, grad_ptr,
+    new_labels_ptr, kept_ptr, used_ptr, cls_ptr, hit_ptr, log_z_ptr, proto_ptr, grad_ptr,
     n_rows, classes, slices, dim, scale, threshold, chance,
     CONTRAST: tl.constexpr, CORRECT: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -33,14 +33,13 @@ def mopro_loss_fwd_kernel(
 
     # 1. The label, and whether the row counts.
     if CORRECT:
-        label, kept = decide(
-            labels_ptr, best_ptr, guess_ptr, given_ptr, one, ok, n_rows, slices, threshold, chance, 1
-        )
+        label, kept = decide(labels_ptr, best_ptr, guess_ptr, given_ptr, one, ok, n_rows, slices, threshold, chance, 1)
     else:
         label = tl.load(labels_ptr + one)
         kept = (label >= 0) & (label < classes)
     tl.store(new_labels_ptr + one, label)
     tl.store(kept_ptr + one, kept)
+    tl.store(used_ptr + one, tl.where(kept, label, -1))
 
     # 2. The classifier's cross-entropy, and whether no class scores higher.
     m, z = add_slices(logits_m_ptr, logits_z_ptr, one, ok, n_rows, slices, 1)
@@ -103,7 +102,7 @@ def mopro_loss_sum_kernel(
 
 @triton.jit
 def mopro_loss_bwd_kernel(
-    loss_grad_ptr, logits_ptr, labels_ptr, kept_ptr, log_z_ptr, rows_ptr, inst_grad_ptr, proto_grad_ptr,
+    loss_grad_ptr, logits_ptr, used_ptr, log_z_ptr, rows_ptr, inst_grad_ptr, proto_grad_ptr,
     logits_grad_ptr, q_grad_ptr,
     n_rows, classes, dim, w_proto, w_inst,
     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -112,11 +111,12 @@ def mopro_loss_bwd_kernel(
     row = tl.program_id(0).to(tl.int64)
     loss_grad = tl.load(loss_grad_ptr).to(tl.float32)
     per_row = loss_grad / tl.load(rows_ptr)
-    kept = tl.load(kept_ptr + row) != 0
+    label = tl.load(used_ptr + row)
+    kept = label >= 0
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     x = tl.load(logits_ptr + row * classes + c, (c < classes) & kept, 0.0).to(tl.float32) * LOG2_E
     softmax = tl.exp2(x - tl.load(log_z_ptr + row))
-    target = c.to(tl.int64) == tl.load(labels_ptr + row)
+    target = c.to(tl.int64) == label
     logits_grad = tl.where(kept, (softmax - target.to(tl.float32)) * per_row, 0.0)
     tl.store(logits_grad_ptr + row * classes + c, logits_grad, c < classes)
     if tl.program_id(1) == 0:
@@ -131,7 +131,7 @@ def mopro_loss(
     logits: Tensor, q: Tensor, k: Tensor, queue: Tensor, prototypes: Tensor, labels: Tensor,
     temperature: float, alpha: float, threshold: float, w_proto: float, w_inst: float, contrast: bool, correct: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """-> loss f32 [], metrics f32 [8], labels, kept, and for the backward pass inst_grad, proto_grad, log_z, rows."""
+    """-> loss f32 [], metrics f32 [8], labels, kept, used; for the backward pass inst_grad, proto_grad, log_z, rows."""
     logits, q, prototypes, labels = (x.contiguous() for x in (logits, q, prototypes, labels))
     (n, dim), classes = q.shape, len(prototypes)
 
@@ -139,7 +139,8 @@ def mopro_loss(
         return torch.empty(shape, dtype=dtype, device=q.device)
 
     loss, metrics, rows = new(), new(8), new(1)
-    new_labels, kept, hit = torch.empty_like(labels), new(n, dtype=torch.bool), new(n, dtype=torch.bool)
+    new_labels, used = torch.empty_like(labels), torch.empty_like(labels)
+    kept, hit = new(n, dtype=torch.bool), new(n, dtype=torch.bool)
     cls, proto, log_z = new(n), new(n), new(n)
     proto_grad = new(n, dim) if contrast else new(n, dim).zero_()
     inst, inst_hit, inst_grad = info_nce(q, k, queue, temperature)
@@ -150,7 +151,7 @@ def mopro_loss(
             best, guess, given = opinions(logits, q, prototypes, labels, p, alpha, temperature)
         mopro_loss_fwd_kernel[(n,)](
             logits, q, prototypes, labels, p.m, p.z, p.e, p.logits_m, p.logits_z, best, guess, given,
-            new_labels, kept, cls, hit, log_z, proto, proto_grad,
+            new_labels, kept, used, cls, hit, log_z, proto, proto_grad,
             n, classes, p.slices, dim, LOG2_E.value / temperature, threshold, 1 / classes,
             CONTRAST=contrast, CORRECT=correct, **row_options(dim),
         )  # fmt: skip
@@ -159,12 +160,12 @@ def mopro_loss(
         n, float(max(1, n)), w_proto, w_inst,
         CONTRAST=contrast, BLOCK_N=1024,
     )  # fmt: skip
-    return loss, metrics, new_labels, kept, inst_grad, proto_grad, log_z, rows
+    return loss, metrics, new_labels, kept, used, inst_grad, proto_grad, log_z, rows
 
 
 def mopro_loss_backward(
-    loss_grad: Tensor, logits: Tensor, labels: Tensor, kept: Tensor, inst_grad: Tensor, proto_grad: Tensor,
-    log_z: Tensor, rows: Tensor, w_proto: float, w_inst: float, q_dtype: torch.dtype,
+    loss_grad: Tensor, logits: Tensor, used: Tensor, inst_grad: Tensor, proto_grad: Tensor, log_z: Tensor,
+    rows: Tensor, w_proto: float, w_inst: float, q_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """-> gradients of logits [N, C] and q [N, D], in their types"""
     logits = logits.contiguous()
@@ -172,7 +173,7 @@ def mopro_loss_backward(
     logits_grad, q_grad = torch.empty_like(logits), torch.empty_like(inst_grad, dtype=q_dtype)
     if n:
         mopro_loss_bwd_kernel[(n, triton.cdiv(classes, block_c))](
-            loss_grad, logits, labels, kept, log_z, rows, inst_grad, proto_grad, logits_grad, q_grad,
+            loss_grad, logits, used, log_z, rows, inst_grad, proto_grad, logits_grad, q_grad,
             n, classes, dim, w_proto, w_inst,
             BLOCK_C=block_c, BLOCK_D=block_of(dim),
         )  # fmt: skip

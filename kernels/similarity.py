@@ -126,7 +126,7 @@ def long_dot(
 
 @triton.jit
 def add_tile(m, z, x):
-    """Take scores x [BLOCK_N, *] into maximum m and sum z; -> m, z, exp(x − m), the factor of what was summed before."""
+    """Take scores x [BLOCK_N, *] into maximum m and sum z; -> m, z, exp(x − m), the factor of older sums."""
     new_m = tl.maximum(m, tl.max(x, 1))
     shift = tl.where(new_m == float("-inf"), 0.0, new_m)  # only −inf so far: exp(−inf − 0) is 0, exp(−inf + inf) NaN
     shrink = tl.exp2(m - shift)

@@ -15,6 +15,7 @@ from mopro_fast.config import MoProConfig
 from mopro_fast.models.mopro import MoPro
 from mopro_fast.models.resnet import ResNet
 from mopro_fast.training.distributed import data_parallel, exchange_rows, gather_rows, shuffle_order
+from mopro_fast.training.optim import SGDEMA
 
 STEPS, ROWS, CLASSES, DIM, QUEUE, SIZE = 20, 6, 5, 8, 20, 32  # 6 and 12 rows: neither divides the queue
 EPOCH_OF_STEP = [0] * 5 + [1] * 5 + [2] * 10
@@ -60,7 +61,7 @@ def compare_twenty_steps(rank: int, ranks: int, bn_group: int) -> None:
     model = MoPro(encoder, copy.deepcopy(encoder), config).train()
     plain = PlainMoPro(encoder, model.queue, config, ranks)
     query = data_parallel(encoder, torch.device("cpu")) if ranks > 1 else encoder
-    optimizer = torch.optim.SGD(encoder.parameters(), **SGD)
+    optimizer = SGDEMA(encoder.parameters(), model.encoder_k.parameters(), ema_momentum=0.9, **SGD)
     plain_optimizers = [torch.optim.SGD(e.parameters(), **SGD) for e in plain.encoder_q]
     relabelled = removed = 0
     for step, epoch in enumerate(EPOCH_OF_STEP):
@@ -100,7 +101,6 @@ def compare_twenty_steps(rank: int, ranks: int, bn_group: int) -> None:
         removed += sum(int((~r["kept"]).sum()) for r in results)
 
         optimizer.step()
-        model.update_key_encoder()
         for o in plain_optimizers:
             o.step()
         plain.update_key_encoder()
@@ -193,7 +193,7 @@ def golden_run() -> list[float]:
     config = MoProConfig(queue_size=32, key_momentum=0.9, proto_momentum=0.9, threshold=0.4, start_clean=2)
     encoder = ResNet("resnet18", 4, 8, width=0.125, stem="small")
     model = MoPro(encoder, copy.deepcopy(encoder), config).train()
-    optimizer = torch.optim.SGD(encoder.parameters(), **SGD)
+    optimizer = SGDEMA(encoder.parameters(), model.encoder_k.parameters(), ema_momentum=0.9, **SGD)
     losses = []
     for step in range(12):
         g = torch.Generator().manual_seed(step)
@@ -203,7 +203,6 @@ def golden_run() -> list[float]:
         optimizer.zero_grad()
         out.loss.backward()
         optimizer.step()
-        model.update_key_encoder()
         losses.append(out.loss.item())
     return losses
 

@@ -26,6 +26,3 @@ class CrossEntropy(nn.Module):
         accuracy = (logits.argmax(1) == labels).sum() / rows
         metrics = {"loss": loss.detach(), "acc_cls": accuracy, "kept": kept.float().mean()}
         return StepOutput(loss, metrics, labels, kept)
-
-    def update_key_encoder(self) -> None:
-        """There is none."""

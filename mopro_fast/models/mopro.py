@@ -54,7 +54,10 @@ class MoPro(nn.Module):
         order: np.ndarray,
         query: nn.Module | None = None,
     ) -> StepOutput:
-        """Steps 1 and 3–8 of the method for this rank's rows; step 2's update is :meth:`update_key_encoder`.
+        """Steps 1 and 3–8 of the method for this rank's rows.
+
+        Step 2, ``ξ_k ← m·ξ_k + (1−m)·ξ_q``, is the optimizer's (training/optim.py), right after its own: the official
+        code does it at the beginning of the next step, which is the same, since its first is an identity.
 
         view_q, view_k: uint8 [N, H, W, 3], two views of the same N images.
         labels:         int64 [N], −1 where none is given.
@@ -70,20 +73,11 @@ class MoPro(nn.Module):
 
         # Steps 3, 5, 6 and 8 against the queue and the prototypes of earlier steps: instance contrast, label
         # correction, classification, prototypical contrast. Then those two move on with this step's rows.
-        loss, metrics, labels, kept = ops.mopro_loss(
+        loss, metrics, labels, kept, used = ops.mopro_loss(
             logits, q, k, self.queue, self.prototypes, labels,
             temperature=c.temperature, alpha=c.alpha, threshold=c.threshold, w_proto=c.w_proto, w_inst=c.w_inst,
             contrast=epoch >= 1, correct=epoch >= c.start_clean,
         )  # fmt: skip
         ops.queue_enqueue_(self.queue, self.queue_ptr, gather_rows(k))  # step 4
-        used = torch.where(kept, labels, -1)  # -1: no class, left out
         ops.prototype_update_(self.prototypes, gather_rows(q), gather_rows(used), None, c.proto_momentum)  # step 7
         return StepOutput(loss, dict(zip(ops.METRICS, metrics.unbind(), strict=True)), labels, kept)
-
-    @torch.no_grad()
-    def update_key_encoder(self) -> None:
-        """Step 2, ``ξ_k ← m·ξ_k + (1−m)·ξ_q`` over the parameters, called right after the optimizer's step.
-
-        The official code does this at the beginning of the next step, which is the same: its first is an identity.
-        """
-        ops.ema_update_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), self.config.key_momentum)

@@ -13,6 +13,7 @@ from mopro_fast.ops.mopro_loss import METRICS, mopro_loss
 from mopro_fast.ops.prototype_contrast import prototype_contrast
 from mopro_fast.ops.prototype_update import prototype_update_
 from mopro_fast.ops.queue_enqueue import queue_enqueue_
+from mopro_fast.ops.sgd_ema_update import sgd_ema_update_
 
 __all__ = [
     "METRICS",
@@ -23,5 +24,6 @@ __all__ = [
     "prototype_contrast",
     "prototype_update_",
     "queue_enqueue_",
+    "sgd_ema_update_",
     "use_backend",
 ]

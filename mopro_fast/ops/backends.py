@@ -8,6 +8,7 @@ choice that cannot be honoured raises.
 import contextlib
 import functools
 import importlib
+import importlib.util
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ library = torch.library.Library("mopro_fast", "DEF")
 
 OPS = (
     "ema_update_",
+    "sgd_ema_update_",
     "queue_enqueue_",
     "info_nce",
     "correct_labels",
@@ -35,8 +37,9 @@ OPS = (
 PREFERENCE = ("cuda", "triton", "reference")
 # Where each backend's implementations live, and which ops it has. Modules are imported on first use.
 MODULES = {"reference": "mopro_fast.ops.reference", "cuda": "mopro_fast.ops.cuda", "triton": "mopro_fast.kernels"}
+CUDA = ("ema_update_", "sgd_ema_update_", "queue_enqueue_", "prototype_update_")
 TRITON = ("info_nce", "correct_labels", "prototype_contrast", "mopro_loss", "mopro_loss_backward")
-IMPLEMENTED = {"reference": OPS, "cuda": ("ema_update_",), "triton": TRITON}
+IMPLEMENTED = {"reference": OPS, "cuda": CUDA, "triton": TRITON}
 
 _choice = os.environ.get("MOPRO_FAST_BACKEND", "auto")
 
@@ -108,8 +111,13 @@ def unavailable(backend: str, op: str, device: str) -> str | None:
         if device != "cuda":
             return "it takes CUDA tensors only"
         return _missing_extension()
-    if backend == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "it takes CPU tensors only under TRITON_INTERPRET=1"
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed"
+        if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            return "it takes CPU tensors only under TRITON_INTERPRET=1"
+        if device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+            return "its kernels want a GPU of compute capability 8.0 or newer"
     return None
 
 
@@ -148,5 +156,7 @@ def _run(op: str, device: str, *args: Any) -> Any:
         if choice not in ("auto", "reference"):
             raise RuntimeError(f"the {choice} backend was asked for but cannot run {op}: it has no float64")
         choice = "reference"
-    with torch.autocast(device, enabled=False):  # the arithmetic type is the op's own affair
+    first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
+    current = torch.cuda.device(first.device) if device == "cuda" else contextlib.nullcontext()
+    with current, torch.autocast(device, enabled=False):  # the arithmetic type is the op's own affair
         return _implementation(op, device, choice)(*args)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+LOW = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -23,6 +24,34 @@ def tensor(
         raise ValueError(f"{name} must be {wanted}, got {str(value.dtype).removeprefix('torch.')}")
     if value.device != device:
         raise ValueError(f"{name} must be on {device}, got {value.device}")
+
+
+def same_length(lists: dict[str, list]) -> None:
+    """Refuse named lists of which one is not as long as the first."""
+    (first, wanted), *others = lists.items()
+    for name, values in others:
+        if len(values) != len(wanted):
+            one = first.removesuffix("s")
+            raise ValueError(f"{name} must hold {len(wanted)} tensors, one per {one}, got {len(values)}")
+
+
+def tensor_lists(lists: dict[str, tuple[list[Tensor], tuple[torch.dtype, ...]]]) -> torch.device | None:
+    """Refuse lists (name: tensors, dtypes) unless they agree in length and, tensor by tensor, in shape and device.
+
+    Returns the device; None if the lists are empty.
+    """
+    same_length({name: tensors for name, (tensors, _) in lists.items()})
+    first, (leaders, _) = next(iter(lists.items()))
+    if not leaders:
+        return None
+    device = device_of(f"{first}[0]", leaders[0])
+    shapes = [leader.shape if isinstance(leader, Tensor) else () for leader in leaders]
+    for name, (tensors, dtypes) in lists.items():
+        fits = all(isinstance(t, Tensor) and t.device == device and t.dtype in dtypes for t in tensors)
+        if not fits or [t.shape for t in tensors] != shapes:  # one by one takes five times as long
+            for i, t in enumerate(tensors):
+                tensor(f"{name}[{i}]", t, tuple(shapes[i]), dtypes, device)
+    return device
 
 
 def unit_interval(name: str, value: float) -> None:

@@ -24,20 +24,10 @@ def ema_update_(
     Raises ValueError for lists of different lengths, a wrong shape, dtype or device, or a momentum outside [0, 1].
     """
     checks.unit_interval("momentum", momentum)
-    shadows = [] if shadows is None else shadows
-    if len(sources) != len(targets):
-        raise ValueError(f"sources must hold {len(targets)} tensors, one per target, got {len(sources)}")
-    if shadows and len(shadows) != len(targets):
-        raise ValueError(f"shadows must hold {len(targets)} tensors, one per target, got {len(shadows)}")
-    if not targets:
+    lists = {"targets": (targets, (torch.float32,)), "sources": (sources, (torch.float32, *checks.LOW))}
+    if shadows:
+        lists["shadows"] = (shadows, checks.LOW)
+    if checks.tensor_lists(lists) is None:
         return
-    device = checks.device_of("targets[0]", targets[0])
-    low = (torch.bfloat16, torch.float16)
-    for i, target in enumerate(targets):
-        shape = tuple(target.shape)
-        checks.tensor(f"targets[{i}]", target, shape, (torch.float32,), device)
-        checks.tensor(f"sources[{i}]", sources[i], shape, (torch.float32, *low), device)
-        if shadows:
-            checks.tensor(f"shadows[{i}]", shadows[i], shape, low, device)
     with torch.no_grad():
-        torch.ops.mopro_fast.ema_update_(targets, sources, momentum, shadows)
+        torch.ops.mopro_fast.ema_update_(targets, sources, momentum, shadows or [])

@@ -15,6 +15,7 @@ def _fake(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> tuple[Tens
 def _setup(ctx, inputs, output) -> None:
     _, hit, grad = output
     ctx.mark_non_differentiable(hit, grad)
+    ctx.set_materialize_grads(False)  # else zeros are made for the outputs that have none
     ctx.save_for_backward(grad)
     ctx.dtype = inputs[0].dtype
 

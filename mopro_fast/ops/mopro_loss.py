@@ -22,6 +22,8 @@ class MoProLoss(NamedTuple):
     """int64 [N] after correction."""
     kept: Tensor
     """bool [N]: the rows that count in the classification and the prototypical loss."""
+    used: Tensor
+    """int64 [N]: the label of a kept row, −1 for the others; what the prototypes' update takes."""
 
 
 def _fake(logits, q, k, queue, prototypes, labels, *_):
@@ -30,16 +32,17 @@ def _fake(logits, q, k, queue, prototypes, labels, *_):
     kept = torch.empty_like(labels, dtype=torch.bool)
     return (
         new((), dtype=f32), new(len(METRICS), dtype=f32), torch.empty_like(labels), kept,
-        new(n, dim, dtype=grad_type), new(n, dim, dtype=grad_type),
+        torch.empty_like(labels), new(n, dim, dtype=grad_type), new(n, dim, dtype=grad_type),
         new(n, dtype=f64 if logits.dtype == f64 else f32), new(1, dtype=f32),
     )  # fmt: skip
 
 
 def _setup(ctx, inputs, output) -> None:
     logits, q, *_, w_proto, w_inst, _, _ = inputs
-    _, metrics, labels, kept, inst_grad, proto_grad, log_z, rows = output
-    ctx.mark_non_differentiable(metrics, labels, kept, inst_grad, proto_grad, log_z, rows)
-    ctx.save_for_backward(logits, labels, kept, inst_grad, proto_grad, log_z, rows)
+    _, _, _, _, used, inst_grad, proto_grad, log_z, rows = output
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else zeros are made for the outputs that have none
+    ctx.save_for_backward(logits, used, inst_grad, proto_grad, log_z, rows)
     ctx.weights, ctx.q_dtype = (w_proto, w_inst), q.dtype
 
 
@@ -51,16 +54,16 @@ def _backward(ctx, loss_grad: Tensor, *_):
 backends.define(
     "mopro_loss(Tensor logits, Tensor q, Tensor k, Tensor queue, Tensor prototypes, Tensor labels, float temperature, "
     "float alpha, float threshold, float w_proto, float w_inst, bool contrast, bool correct) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
     _backward,
     _setup,
 )
 backends.define(
-    "mopro_loss_backward(Tensor loss_grad, Tensor logits, Tensor labels, Tensor kept, Tensor inst_grad, "
+    "mopro_loss_backward(Tensor loss_grad, Tensor logits, Tensor used, Tensor inst_grad, "
     "Tensor proto_grad, Tensor log_z, Tensor rows, float w_proto, float w_inst, ScalarType q_dtype) "
     "-> (Tensor, Tensor)",
-    fake=lambda loss_grad, logits, labels, kept, inst_grad, proto_grad, log_z, rows, w_proto, w_inst, q_dtype: (
+    fake=lambda loss_grad, logits, used, inst_grad, proto_grad, log_z, rows, w_proto, w_inst, q_dtype: (
         torch.empty_like(logits, memory_format=torch.contiguous_format),
         torch.empty_like(inst_grad, dtype=q_dtype),
     ),
@@ -113,5 +116,5 @@ def mopro_loss(
         *torch.ops.mopro_fast.mopro_loss(
             logits, q, k.detach(), queue.detach(), prototypes.detach(), labels,
             temperature, alpha, threshold, w_proto, w_inst, contrast, correct,
-        )[:4]
+        )[:5]
     )  # fmt: skip

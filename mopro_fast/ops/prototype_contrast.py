@@ -14,6 +14,7 @@ def _fake(q: Tensor, prototypes: Tensor, labels: Tensor, kept: Tensor | None, te
 def _setup(ctx, inputs, output) -> None:
     _, grad = output
     ctx.mark_non_differentiable(grad)
+    ctx.set_materialize_grads(False)  # else zeros are made for the outputs that have none
     ctx.save_for_backward(grad)
     ctx.dtype = inputs[0].dtype
 

@@ -23,9 +23,27 @@ def ema_update_(targets: list[Tensor], sources: list[Tensor], momentum: float, s
         torch._foreach_copy_(shadows, targets)
 
 
-def queue_enqueue_(queue: Tensor, cursor: Tensor, keys: Tensor) -> None:
+def sgd_ema_update_(
+    params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], targets: list[Tensor], lr: Tensor,
+    momentum: float, weight_decay: float, nesterov: bool, ema_momentum: float,
+    param_shadows: list[Tensor], target_shadows: list[Tensor],
+) -> None:  # fmt: skip
+    d = torch._foreach_add([g.to(torch.float32) for g in grads], params, alpha=weight_decay)
+    if momentum:
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, d)
+        d = torch._foreach_add(d, buffers, alpha=momentum) if nesterov else buffers
+    torch._foreach_add_(params, torch._foreach_mul(d, -lr[0]))
+    if param_shadows:
+        torch._foreach_copy_(param_shadows, params)
+    ema_update_(targets, params, ema_momentum, target_shadows)
+
+
+def queue_enqueue_(queue: Tensor, cursor: Tensor, keys: Tensor, shadow: Tensor | None = None) -> None:
     slots = (cursor + torch.arange(len(keys), device=queue.device)).remainder_(len(queue))
     queue.index_copy_(0, slots, keys.to(queue.dtype))
+    if shadow is not None:
+        shadow.index_copy_(0, slots, keys.to(shadow.dtype))
     cursor.add_(len(keys)).remainder_(len(queue))
 
 
@@ -72,7 +90,7 @@ def mopro_loss(
     logits: Tensor, q: Tensor, k: Tensor, queue: Tensor, prototypes: Tensor, labels: Tensor,
     temperature: float, alpha: float, threshold: float, w_proto: float, w_inst: float, contrast: bool, correct: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """-> loss, metrics, labels, kept; then for the backward pass d inst/dq, d proto/dq, log Σ exp(logits), kept rows."""
+    """-> loss, metrics, labels, kept, used; for the backward pass d inst/dq, d proto/dq, log Σ exp(logits), R [1]."""
     inst, inst_hit, inst_grad = info_nce(q, k, queue, temperature)
     given = labels
     if correct:
@@ -95,16 +113,17 @@ def mopro_loss(
     loss = (loss_cls + w_proto * loss_proto + w_inst * loss_inst).float()
     shares = (hit.sum() / rows, inst_hit.sum() / n, kept.sum() / n, (labels != given).sum() / n)
     metrics = torch.stack([m.float() for m in (loss, loss_cls, loss_proto, loss_inst, *shares)])
-    return loss, metrics, labels, kept, inst_grad, proto_grad, log_z, rows[None]
+    used = torch.where(kept, labels, -1)
+    return loss, metrics, labels, kept, used, inst_grad, proto_grad, log_z, rows[None]
 
 
 def mopro_loss_backward(
-    loss_grad: Tensor, logits: Tensor, labels: Tensor, kept: Tensor, inst_grad: Tensor, proto_grad: Tensor,
-    log_z: Tensor, rows: Tensor, w_proto: float, w_inst: float, q_dtype: torch.dtype,
+    loss_grad: Tensor, logits: Tensor, used: Tensor, inst_grad: Tensor, proto_grad: Tensor, log_z: Tensor,
+    rows: Tensor, w_proto: float, w_inst: float, q_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """-> gradients of logits (softmax − one-hot)/R where kept, and of q, in their types."""
     (z,) = wide(logits)
-    target = torch.where(kept, labels, 0)[:, None]
+    kept, target = used >= 0, used.clamp(min=0)[:, None]
     grad = (z - log_z[:, None]).exp()
     grad.scatter_(1, target, grad.gather(1, target) - 1)
     logits_grad = torch.where(kept[:, None], grad * (loss_grad / rows), 0)

@@ -61,7 +61,8 @@ class Trainer:
 
         torch.manual_seed(config.run.seed)
         self.model = models.build(config).to(self.device, memory_format=torch.channels_last).train()
-        self.optimizer = build_optimizer(self.model.encoder_q, config.optim)
+        targets = list(self.model.encoder_k.parameters()) if config.method == "mopro" else None
+        self.optimizer = build_optimizer(self.model.encoder_q, config.optim, targets, config.mopro.key_momentum)
         self.query = self.model.encoder_q
         if self.ranks > 1:
             self.query = distributed.data_parallel(self.query, self.device)
@@ -143,8 +144,7 @@ class Trainer:
             out = self.model(batch.view_q, batch.view_k, batch.labels, self.epoch, order, self.query)
         self.optimizer.zero_grad(set_to_none=True)
         out.loss.backward()
-        self.optimizer.step()
-        self.model.update_key_encoder()
+        self.optimizer.step()  # with it the key encoder: step 2 of the method
 
         # Nothing below waits for the device: the sums are read when they are logged.
         if self.sums is None:

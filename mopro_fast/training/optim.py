@@ -1,21 +1,135 @@
-"""SGD and the learning rate of every step."""
+"""SGD, alone or in one pass with the momentum encoder's update, and the learning rate of every step."""
 
 import math
+from collections.abc import Callable, Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from mopro_fast import ops
 from mopro_fast.config import OptimConfig
 
 
-def build_optimizer(encoder: nn.Module, config: OptimConfig) -> torch.optim.SGD:
-    return torch.optim.SGD(
-        encoder.parameters(),
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=config.nesterov,
-    )
+class SGDEMA(torch.optim.SGD):
+    """Momentum SGD and ``target ← m·target + (1 − m)·param`` in one pass over memory (see ops.sgd_ema_update_).
+
+    The numbers are those of ``torch.optim.SGD`` followed by ``ops.ema_update_``. State dicts are torch.optim.SGD's and
+    load in both directions: targets, their momentum and shadows belong to the constructor, not to the state.
+    For CUDA graphs give ``lr`` as a float32 tensor [1] on the device and write the schedule into it.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        targets: Iterable[Tensor],
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        ema_momentum: float,
+        param_shadows: Iterable[Tensor] | None = None,
+        target_shadows: Iterable[Tensor] | None = None,
+        dampening: float = 0.0,
+        maximize: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        """As torch.optim.SGD, and:
+
+        targets:      one tensor per parameter, in the order of the parameters, through all groups.
+        ema_momentum: m, in [0, 1].
+        param_shadows, target_shadows: optional bfloat16 or float16 copies, one per parameter.
+
+        Raises ValueError for dampening, maximize or differentiable, which it does not have, and for wrong numbers of
+        tensors.
+        """
+        super().__init__(
+            params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, differentiable=differentiable
+        )
+        self.targets, self.ema_momentum = list(targets), ema_momentum
+        self.param_shadows, self.target_shadows = list(param_shadows or []), list(target_shadows or [])
+        self._rates: dict[int, tuple[float, Tensor]] = {}  # of each group whose lr is a float: its copy on the device
+        self._require_supported()
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._require_supported()
+        begin = 0
+        for index, group in enumerate(self.param_groups):
+            params = group["params"]
+            if not params:
+                continue
+            end = begin + len(params)
+            grads = [p.grad for p in params]
+            if any(grad is not None and grad.layout != torch.strided for grad in grads):
+                raise ValueError("SGDEMA does not take sparse gradients")
+            ops.sgd_ema_update_(
+                params,
+                grads,
+                self._buffers(params) if group["momentum"] else [],
+                self.targets[begin:end],
+                lr=self._rate(index, group),
+                momentum=group["momentum"],
+                weight_decay=group["weight_decay"],
+                nesterov=group["nesterov"],
+                ema_momentum=self.ema_momentum,
+                param_shadows=self.param_shadows[begin:end],
+                target_shadows=self.target_shadows[begin:end],
+            )
+            begin = end
+        return loss
+
+    def _buffers(self, params: list[Tensor]) -> list[Tensor | None]:
+        """Made when a parameter has its first gradient, as torch.optim.SGD does."""
+        buffers = []
+        for p in params:
+            state = self.state[p] if p.grad is not None else {}
+            if p.grad is not None and state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(p)
+            buffers.append(state.get("momentum_buffer"))
+        return buffers
+
+    def _rate(self, index: int, group: dict) -> Tensor:
+        if isinstance(group["lr"], Tensor):
+            return group["lr"].reshape(1)
+        value, rate = self._rates.get(index, (None, None))
+        if value != group["lr"]:
+            device = group["params"][0].device
+            rate = torch.empty(1, dtype=torch.float32, device=device) if rate is None else rate
+            self._rates[index] = group["lr"], rate.fill_(group["lr"])
+        return rate
+
+    def _require_supported(self) -> None:
+        for group in self.param_groups:  # anew every step: groups can be edited, and loaded from a state dict
+            for name in ("dampening", "maximize", "differentiable"):
+                if group[name]:
+                    raise ValueError(f"SGDEMA does not have {name}, got {name}={group[name]}")
+        count = sum(len(group["params"]) for group in self.param_groups)
+        lists = {"targets": self.targets, "param_shadows": self.param_shadows, "target_shadows": self.target_shadows}
+        for name, tensors in lists.items():
+            if len(tensors) != count and (tensors or name == "targets"):
+                raise ValueError(f"{name} must hold {count} tensors, one per parameter, got {len(tensors)}")
+
+
+def build_optimizer(
+    encoder: nn.Module,
+    config: OptimConfig,
+    targets: Iterable[Tensor] | None = None,
+    ema_momentum: float | None = None,
+) -> torch.optim.SGD:
+    """SGD for the encoder; given the momentum encoder's parameters and momentum, one that updates those as well."""
+    options = {
+        "lr": config.lr,
+        "momentum": config.momentum,
+        "weight_decay": config.weight_decay,
+        "nesterov": config.nesterov,
+    }
+    if targets is None:
+        return torch.optim.SGD(encoder.parameters(), **options)
+    return SGDEMA(encoder.parameters(), targets, ema_momentum=ema_momentum, **options)
 
 
 def learning_rate(config: OptimConfig, epoch: int, step: int, steps_per_epoch: int) -> float:

@@ -1,0 +1,208 @@
+"""What the benchmarks run: which op at which shape, with which inputs. bench/variants.py has the functions."""
+
+import functools
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import floor
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mopro_fast.models.resnet import ResNet
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """N rows, C classes, Q queue slots, M gathered rows (0: N), D dimensions; or a model's parameters."""
+
+    N: int = 0
+    C: int = 0
+    Q: int = 0
+    M: int = 0
+    D: int = 128
+    dtype: str = "float32"
+    model: str = ""
+    shadows: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self.M or self.N
+
+    @property
+    def threshold(self) -> float:
+        """The recipes' values: webvision-v1 and webvision-v2."""
+        return 0.6 if self.C >= 5000 else 0.8
+
+    @property
+    def size(self) -> int:
+        return DTYPES[self.dtype].itemsize
+
+
+# Fields of Shape that an op's time depends on.
+FIELDS = {
+    "ema_update_": ("model", "shadows"),
+    "sgd_ema_update_": ("model", "shadows"),
+    "queue_enqueue_": ("M", "Q"),
+    "info_nce": ("N", "Q"),
+    "correct_labels": ("N", "C"),
+    "prototype_contrast": ("N", "C"),
+    "prototype_update_": ("M", "C"),
+    "mopro_loss": ("N", "C", "Q"),
+    "head": ("N", "C", "Q", "M"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    shape: Shape
+
+    @property
+    def settings(self) -> dict[str, int | str | bool]:
+        s = self.shape
+        return {f: s.rows if f == "M" else getattr(s, f) for f in FIELDS[self.op]}
+
+    @property
+    def name(self) -> str:
+        values = " ".join(f"{k}={v}" for k, v in self.settings.items())
+        return f"{self.op} {values} {self.shape.dtype}"
+
+    def state(self, device: str) -> SimpleNamespace:
+        """The inputs: random, the same for every variant of a case."""
+        model = bool(self.shape.model)
+        return (model_state if model else head_state)(self.shape, device)
+
+    def cost(self) -> floor.Cost:
+        s = self.shape
+        if s.model:
+            return getattr(floor, self.op)(sum(shape.numel() for shape in parameter_shapes(s.model)), s.shadows)
+        sizes = {
+            "queue_enqueue_": (s.rows, s.D, s.size),
+            "info_nce": (s.N, s.Q, s.D, s.size),
+            "correct_labels": (s.N, s.C, s.D, s.size),
+            "prototype_contrast": (s.N, s.C, s.D, s.size),
+            "prototype_update_": (s.rows, s.C, s.D, s.size),
+            "mopro_loss": (s.N, s.C, s.Q, s.D, s.size, s.size),
+            "head": (s.N, s.C, s.Q, s.D, s.rows, s.size),
+        }
+        return getattr(floor, self.op)(*sizes[self.op])
+
+
+@functools.cache
+def parameter_shapes(model: str) -> list[torch.Size]:
+    """Of an encoder with the projection head; "few": four tensors for a smoke test."""
+    if model == "few":
+        return [torch.Size(s) for s in ((8, 3, 7, 7), (8,), (33, 65), (1,))]
+    with torch.device("meta"):
+        return [p.shape for p in ResNet(model, 1000).parameters()]
+
+
+def model_state(shape: Shape, device: str) -> SimpleNamespace:
+    g = torch.Generator(device).manual_seed(0)
+    shapes = parameter_shapes(shape.model)
+
+    def tensors(scale: float = 1.0) -> list[Tensor]:
+        return [scale * torch.randn(s, generator=g, device=device) for s in shapes]
+
+    s = SimpleNamespace(params=tensors(), grads=tensors(0.01), buffers=tensors(0.01), targets=tensors())
+    for name in ("param_shadows", "target_shadows"):
+        setattr(s, name, [torch.empty_like(t, dtype=torch.bfloat16) for t in s.targets] if shape.shadows else None)
+    return s
+
+
+def head_state(shape: Shape, device: str) -> SimpleNamespace:
+    """Unit rows and labels such that every decision is far from its threshold, in four kinds of rows.
+
+    0: classifier and prototypes agree on another class, with confidence: relabelled. 1: they confirm the label with
+    confidence. 2: the label is plausible: kept. 3: neither: removed. Every second key is close to its query (a hit).
+    """
+    n, classes, m, d = shape.N, shape.C, shape.rows, shape.D
+    g = torch.Generator(device).manual_seed(0)
+
+    def unit(*size: int) -> Tensor:
+        return F.normalize(torch.randn(*size, d, generator=g, device=device), dim=1)
+
+    prototypes, queue = unit(classes), unit(shape.Q)
+    kind = torch.arange(n, device=device) % 4
+    labels = torch.randint(classes, (n,), generator=g, device=device)
+    true = torch.where(kind == 0, (labels + 1) % classes, labels)
+    noise = unit(n)
+    given = prototypes[labels]
+    away = noise - (noise * given).sum(1, keepdim=True) * given - 0.5 * given  # kind 3: unlike its label
+    q = F.normalize(torch.where((kind < 2)[:, None], 4 * prototypes[true] + noise, noise), dim=1)
+    q = torch.where((kind == 3)[:, None], F.normalize(away, dim=1), q)
+    logits = torch.randn(n, classes, generator=g, device=device)
+    peak = torch.tensor([14.0, 14.0, 5.0, -5.0], device=device)[kind]
+    logits.scatter_(1, true[:, None], peak[:, None])
+    k = unit(n)
+    k[::2] = F.normalize(4 * q[::2] + k[::2], dim=1)
+
+    def low(x: Tensor) -> Tensor:
+        return x.to(DTYPES[shape.dtype])
+
+    more_labels = torch.randint(classes, (m - n,), generator=g, device=device)
+    more_kept = torch.rand(m - n, generator=g, device=device) < 0.8
+    kept = torch.rand(n, generator=g, device=device) < 0.8
+    kept[0] = True
+    return SimpleNamespace(
+        logits=low(logits), q=low(q), k=low(k), queue=low(queue), labels=labels, kept=kept,
+        prototypes=prototypes, bank=low(prototypes), queue_master=queue if shape.size == 2 else None,
+        cursor=torch.tensor([shape.Q - m], device=device),
+        # the other ranks' rows, as gathered
+        more=low(unit(m - n)), more_keys=low(unit(m - n)),
+        more_labels=more_labels,
+        more_kept=more_kept, more_used=torch.where(more_kept, more_labels, -1),
+        weight=torch.full((n,), 1 / n, device=device), kept_weight=kept / kept.sum(), threshold=shape.threshold,
+    )  # fmt: skip
+
+
+def float64(state: SimpleNamespace) -> SimpleNamespace:
+    """The same values in float64: with the official formulation, the oracle."""
+
+    def wide(x):
+        if isinstance(x, list):
+            return [wide(y) for y in x]
+        return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    return SimpleNamespace(**{name: wide(value) for name, value in vars(state).items()})
+
+
+PAPER = Shape(N=256, C=1000, Q=8192)
+LARGE = Shape(N=1024, C=5000, Q=65536)
+GATHERED = 2048
+MODELS = (Shape(model="resnet50"), Shape(model="resnet50", shadows=True))
+QUICK = (Shape(N=33, C=57, Q=198, M=66), Shape(N=7, C=10, Q=21, D=32))
+
+
+def full() -> list[Case]:
+    """Every op, the settings that the documentation shows first: peers that compile are given up when time is spent."""
+    found = []
+    others = [replace(bank, N=n) for bank in (PAPER, LARGE) for n in (32, 256, 1024, 4096)]
+    for shape in (PAPER, replace(PAPER, M=GATHERED), LARGE, *MODELS, *others):
+        for dtype in DTYPES if shape.N else ("float32",):
+            found += [Case(op, replace(shape, dtype=dtype)) for op in ops_of(shape)]
+    return _distinct(found)
+
+
+def quick() -> list[Case]:
+    """Two small shapes that divide no tile: for smoke tests and the sanitizers."""
+    found = []
+    for shape in (*(replace(m, model="few") for m in MODELS), *QUICK):
+        for dtype in DTYPES if shape.N else ("float32",):
+            found += [Case(op, replace(shape, dtype=dtype)) for op in ops_of(shape)]
+    return _distinct(found)
+
+
+def ops_of(shape: Shape) -> list[str]:
+    return [op for op, fields in FIELDS.items() if ("model" in fields) == bool(shape.model)]
+
+
+def _distinct(found: list[Case]) -> list[Case]:
+    """Without those that differ only where the op does not look."""
+    by_name: dict[str, Case] = {}
+    for case in found:
+        by_name.setdefault(case.name, case)
+    return list(by_name.values())

@@ -1,0 +1,75 @@
+"""The least an op must do: bytes through device memory (each input read once, each output written once) and flops.
+
+N rows, D dimensions, Q queue slots, C classes, M gathered rows. `size` is the bytes per element of q, keys, queue,
+logits, gradients and the prototypes that are read; prototypes that are updated, per-row losses and optimizer state are
+float32, labels int64, flags one byte. A product of [a, D] by [D, b] counts 2·a·b·D flops. Only products are counted,
+and once: float32 inputs need three tf32 products for float32's accuracy, but the floor takes one.
+"""
+
+from typing import NamedTuple
+
+
+class Cost(NamedTuple):
+    bytes: int
+    flops: int
+
+
+def floor_us(cost: Cost, bytes_per_s: float, flop_per_s: float) -> float:
+    """No version runs faster than this, in microseconds."""
+    return 1e6 * max(cost.bytes / bytes_per_s, cost.flops / flop_per_s)
+
+
+def ema_update_(elements: int, shadows: bool) -> Cost:
+    """Read target and source, write the target; with shadows, write a 16-bit copy."""
+    return Cost(elements * (12 + 2 * shadows), 0)
+
+
+def sgd_ema_update_(elements: int, shadows: bool) -> Cost:
+    """Read parameter, gradient, buffer and target, write all but the gradient; with shadows, two 16-bit copies."""
+    return Cost(elements * (28 + 4 * shadows), 0)
+
+
+def queue_enqueue_(m: int, d: int, size: int) -> Cost:
+    """Read the keys, write them."""
+    return Cost(2 * m * d * size, 0)
+
+
+def info_nce(n: int, q: int, d: int, size: int) -> Cost:
+    """Read q, k, queue; write loss, hit and the gradient. Two products: the scores and the softmax-weighted mean."""
+    return Cost((3 * n * d + q * d) * size + 5 * n, 4 * n * q * d)
+
+
+def correct_labels(n: int, c: int, d: int, size: int) -> Cost:
+    """Read logits, q, prototypes, labels; write labels and kept. One product: the scores."""
+    return Cost((n * c + n * d + c * d) * size + 17 * n, 2 * n * c * d)
+
+
+def prototype_contrast(n: int, c: int, d: int, size: int) -> Cost:
+    """Read q, prototypes, labels, kept; write loss and the gradient. Two products, as in info_nce."""
+    return Cost((2 * n * d + c * d) * size + 13 * n, 4 * n * c * d)
+
+
+def prototype_update_(m: int, c: int, d: int, size: int) -> Cost:
+    """Read the rows, labels and kept; read and write every prototype, since all are normalised."""
+    return Cost(m * d * size + 9 * m + 8 * c * d, 0)
+
+
+def mopro_loss(n: int, c: int, q: int, d: int, size: int, prototype_size: int) -> Cost:
+    """Read logits, q, k, queue, prototypes, labels; write both gradients, labels, kept, loss and metrics.
+
+    Four products: scores and softmax-weighted mean of the queue, and of the prototypes.
+    """
+    rows = (2 * n * c + 3 * n * d + q * d) * size + 17 * n
+    return Cost(rows + c * d * prototype_size + 36, 4 * n * (q + c) * d)
+
+
+def head(n: int, c: int, q: int, d: int, m: int, size: int) -> Cost:
+    """mopro_loss forward and backward, then the queue and the prototypes with M gathered rows.
+
+    A fused step would read q, k and the prototypes once, so what the updates read again is left out. With 16-bit
+    rows the queue has a float32 master beside it.
+    """
+    enqueue = m * d * (size + (4 if size == 2 else 0)) + (m - n) * d * size
+    update = (m - n) * (d * size + 9) + 4 * c * d
+    loss = mopro_loss(n, c, q, d, size, 4)
+    return Cost(loss.bytes + enqueue + update, loss.flops)

@@ -1,0 +1,109 @@
+"""The official formulation of every op in eager PyTorch, the peer that the benchmarks name "official".
+
+It follows what salesforce/MoPro's training step computes and how: similarities of every row with the whole queue and
+all prototypes as matrices (the banks copied first), cross-entropies over those, boolean indexing for the kept rows, a
+Python loop over the rows for the prototypes, a ring buffer addressed by a host integer, a multiply-add per tensor for
+the momentum encoder. 16-bit inputs go as under autocast: products in 16 bits, softmaxes and cross-entropies in float32.
+"""
+
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    logits = _instance_logits(q, k, queue, temperature)
+    first = torch.zeros(len(q), dtype=torch.int64, device=q.device)
+    hit = logits.detach().topk(1, dim=1).indices[:, 0] == 0
+    return F.cross_entropy(logits, first, reduction="none"), hit
+
+
+def correct_labels(
+    logits: Tensor, q: Tensor, prototypes: Tensor, labels: Tensor, *, alpha: float, threshold: float, temperature: float
+) -> tuple[Tensor, Tensor]:
+    return _correct(_wide(logits), _scores(q, prototypes, temperature), labels, alpha, threshold)
+
+
+def prototype_contrast(q: Tensor, prototypes: Tensor, labels: Tensor, kept: Tensor, temperature: float) -> Tensor:
+    """The mean over the kept rows."""
+    scores = _scores(q, prototypes, temperature)
+    return F.cross_entropy(scores[kept], labels[kept])
+
+
+@torch.no_grad()
+def prototype_update_(prototypes: Tensor, features: Tensor, labels: Tensor, kept: Tensor, momentum: float) -> None:
+    for feature, label in zip(features[kept], labels[kept], strict=True):
+        prototypes[label] = momentum * prototypes[label] + (1 - momentum) * feature
+    prototypes.copy_(F.normalize(prototypes, dim=1))
+
+
+@torch.no_grad()
+def queue_enqueue_(queue: Tensor, cursor: Tensor, keys: Tensor, shadow: Tensor | None = None) -> None:
+    """The official queue must be a multiple of the number of keys."""
+    begin = int(cursor)
+    end = begin + len(keys)
+    assert end <= len(queue)
+    for bank in [queue] if shadow is None else [queue, shadow]:
+        bank[begin:end] = keys
+    cursor[0] = end % len(queue)
+
+
+@torch.no_grad()
+def ema_update_(
+    targets: list[Tensor], sources: list[Tensor], momentum: float, shadows: list[Tensor] | None = None
+) -> None:
+    """Every target gets new storage, as in the official code."""
+    for target, source in zip(targets, sources, strict=True):
+        target.data = target.data * momentum + source.data * (1 - momentum)
+    for shadow, target in zip(shadows or [], targets if shadows else [], strict=True):
+        shadow.copy_(target)
+
+
+def mopro_loss(
+    logits: Tensor, q: Tensor, k: Tensor, queue: Tensor, prototypes: Tensor, labels: Tensor, *,
+    temperature: float, alpha: float, threshold: float, w_proto: float, w_inst: float,
+) -> SimpleNamespace:  # fmt: skip
+    """The losses and accuracies of an epoch in which labels are corrected."""
+    instance = _instance_logits(q, k, queue, temperature)
+    scores = _scores(q, prototypes, temperature)
+    logits = _wide(logits)
+    new, kept = _correct(logits.detach(), scores.detach(), labels, alpha, threshold)
+    logits, scores, target = logits[kept], scores[kept], new[kept]
+    first = torch.zeros(len(q), dtype=torch.int64, device=q.device)
+    loss = (
+        F.cross_entropy(logits, target)
+        + w_proto * F.cross_entropy(scores, target)
+        + w_inst * F.cross_entropy(instance, first)
+    )
+    pairs = ((logits, target), (scores, target), (instance, first))
+    accuracy = [(x.detach().topk(1, dim=1).indices[:, 0] == y).float().mean() for x, y in pairs]
+    return SimpleNamespace(loss=loss, accuracy=accuracy, labels=new, kept=kept)
+
+
+def _instance_logits(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    """float32 (or wider) [N, 1 + Q], the key first."""
+    positive = torch.einsum("nd,nd->n", q, k)[:, None]
+    negative = q @ queue.detach().clone().T
+    return _wide(torch.cat([positive, negative], dim=1) / temperature)
+
+
+def _scores(q: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
+    """float32 (or wider) [N, C]."""
+    return _wide(q @ prototypes.detach().clone().to(q.dtype).T / temperature)
+
+
+@torch.no_grad()
+def _correct(logits: Tensor, scores: Tensor, labels: Tensor, alpha: float, threshold: float) -> tuple[Tensor, Tensor]:
+    mixed = alpha * logits.softmax(1) + (1 - alpha) * scores.softmax(1)
+    kept = mixed[labels >= 0, labels] > 1 / mixed.shape[1]
+    best, guess = mixed.max(1)
+    sure = best > threshold
+    labels = labels.clone()
+    labels[sure] = guess[sure]
+    return labels, kept | sure
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.element_size() == 2 else x

@@ -1,0 +1,283 @@
+"""The functions that the benchmarks run and compare: ours and its peers, for every op.
+
+A factory takes a state (the tensors of one shape) and gives back the call that is timed; the call returns what is
+compared with float64. In-place ops run on the same state again and again: averages converge, prototypes are
+normalised, SGD's steps are small, so numbers stay finite. Momenta are far from 1, so that a missing term or a wrong
+order shows in the comparison; the time does not depend on them.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+
+import official
+import torch
+from torch import Tensor
+
+from mopro_fast import ops
+
+Call = Callable[[], dict[str, Tensor | list[Tensor]]]
+Factory = Callable[[SimpleNamespace], Call]
+Factories = dict[str, Factory | str]  # a string says why there is none
+
+T, ALPHA, W_PROTO, W_INST = 0.1, 0.5, 1.0, 1.0
+PROTO_MOMENTUM, EMA_MOMENTUM = 0.9, 0.9
+SGD = {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4}
+
+
+def info_nce(function: Callable, s: SimpleNamespace) -> Call:
+    q = s.q.requires_grad_()
+
+    def call():
+        loss, hit = function(q, s.k, s.queue, T)
+        (grad,) = torch.autograd.grad(loss, q, s.weight)
+        return {"loss": loss, "grad_q": grad, "hit": hit}
+
+    return call
+
+
+def correct_labels(function: Callable, s: SimpleNamespace) -> Call:
+    def call():
+        labels, kept = function(
+            s.logits, s.q, s.bank, s.labels, alpha=ALPHA, threshold=s.threshold, temperature=T
+        )  # fmt: skip
+        return {"labels": labels, "kept": kept}
+
+    return call
+
+
+def prototype_contrast(function: Callable, s: SimpleNamespace) -> Call:
+    """Ours gives a loss per row, the official formulation its mean over the kept rows."""
+    q = s.q.requires_grad_()
+
+    def call():
+        loss = function(q, s.bank, s.labels, s.kept, T)
+        (grad,) = torch.autograd.grad(loss, q, s.kept_weight if loss.dim() else None)
+        return {"loss": loss, "grad_q": grad}
+
+    return call
+
+
+def prototype_update_(function: Callable, s: SimpleNamespace) -> Call:
+    rows, labels, kept = (torch.cat(x) for x in ((s.q, s.more), (s.labels, s.more_labels), (s.kept, s.more_kept)))
+
+    def call():
+        function(s.prototypes, rows, labels, kept, PROTO_MOMENTUM)
+        return {"prototypes": s.prototypes}
+
+    return call
+
+
+def queue_enqueue_(function: Callable, s: SimpleNamespace) -> Call:
+    keys = torch.cat([s.k, s.more_keys])
+
+    def call():
+        function(s.queue, s.cursor, keys)
+        return {"queue": s.queue, "cursor": s.cursor}
+
+    return call
+
+
+def mopro_loss(function: Callable, s: SimpleNamespace, in_head: bool = False) -> Call:
+    """Forward and backward: gradients of logits and q. In the head the prototypes are the float32 masters."""
+    prototypes = s.prototypes if in_head else s.bank
+    logits, q = s.logits.requires_grad_(), s.q.requires_grad_()
+
+    def call():
+        out = function(
+            logits, q, s.k, s.queue, prototypes, s.labels,
+            temperature=T, alpha=ALPHA, threshold=s.threshold, w_proto=W_PROTO, w_inst=W_INST,
+        )  # fmt: skip
+        grad_logits, grad_q = torch.autograd.grad(out.loss, (logits, q))
+        found = {"loss": out.loss, "grad_logits": grad_logits, "grad_q": grad_q, "labels": out.labels, "kept": out.kept}
+        return found | ({"used": out.used} if in_head and function is ops.mopro_loss else {})
+
+    return call
+
+
+def head(loss: Callable, enqueue: Callable, update: Callable, s: SimpleNamespace) -> Call:
+    """Steps 3 to 8 of the method, forward and backward; concatenating the other ranks' rows stands for gathering."""
+    run = mopro_loss(loss, s, in_head=True)
+    gathers = len(s.more) > 0
+
+    def gathered(x: Tensor, more: Tensor) -> Tensor:
+        return torch.cat([x, more]) if gathers else x
+
+    def call():
+        out = run()
+        keys, rows = gathered(s.k, s.more_keys), gathered(s.q.detach(), s.more)
+        if s.queue_master is None:
+            enqueue(s.queue, s.cursor, keys)
+        else:
+            enqueue(s.queue_master, s.cursor, keys, s.queue)
+        update(s, rows, out, gathered)
+        queues = {"queue": s.queue} | ({} if s.queue_master is None else {"queue_master": s.queue_master})
+        return out | queues | {"cursor": s.cursor, "prototypes": s.prototypes}
+
+    return call
+
+
+def _ours_update(s: SimpleNamespace, rows: Tensor, out: dict[str, Tensor], gathered: Callable) -> None:
+    used = gathered(out.pop("used"), s.more_used)
+    ops.prototype_update_(s.prototypes, rows, used, None, PROTO_MOMENTUM)
+
+
+def _official_update(s: SimpleNamespace, rows: Tensor, out: dict[str, Tensor], gathered: Callable) -> None:
+    labels, kept = gathered(out["labels"], s.more_labels), gathered(out["kept"], s.more_kept)
+    official.prototype_update_(s.prototypes, rows, labels, kept, PROTO_MOMENTUM)
+
+
+def ema_update_(function: Callable, s: SimpleNamespace) -> Call:
+    def call():
+        function(s.targets, s.params, EMA_MOMENTUM, s.target_shadows)
+        return {"targets": s.targets} | ({"target_shadows": s.target_shadows} if s.target_shadows else {})
+
+    return call
+
+
+def foreach_ema(targets: list[Tensor], sources: list[Tensor], momentum: float, shadows: list[Tensor] | None) -> None:
+    torch._foreach_mul_(targets, momentum)
+    torch._foreach_add_(targets, sources, alpha=1 - momentum)
+    if shadows:
+        torch._foreach_copy_(shadows, targets)
+
+
+def sgd_ema_update_(s: SimpleNamespace) -> Call:
+    settings = SGD | {"lr": torch.full((1,), SGD["lr"], device=s.params[0].device)}
+
+    def call():
+        ops.sgd_ema_update_(
+            s.params, s.grads, s.buffers, s.targets, **settings, nesterov=False, ema_momentum=EMA_MOMENTUM,
+            param_shadows=s.param_shadows, target_shadows=s.target_shadows,
+        )  # fmt: skip
+        return _sgd_outputs(s)
+
+    return call
+
+
+def torch_sgd(s: SimpleNamespace, ema: Callable, **kind: bool) -> Call:
+    """torch.optim.SGD, then `ema`, then the 16-bit copies of the parameters."""
+    parameters = [torch.nn.Parameter(p) for p in s.params]  # the same storage
+    optimizer = torch.optim.SGD(parameters, **SGD, **kind)
+    for p, grad, buffer in zip(parameters, s.grads, s.buffers, strict=True):
+        p.grad = grad
+        optimizer.state[p]["momentum_buffer"] = buffer
+
+    @torch.no_grad()
+    def call():
+        optimizer.step()
+        ema(s.targets, s.params, EMA_MOMENTUM, s.target_shadows)
+        if s.param_shadows:
+            torch._foreach_copy_(s.param_shadows, s.params)
+        return _sgd_outputs(s)
+
+    return call
+
+
+def _sgd_outputs(s: SimpleNamespace) -> dict[str, list[Tensor]]:
+    names = ["params", "buffers", "targets"] + (["param_shadows", "target_shadows"] if s.param_shadows else [])
+    return {name: getattr(s, name) for name in names}
+
+
+def apex_ema(targets: list[Tensor], sources: list[Tensor], momentum: float, shadows: list[Tensor] | None) -> None:
+    import amp_C
+
+    overflow = _overflow(targets[0].device)
+    amp_C.multi_tensor_axpby(65536, overflow, [targets, sources, targets], momentum, 1 - momentum, -1)
+    if shadows:
+        torch._foreach_copy_(shadows, targets)
+
+
+def apex_sgd(s: SimpleNamespace) -> Call:
+    import amp_C
+
+    def call():
+        amp_C.multi_tensor_sgd(
+            65536, _overflow(s.params[0].device), [s.grads, s.params, s.buffers],
+            SGD["weight_decay"], SGD["momentum"], 0.0, SGD["lr"], False, False, False, 1.0,
+        )  # fmt: skip
+        apex_ema(s.targets, s.params, EMA_MOMENTUM, s.target_shadows)
+        if s.param_shadows:
+            torch._foreach_copy_(s.param_shadows, s.params)
+        return _sgd_outputs(s)
+
+    return call
+
+
+@functools.cache
+def _overflow(device: torch.device) -> Tensor:
+    return torch.zeros(1, dtype=torch.int32, device=device)
+
+
+def _apex(factory: Factory) -> Factory | str:
+    found = importlib.util.find_spec("amp_C") is not None  # PyPI's other package of the name apex has none
+    return factory if found else "NVIDIA's apex (amp_C) is not installed"
+
+
+def compiled(function: Callable) -> Callable:
+    torch._dynamo.reset()  # else the ninth shape of a function would silently run eagerly
+    return torch.compile(function, dynamic=False)
+
+
+UNROLLED = "the loop over rows would be unrolled: its compile time grows with the rows"
+
+
+@dataclass(frozen=True)
+class Op:
+    """ours: what is measured; official, compiled and others: its peers.
+
+    uncapturable: why the official formulation is not put into a CUDA graph, beyond its waiting for the device.
+    """
+
+    ours: Factory
+    official: Factory
+    compiled: Factory | str
+    others: Factories = field(default_factory=dict)
+    uncapturable: str = ""
+
+
+def _plain(run: Callable[[Callable, SimpleNamespace], Call], name: str) -> Op:
+    return Op(
+        ours=lambda s: run(getattr(ops, name), s),
+        official=lambda s: run(getattr(official, name), s),
+        compiled=lambda s: run(compiled(getattr(official, name)), s),
+    )
+
+
+REBINDS = "it gives every tensor new storage, which a replay cannot follow"
+OPS = {
+    "ema_update_": replace(
+        _plain(ema_update_, "ema_update_"),
+        compiled="it gives every tensor new storage; the compiled foreach form stands for it",
+        others={
+            "foreach": lambda s: ema_update_(foreach_ema, s),
+            "foreach, compiled": lambda s: ema_update_(compiled(foreach_ema), s),
+            "apex": _apex(lambda s: ema_update_(apex_ema, s)),
+        },
+        uncapturable=REBINDS,
+    ),
+    "sgd_ema_update_": Op(
+        ours=sgd_ema_update_,
+        official=lambda s: torch_sgd(s, official.ema_update_, foreach=False),
+        compiled="the optimizer's loop over 161 tensors would be unrolled; SGD(fused) stands for it",
+        others={
+            "SGD(foreach) + foreach": lambda s: torch_sgd(s, foreach_ema, foreach=True),
+            "SGD(fused) + foreach": lambda s: torch_sgd(s, foreach_ema, fused=True),
+            "apex": _apex(apex_sgd),
+        },
+        uncapturable=REBINDS,
+    ),
+    "queue_enqueue_": _plain(queue_enqueue_, "queue_enqueue_"),
+    "info_nce": _plain(info_nce, "info_nce"),
+    "correct_labels": _plain(correct_labels, "correct_labels"),
+    "prototype_contrast": _plain(prototype_contrast, "prototype_contrast"),
+    "prototype_update_": replace(_plain(prototype_update_, "prototype_update_"), compiled=UNROLLED),
+    "mopro_loss": _plain(mopro_loss, "mopro_loss"),
+    "head": Op(
+        ours=lambda s: head(ops.mopro_loss, ops.queue_enqueue_, _ours_update, s),
+        official=lambda s: head(official.mopro_loss, official.queue_enqueue_, _official_update, s),
+        compiled=lambda s: head(compiled(official.mopro_loss), official.queue_enqueue_, _official_update, s),
+    ),
+}
