@@ -1,6 +1,6 @@
 """Launches and host synchronisations of one step, the official formulation and ours: counted, no GPU needed.
 
-    python bench/launches.py [--results FOLDER]
+    python bench/launches.py [--results FOLDER] [--cache FOLDER]
 
 Official (bench/official.py): PyTorch operators that compute something, each at least one launch on a GPU; reads of a
 scalar and boolean indexing make the host wait. Ours: Triton launches intercepted at the launcher, CUDA launches counted
@@ -75,6 +75,7 @@ def counted_on_our_backends(call: Callable, module) -> dict[str, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=record.RESULTS)
+    parser.add_argument("--cache", type=Path, help="where the host build of csrc/ is kept")
     a = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("unset TRITON_INTERPRET: there is no launcher to intercept in the interpreter")
@@ -86,7 +87,7 @@ def main() -> int:
     ]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        module = host_cuda.load(host_cuda.build(Path(folder), os.environ.get("CXX", "g++")))
+        module = host_cuda.load(host_cuda.build(a.cache or Path(folder), os.environ.get("CXX", "g++")))
         for case in wanted:
             op = variants.OPS[case.op]
             row = {"op": case.op, "settings": case.settings, "official": counted(op.official(case.state("cpu")))}

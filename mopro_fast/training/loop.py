@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
-from mopro_fast import __version__, models
+from mopro_fast import __version__
 from mopro_fast.config import TrainConfig, differences
 from mopro_fast.data.index import Index, load_index
 from mopro_fast.data.pipeline import EvalLoader, TrainLoader
 from mopro_fast.errors import UserError
+from mopro_fast.models.build import build
 from mopro_fast.ops import backends
 from mopro_fast.training import checkpoint, distributed
 from mopro_fast.training.distributed import gather_rows
@@ -60,7 +61,7 @@ class Trainer:
         self.eval_loaders = self._eval_loaders()
 
         torch.manual_seed(config.run.seed)
-        self.model = models.build(config).to(self.device, memory_format=torch.channels_last).train()
+        self.model = build(config).to(self.device, memory_format=torch.channels_last).train()
         targets = list(self.model.encoder_k.parameters()) if config.method == "mopro" else None
         self.optimizer = build_optimizer(self.model.encoder_q, config.optim, targets, config.mopro.key_momentum)
         self.query = self.model.encoder_q

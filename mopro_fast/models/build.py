@@ -1,0 +1,17 @@
+"""The model that a config describes."""
+
+from mopro_fast.config import TrainConfig
+from mopro_fast.models.baseline import CrossEntropy
+from mopro_fast.models.mopro import MoPro
+from mopro_fast.models.resnet import ResNet
+
+
+def build_encoder(config: TrainConfig) -> ResNet:
+    m = config.model
+    return ResNet(m.arch, config.data.num_classes, m.embed_dim, m.width, m.stem, m.bn_group)
+
+
+def build(config: TrainConfig) -> MoPro | CrossEntropy:
+    """The model that ``config`` describes, with fresh weights from torch's global generator."""
+    encoder = build_encoder(config)
+    return MoPro(encoder, build_encoder(config), config.mopro) if config.method == "mopro" else CrossEntropy(encoder)
