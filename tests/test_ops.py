@@ -284,12 +284,7 @@ def plain_mopro_loss(logits, q, k, queue, prototypes, labels, c):
     return loss, [*metrics, right, hit, float(kept.double().mean()), changed], labels, kept
 
 
-@on_backends("mopro_loss")
-@pytest.mark.parametrize("types", TYPES)
-@pytest.mark.parametrize("correct", [True, False])
-@pytest.mark.parametrize("contrast", [True, False])
-@pytest.mark.parametrize("n, classes, slots, d", [(1, 2, 1, 4), (33, 10, 70, 32), (40, 257, 33, 128)])
-def test_mopro_loss(n, classes, slots, d, contrast, correct, types, backend):
+def check_mopro_loss(backend, n, classes, slots, d, contrast, correct, types):
     q_type, bank_type = types
     c = {"temperature": 0.1, "alpha": 0.5, "threshold": 0.4, "w_proto": 0.7, "w_inst": 1.3}
     c |= {"contrast": contrast, "correct": correct}
@@ -315,6 +310,22 @@ def test_mopro_loss(n, classes, slots, d, contrast, correct, types, backend):
     assert rms_error(ours[0].grad, wanted, smallest=0.1) < TOLERANCE + ROUNDING[q_type]
     assert rms_error(ours[1].grad, q.grad, smallest=0.1) < gradient_tolerance(backend, *types)
     assert ours[0].grad.dtype == ours[1].grad.dtype == q_type
+
+
+@on_backends("mopro_loss")
+@pytest.mark.parametrize("types", TYPES)
+@pytest.mark.parametrize("correct", [True, False])
+@pytest.mark.parametrize("contrast", [True, False])
+@pytest.mark.parametrize("n, classes, slots, d", [(1, 2, 1, 4), (33, 10, 70, 32), (40, 257, 33, 128)])
+def test_mopro_loss(n, classes, slots, d, contrast, correct, types, backend):
+    check_mopro_loss(backend, n, classes, slots, d, contrast, correct, types)
+
+
+@on_backends("mopro_loss")
+@pytest.mark.parametrize("types", [(F32, F32), (BF16, BF16)])
+@pytest.mark.parametrize("n, classes, slots, d", [(7, 1100, 5, 16), (9, 1025, 40, 300)])
+def test_mopro_loss_over_many_classes(n, classes, slots, d, types, backend):
+    check_mopro_loss(backend, n, classes, slots, d, True, True, types)
 
 
 @on_backends("mopro_loss")
