@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mopro_fast.models.resnet import ResNet
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Of q, keys, queue and prototypes that are read; under autocast, which is what trains, the logits alone are bfloat16.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "autocast": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ class Shape:
     @property
     def size(self) -> int:
         return DTYPES[self.dtype].itemsize
+
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        return torch.float32 if self.dtype == "float32" else torch.bfloat16
 
 
 # Fields of Shape that an op's time depends on.
@@ -85,8 +90,8 @@ class Case:
             "correct_labels": (s.N, s.C, s.D, s.size),
             "prototype_contrast": (s.N, s.C, s.D, s.size),
             "prototype_update_": (s.rows, s.C, s.D, s.size),
-            "mopro_loss": (s.N, s.C, s.Q, s.D, s.size, s.size),
-            "head": (s.N, s.C, s.Q, s.D, s.rows, s.size),
+            "mopro_loss": (s.N, s.C, s.Q, s.D, s.size, s.size, s.logits_dtype.itemsize),
+            "head": (s.N, s.C, s.Q, s.D, s.rows, s.size, s.logits_dtype.itemsize),
         }
         return getattr(floor, self.op)(*sizes[self.op])
 
@@ -148,7 +153,7 @@ def head_state(shape: Shape, device: str) -> SimpleNamespace:
     kept = torch.rand(n, generator=g, device=device) < 0.8
     kept[0] = True
     return SimpleNamespace(
-        logits=low(logits), q=low(q), k=low(k), queue=low(queue), labels=labels, kept=kept,
+        logits=logits.to(shape.logits_dtype), q=low(q), k=low(k), queue=low(queue), labels=labels, kept=kept,
         prototypes=prototypes, bank=low(prototypes), queue_master=queue if shape.size == 2 else None,
         cursor=torch.tensor([shape.Q - m], device=device),
         # the other ranks' rows, as gathered
@@ -183,7 +188,7 @@ def full() -> list[Case]:
     others = [replace(bank, N=n) for bank in (PAPER, LARGE) for n in (32, 256, 1024, 4096)]
     for shape in (PAPER, replace(PAPER, M=GATHERED), LARGE, *MODELS, *others):
         for dtype in DTYPES if shape.N else ("float32",):
-            found += [Case(op, replace(shape, dtype=dtype)) for op in ops_of(shape)]
+            found += [Case(op, replace(shape, dtype=dtype)) for op in ops_of(shape, dtype)]
     return _distinct(found)
 
 
@@ -192,11 +197,13 @@ def quick() -> list[Case]:
     found = []
     for shape in (*(replace(m, model="few") for m in MODELS), *QUICK):
         for dtype in DTYPES if shape.N else ("float32",):
-            found += [Case(op, replace(shape, dtype=dtype)) for op in ops_of(shape)]
+            found += [Case(op, replace(shape, dtype=dtype)) for op in ops_of(shape, dtype)]
     return _distinct(found)
 
 
-def ops_of(shape: Shape) -> list[str]:
+def ops_of(shape: Shape, dtype: str) -> list[str]:
+    if dtype == "autocast":
+        return ["mopro_loss", "head"]
     return [op for op, fields in FIELDS.items() if ("model" in fields) == bool(shape.model)]
 
 

@@ -1,9 +1,10 @@
 """The least an op must do: bytes through device memory (each input read once, each output written once) and flops.
 
 N rows, D dimensions, Q queue slots, C classes, M gathered rows. `size` is the bytes per element of q, keys, queue,
-logits, gradients and the prototypes that are read; prototypes that are updated, per-row losses and optimizer state are
-float32, labels int64, flags one byte. A product of [a, D] by [D, b] counts 2·a·b·D flops. Only products are counted,
-and once: float32 inputs need three tf32 products for float32's accuracy, but the floor takes one.
+their gradients, the prototypes that are read and, unless `logits_size` says otherwise, the logits; prototypes that are
+updated, per-row losses and optimizer state are float32, labels int64, flags one byte. A product of [a, D] by [D, b]
+counts 2·a·b·D flops. Only products are counted, and once: float32 inputs need three tf32 products for float32's
+accuracy, but the floor takes one.
 """
 
 from typing import NamedTuple
@@ -54,16 +55,16 @@ def prototype_update_(m: int, c: int, d: int, size: int) -> Cost:
     return Cost(m * d * size + 9 * m + 8 * c * d, 0)
 
 
-def mopro_loss(n: int, c: int, q: int, d: int, size: int, prototype_size: int) -> Cost:
+def mopro_loss(n: int, c: int, q: int, d: int, size: int, prototype_size: int, logits_size: int) -> Cost:
     """Read logits, q, k, queue, prototypes, labels; write both gradients, labels, kept, loss and metrics.
 
     Four products: scores and softmax-weighted mean of the queue, and of the prototypes.
     """
-    rows = (2 * n * c + 3 * n * d + q * d) * size + 17 * n
+    rows = 2 * n * c * logits_size + (3 * n * d + q * d) * size + 17 * n
     return Cost(rows + c * d * prototype_size + 36, 4 * n * (q + c) * d)
 
 
-def head(n: int, c: int, q: int, d: int, m: int, size: int) -> Cost:
+def head(n: int, c: int, q: int, d: int, m: int, size: int, logits_size: int) -> Cost:
     """mopro_loss forward and backward, then the queue and the prototypes with M gathered rows.
 
     A fused step would read q, k and the prototypes once, so what the updates read again is left out. With 16-bit
@@ -71,5 +72,5 @@ def head(n: int, c: int, q: int, d: int, m: int, size: int) -> Cost:
     """
     enqueue = m * d * (size + (4 if size == 2 else 0)) + (m - n) * d * size
     update = (m - n) * (d * size + 9) + 4 * c * d
-    loss = mopro_loss(n, c, q, d, size, 4)
+    loss = mopro_loss(n, c, q, d, size, 4, logits_size)
     return Cost(loss.bytes + enqueue + update, loss.flops)

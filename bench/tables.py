@@ -62,6 +62,8 @@ def ops(result: dict) -> str:
         f"p50; {c['gpu']}, driver {c['driver']}; in the same run copies at {copies}, products at {rates}; "
         f"PyTorch {c['torch']}, Triton {c['triton']}; commit {c['commit']}."
     ]
+    if "empty_replay_us" in ceilings:
+        note.append(f"A graph of one empty launch takes {ceilings['empty_replay_us']:.1f} µs, measured the same way.")
     if missing := result["not_reached"]:
         note.append(f"Not measured: {', '.join(missing)}.")
     return "\n".join([*head, *rows, "", *note])

@@ -16,17 +16,19 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 Call = Callable[[], object]
-FLUSH = 2**27  # bytes written before each repetition: over twice the L2 of an H100 (50 MB) or H200 (60 MB)
+FLUSH = (
+    2**27
+)  # bytes written, and as many read, before each repetition: over twice the L2 of an H100 (50 MB) or H200 (60 MB)
 
 
 def eager(call: Call, device: str, seconds: float = 0.1) -> dict[str, float]:
     """Microseconds of `call`; as many repetitions (5 to 50) as fit in `seconds`, after warming up."""
     if device == "cpu":
         return _sample(lambda: _host_time(call), seconds)
-    flush = torch.empty(FLUSH, dtype=torch.uint8, device=device)
+    flush = _Flush()
 
     def once() -> float:
-        flush.zero_()
+        flush()
         torch.cuda.synchronize()
         return _device_time(call)
 
@@ -36,13 +38,24 @@ def eager(call: Call, device: str, seconds: float = 0.1) -> dict[str, float]:
 def replay(call: Call, seconds: float = 0.1) -> dict[str, float]:
     """Microseconds of `call` replayed from a CUDA graph. Raises whatever the capture raises."""
     graph = capture(call)
-    flush = torch.empty(FLUSH, dtype=torch.uint8, device="cuda")
+    flush = _Flush()
 
     def once() -> float:
-        flush.zero_()
+        flush()
         return _device_time(graph.replay)
 
     return _sample(once, seconds)
+
+
+class _Flush:
+    """Empties the L2 cache. What is written last is still dirty there, so clean lines are read over it."""
+
+    def __init__(self) -> None:
+        self.written, self.read = (torch.zeros(FLUSH // 4, dtype=torch.int32, device="cuda") for _ in range(2))
+
+    def __call__(self) -> None:
+        self.written.zero_()
+        self.read.sum()
 
 
 def capture(call: Call) -> torch.cuda.CUDAGraph:
@@ -123,6 +136,9 @@ def ceilings(device: str) -> dict[str, float]:
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         found[f"{name}_flop_per_s"] = 2 * n**3 / _best(lambda a=a, b=b: a @ b, device)
         torch.set_float32_matmul_precision(before)
+    if device == "cuda":
+        one = torch.zeros(1, device=device)
+        found["empty_replay_us"] = replay(one.zero_)["p50"]  # what the shortest launch takes, measured the same way
     return found
 
 

@@ -261,7 +261,7 @@ OPS = {
     "sgd_ema_update_": Op(
         ours=sgd_ema_update_,
         official=lambda s: torch_sgd(s, official.ema_update_, foreach=False),
-        compiled="the optimizer's loop over 161 tensors would be unrolled; SGD(fused) stands for it",
+        compiled="the optimizer's loop over 165 tensors would be unrolled; SGD(fused) stands for it",
         others={
             "SGD(foreach) + foreach": lambda s: torch_sgd(s, foreach_ema, foreach=True),
             "SGD(fused) + foreach": lambda s: torch_sgd(s, foreach_ema, fused=True),

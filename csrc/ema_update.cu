@@ -14,7 +14,7 @@ namespace mopro_fast {
 namespace {
 
 enum { TARGET, SOURCE, SHADOW, POINTERS };
-// Tensors per launch: ResNet-50 has 161 parameters, ResNet-152 467.
+// Tensors per launch: ResNet-50 with its projection head has 165 parameters, ResNet-152 471.
 constexpr int TENSORS = 512;
 using EmaTable = Table<POINTERS, TENSORS>;
 

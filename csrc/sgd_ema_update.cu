@@ -19,7 +19,8 @@ namespace mopro_fast {
 namespace {
 
 enum { PARAM, GRAD, BUFFER, TARGET, PARAM_SHADOW, TARGET_SHADOW, POINTERS };
-// Tensors per launch: ResNet-50 has 161 parameters, ResNet-152 467; 546 would fill the kernel's parameters.
+// Tensors per launch: ResNet-50 with its projection head has 165 parameters, ResNet-152 471; 545 fill the
+// kernel's parameters.
 constexpr int TENSORS = 512;
 using SgdEmaTable = Table<POINTERS, TENSORS>;
 

@@ -4,7 +4,7 @@
     kept = t[y] > 1/C, for the label y as given; where max t > θ: y ← argmax t, kept
 
 The first pass (kernels/similarity.py) yields both softmaxes' maxima and sums, the second forms t tile by tile and keeps
-each slice's best class and t[y]. Traffic per pass: N·C logits, C·D prototypes, N·D of q; 12 bytes per row and slice.
+each split's best class and t[y]. Traffic per pass: N·C logits, C·D prototypes, N·D of q; 12 bytes per row and split.
 """
 
 import torch
@@ -16,7 +16,7 @@ from mopro_fast.kernels.similarity import (
     BLOCK_S,
     LOG2_E,
     Partials,
-    add_slices,
+    combine_splits,
     dot,
     load_logits,
     load_tile,
@@ -31,27 +31,28 @@ from mopro_fast.kernels.similarity import (
 def correct_labels_fwd_kernel(
     logits_ptr, q_ptr, prototypes_ptr, labels_ptr, m_ptr, z_ptr, logits_m_ptr, logits_z_ptr,
     best_ptr, guess_ptr, given_ptr,
-    n_rows, classes, slices, slice_rows, dim, scale, alpha,
+    n_rows, classes, splits, split_rows, dim, scale, alpha,
     ONE_CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row blocks, slices), cut as the first pass was. Per slice: max t, its class, t[y] or 0."""
-    # 1. Rows, slice and what the first pass found. t is not finite exactly where one of the sums is not, or where
+    """Grid (row blocks, splits), cut as the first pass was. Per split: max t, its class, t[y] or 0."""
+    # 1. Rows, split and what the first pass found. t is not finite exactly where one of the sums is not, or where
     #    a row of scores is nothing but −inf.
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok = rows < n_rows
-    begin = tl.program_id(1) * slice_rows
-    end = tl.minimum(begin + slice_rows, classes)
-    m, z = add_slices(m_ptr, z_ptr, rows, row_ok, n_rows, slices, BLOCK_N)
-    logits_m, logits_z = add_slices(logits_m_ptr, logits_z_ptr, rows, row_ok, n_rows, slices, BLOCK_N)
+    begin = tl.program_id(1) * split_rows
+    end = tl.minimum(begin + split_rows, classes)
+    m, z = combine_splits(m_ptr, z_ptr, rows, row_ok, n_rows, splits, BLOCK_N)
+    logits_m, logits_z = combine_splits(logits_m_ptr, logits_z_ptr, rows, row_ok, n_rows, splits, BLOCK_N)
     finite = (z > 0) & (z < float("inf")) & (logits_z > 0) & (logits_z < float("inf"))
-    # Exactly rounded: at a tie of all classes t must come out as 1/C, which is not above 1/C.
+    # Exactly rounded: where all classes tie, z = C, and with alpha 0, ½ or 1 t is 1/C rounded, which is not above 1/C.
     weight, logits_weight = tl.div_rn(1.0 - alpha, z), tl.div_rn(alpha, logits_z)
     labels = tl.load(labels_ptr + rows, row_ok, -1)
     d = tl.arange(0, BLOCK_D)
-    q = widen(load_tile(q_ptr, rows, row_ok, d, dim), prototypes_ptr)  # [BLOCK_N, BLOCK_D]
+    if ONE_CHUNK:
+        q = widen(load_tile(q_ptr, rows, row_ok, d, dim), prototypes_ptr)  # [BLOCK_N, BLOCK_D]
 
-    # 2. One pass over the slice; the first class wins a tie.
+    # 2. One pass over the split; the first class wins a tie.
     best = tl.full([BLOCK_N], -1.0, tl.float32)
     guess = tl.zeros([BLOCK_N], tl.int32)
     given = tl.zeros([BLOCK_N], tl.float32)
@@ -72,7 +73,7 @@ def correct_labels_fwd_kernel(
         best = tl.maximum(best, tile_best)
         given += tl.sum(tl.where(cols[None, :].to(tl.int64) == labels[:, None], tl.maximum(t, 0.0), 0.0), 1)
 
-    # 3. Partial results [slices, N].
+    # 3. Partial results [splits, N].
     out = tl.program_id(1).to(tl.int64) * n_rows + rows
     tl.store(best_ptr + out, best, row_ok)
     tl.store(guess_ptr + out, guess, row_ok)
@@ -82,37 +83,37 @@ def correct_labels_fwd_kernel(
 @triton.jit
 def correct_labels_finish_kernel(
     labels_ptr, best_ptr, guess_ptr, given_ptr, new_labels_ptr, kept_ptr,
-    n_rows, slices, threshold, chance,
+    n_rows, splits, threshold, chance,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (row blocks). chance: 1/C."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok = rows < n_rows
-    label, kept = decide(
-        labels_ptr, best_ptr, guess_ptr, given_ptr, rows, row_ok, n_rows, slices, threshold, chance, BLOCK_N
+    label, kept = combine_decisions(
+        labels_ptr, best_ptr, guess_ptr, given_ptr, rows, row_ok, n_rows, splits, threshold, chance, BLOCK_N
     )
     tl.store(new_labels_ptr + rows, label, row_ok)
     tl.store(kept_ptr + rows, kept, row_ok)
 
 
 @triton.jit
-def decide(
-    labels_ptr, best_ptr, guess_ptr, given_ptr, rows, row_ok, n_rows, slices, threshold, chance,
+def combine_decisions(
+    labels_ptr, best_ptr, guess_ptr, given_ptr, rows, row_ok, n_rows, splits, threshold, chance,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """-> (label int64 [BLOCK_N], kept): what all slices together say. The first slice wins a tie."""
+    """-> (label int64 [BLOCK_N], kept): what all splits together say. The first split wins a tie."""
     best = tl.full([BLOCK_N], -1.0, tl.float32)
     guess = tl.zeros([BLOCK_N], tl.int32)
     given = tl.zeros([BLOCK_N], tl.float32)
-    for first in range(0, slices, BLOCK_S):
+    for first in tl.range(0, splits, BLOCK_S, num_stages=4):
         s = first + tl.arange(0, BLOCK_S)
         at = s.to(tl.int64)[None, :] * n_rows + rows[:, None]
-        ok = row_ok[:, None] & (s < slices)[None, :]
-        slice_best = tl.load(best_ptr + at, ok, -1.0)  # [BLOCK_N, BLOCK_S]
-        slice_guess = tl.load(guess_ptr + at, ok, 0)
-        some_best = tl.max(slice_best, 1)
-        # Of the slices that share the best t the first holds the lowest class.
-        lowest = tl.min(tl.where(slice_best == some_best[:, None], slice_guess, 2147483647), 1)
+        ok = row_ok[:, None] & (s < splits)[None, :]
+        split_best = tl.load(best_ptr + at, ok, -1.0)  # [BLOCK_N, BLOCK_S]
+        split_guess = tl.load(guess_ptr + at, ok, 0)
+        some_best = tl.max(split_best, 1)
+        # Of the splits that share the best t the first holds the lowest class.
+        lowest = tl.min(tl.where(split_best == some_best[:, None], split_guess, 2147483647), 1)
         guess = tl.where(some_best > best, lowest, guess)
         best = tl.maximum(best, some_best)
         given += tl.sum(tl.load(given_ptr + at, ok, 0.0), 1)
@@ -121,16 +122,16 @@ def decide(
     return tl.where(sure, guess.to(tl.int64), label), sure | (given > chance)
 
 
-def opinions(
+def second_pass(
     logits: Tensor, q: Tensor, prototypes: Tensor, labels: Tensor, p: Partials, alpha: float, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The second pass. -> best f32, guess int32, given f32, each [slices, N]"""
+    """-> best f32, guess int32, given f32, each [splits, N]"""
     (n, dim), t = q.shape, tiling_of(q, prototypes, with_logits=True)
     best, given = torch.empty_like(p.m), torch.empty_like(p.m)
     guess = torch.empty_like(p.m, dtype=torch.int32)
-    correct_labels_fwd_kernel[(t.row_blocks, t.slices)](
+    correct_labels_fwd_kernel[(t.row_blocks, t.splits)](
         logits, q, prototypes, labels, p.m, p.z, p.logits_m, p.logits_z, best, guess, given,
-        n, len(prototypes), t.slices, t.slice_rows, dim, LOG2_E.value / temperature, alpha,
+        n, len(prototypes), t.splits, t.split_rows, dim, LOG2_E.value / temperature, alpha,
         **t.constants, num_warps=t.num_warps,
     )  # fmt: skip
     return best, guess, given
@@ -144,11 +145,11 @@ def correct_labels(
     new_labels, kept = torch.empty_like(labels), torch.empty_like(labels, dtype=torch.bool)
     if n:
         p = similarity(q, prototypes, temperature, logits, with_e=False)
-        best, guess, given = opinions(logits, q, prototypes, labels, p, alpha, temperature)
+        best, guess, given = second_pass(logits, q, prototypes, labels, p, alpha, temperature)
         block_n = 32
         correct_labels_finish_kernel[(triton.cdiv(n, block_n),)](
             labels, best, guess, given, new_labels, kept,
-            n, p.slices, threshold, 1 / len(prototypes),
+            n, p.splits, threshold, 1 / len(prototypes),
             BLOCK_N=block_n,
         )  # fmt: skip
     return new_labels, kept

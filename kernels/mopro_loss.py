@@ -1,10 +1,10 @@
 """Steps 3, 5, 6 and 8 of one MoPro step: the three losses, label correction, their sum and its gradient.
 
-    loss = Σ_kept CE(logits, y)/R + w_proto·Σ_kept CE(q·prototypesᵀ/T, y)/R + w_inst·Σ InfoNCE/N,  R = max(1, kept rows)
+    loss = Σ_kept CE(logits, y)/R + w_proto·Σ_kept CE(q·prototypesᵀ/T, y)/R + w_inst·Σ InfoNCE/N,  R: kept rows
 
 The passes over queue and prototypes are those of the other ops; their results stay, so that correction and contrast
 share one. Six launches forward (two for the queue, one per pass over the prototypes, rows, sums), one backward.
-Traffic beyond those passes: (D + 2)·4 bytes per row and slice; backward reads the logits and writes their gradient.
+Traffic beyond those passes: (D + 2)·4 bytes per row and split; backward reads the logits and writes their gradient.
 """
 
 import torch
@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mopro_fast.kernels.correct_labels import decide, opinions
+from mopro_fast.kernels.correct_labels import combine_decisions, second_pass
 from mopro_fast.kernels.info_nce import info_nce
 from mopro_fast.kernels.prototype_contrast import contrast_row
-from mopro_fast.kernels.similarity import LN_2, LOG2_E, add_slices, block_of, row_options, similarity
+from mopro_fast.kernels.similarity import LN_2, LOG2_E, block_of, combine_splits, row_options, similarity
 
 
 @triton.jit
@@ -23,17 +23,19 @@ def mopro_loss_fwd_kernel(
     logits_ptr, q_ptr, prototypes_ptr, labels_ptr, m_ptr, z_ptr, e_ptr, logits_m_ptr, logits_z_ptr,
     best_ptr, guess_ptr, given_ptr,
     new_labels_ptr, kept_ptr, used_ptr, cls_ptr, hit_ptr, log_z_ptr, proto_ptr, grad_ptr,
-    n_rows, classes, slices, dim, scale, threshold, chance,
+    n_rows, classes, splits, dim, scale, threshold, chance,
     CONTRAST: tl.constexpr, CORRECT: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Grid (N): the label, both losses of it, and the prototype loss's gradient to q. chance: 1/C."""
     row = tl.program_id(0).to(tl.int64)
-    one = row + tl.arange(0, 1)
+    one = row + tl.arange(0, 1)  # a block of one row, to share what other kernels do for a block of rows
     ok = one < n_rows
 
     # 1. The label, and whether the row counts.
     if CORRECT:
-        label, kept = decide(labels_ptr, best_ptr, guess_ptr, given_ptr, one, ok, n_rows, slices, threshold, chance, 1)
+        label, kept = combine_decisions(
+            labels_ptr, best_ptr, guess_ptr, given_ptr, one, ok, n_rows, splits, threshold, chance, 1
+        )
     else:
         label = tl.load(labels_ptr + one)
         kept = (label >= 0) & (label < classes)
@@ -42,7 +44,7 @@ def mopro_loss_fwd_kernel(
     tl.store(used_ptr + one, tl.where(kept, label, -1))
 
     # 2. The classifier's cross-entropy, and whether no class scores higher.
-    m, z = add_slices(logits_m_ptr, logits_z_ptr, one, ok, n_rows, slices, 1)
+    m, z = combine_splits(logits_m_ptr, logits_z_ptr, one, ok, n_rows, splits, 1)
     x = tl.load(logits_ptr + one * classes + label, kept, 0.0).to(tl.float32) * LOG2_E
     tl.store(cls_ptr + one, tl.where(kept, (m - x + tl.log2(z)) * LN_2, 0.0))
     tl.store(hit_ptr + one, kept & (x >= m))
@@ -52,7 +54,7 @@ def mopro_loss_fwd_kernel(
     if CONTRAST:
         contrast_row(
             q_ptr, prototypes_ptr, m_ptr, z_ptr, e_ptr, proto_ptr, grad_ptr,
-            row, tl.sum(label, 0), tl.sum(kept.to(tl.int32), 0) != 0, n_rows, slices, dim, scale, BLOCK_D,
+            row, tl.sum(label, 0), tl.sum(kept.to(tl.int32), 0) != 0, n_rows, splits, dim, scale, BLOCK_D,
         )  # fmt: skip
 
 
@@ -148,11 +150,11 @@ def mopro_loss(
         p = similarity(q, prototypes, temperature, logits, with_e=contrast)
         best = guess = given = p.m
         if correct:
-            best, guess, given = opinions(logits, q, prototypes, labels, p, alpha, temperature)
+            best, guess, given = second_pass(logits, q, prototypes, labels, p, alpha, temperature)
         mopro_loss_fwd_kernel[(n,)](
             logits, q, prototypes, labels, p.m, p.z, p.e, p.logits_m, p.logits_z, best, guess, given,
             new_labels, kept, used, cls, hit, log_z, proto, proto_grad,
-            n, classes, p.slices, dim, LOG2_E.value / temperature, threshold, 1 / classes,
+            n, classes, p.splits, dim, LOG2_E.value / temperature, threshold, 1 / classes,
             CONTRAST=contrast, CORRECT=correct, **row_options(dim),
         )  # fmt: skip
     mopro_loss_sum_kernel[(1,)](

@@ -2,7 +2,7 @@
 
     loss = log Σ_c exp(q·c/T) − q·c_y/T      d loss/dq = (E − c_y)/T      both 0 where the row is not used
 
-Traffic of the second kernel: (D + 2)·4 bytes per row and slice; q, one prototype and the gradient per row.
+Traffic of the second kernel: (D + 2)·4 bytes per row and split; q, one prototype and the gradient per row.
 """
 
 import torch
@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mopro_fast.kernels.similarity import LN_2, LOG2_E, add_slices_with_e, row_options, similarity
+from mopro_fast.kernels.similarity import LN_2, LOG2_E, combine_splits_with_e, row_options, similarity
 
 
 @triton.jit
 def prototype_contrast_fwd_kernel(
     q_ptr, prototypes_ptr, labels_ptr, kept_ptr, m_ptr, z_ptr, e_ptr, loss_ptr, grad_ptr,
-    n_rows, classes, slices, dim, scale,
+    n_rows, classes, splits, dim, scale,
     WITH_KEPT: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Grid (N). scale: log2(e)/T."""
@@ -27,19 +27,19 @@ def prototype_contrast_fwd_kernel(
         use = use & (tl.load(kept_ptr + row) != 0)
     contrast_row(
         q_ptr, prototypes_ptr, m_ptr, z_ptr, e_ptr, loss_ptr, grad_ptr,
-        row, label, use, n_rows, slices, dim, scale, BLOCK_D,
+        row, label, use, n_rows, splits, dim, scale, BLOCK_D,
     )  # fmt: skip
 
 
 @triton.jit
 def contrast_row(
     q_ptr, prototypes_ptr, m_ptr, z_ptr, e_ptr, loss_ptr, grad_ptr,
-    row, label, use, n_rows, slices, dim, scale,
+    row, label, use, n_rows, splits, dim, scale,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Loss and gradient of one row, zeros unless `use`; a label outside [0, C) must come without it."""
     d = tl.arange(0, BLOCK_D)
-    m, z, e = add_slices_with_e(m_ptr, z_ptr, e_ptr, row, n_rows, slices, dim, BLOCK_D)
+    m, z, e = combine_splits_with_e(m_ptr, z_ptr, e_ptr, row, n_rows, splits, dim, BLOCK_D)
     q = tl.load(q_ptr + row * dim + d, d < dim, 0.0).to(tl.float32)
     c = tl.load(prototypes_ptr + label * dim + d, (d < dim) & use, 0.0).to(tl.float32)
     x = tl.sum(q * c, 0) * scale
@@ -58,7 +58,7 @@ def prototype_contrast(
         p = similarity(q, prototypes, temperature)
         prototype_contrast_fwd_kernel[(n,)](
             q, prototypes, labels, labels if kept is None else kept.contiguous(), p.m, p.z, p.e, loss, grad,
-            n, len(prototypes), p.slices, dim, LOG2_E.value / temperature,
+            n, len(prototypes), p.splits, dim, LOG2_E.value / temperature,
             WITH_KEPT=kept is not None, **row_options(dim),
         )  # fmt: skip
     return loss, grad

@@ -5,11 +5,12 @@ For every row n and a bank b of B rows (the queue or the prototypes), with x_nb 
     M_n = max_b x_nb      Z_n = Σ_b exp(x_nb − M_n)      E_n = Σ_b exp(x_nb − M_n) b_b
 
 so that log-sum-exp = M + log Z, and E/Z = Σ softmax·b: attention with keys = values. d(log-sum-exp)/dq = E/(Z·T).
-The bank is cut into slices, one per program, for N = 256 rows alone do not fill a GPU; the next kernel adds the
-slices up in their order. Nothing of size N×B is written.
+The bank is cut into splits, one per program, for N = 256 rows alone do not fill a GPU; the next kernel adds the
+splits up in their order. Nothing of size N×B is written.
 
 Everything is in base 2: x stands for x·log2(e), exp for exp2.
-Traffic: (B·D + 2·N·D)·itemsize in, N·(D + 2)·4 bytes out per slice. Source: MoPro equations 3 to 5; the running
+Traffic from memory: B·D + N·D in, and N·B logits if asked for; from L2 the bank once per row block. Out: N·(D + 2)
+floats per split. Source: MoPro equations 3 to 5; the running
 maximum and the split of the bank are FlashAttention's (arXiv 2205.14135, section 3.1) and flash-decoding's.
 """
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-# Slices added up at a time: at D = 128 they are 4 KB in flight per program; 16 spill where D is not a multiple of 16.
+# Splits combined at a time, four times that many in flight: at D = 128, 16 KB per program. Not measured.
 BLOCK_S = tl.constexpr(8)
 # Triton's interpreter holds bfloat16 as bits and would multiply those.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -32,20 +33,21 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 @triton.jit
 def similarity_fwd_kernel(
     q_ptr, bank_ptr, logits_ptr, m_ptr, z_ptr, e_ptr, logits_m_ptr, logits_z_ptr,
-    n_rows, bank_rows, slice_rows, dim, scale,
+    n_rows, bank_rows, split_rows, dim, scale,
     WITH_E: tl.constexpr, WITH_LOGITS: tl.constexpr, ONE_CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row blocks, slices, chunks of E's columns). scale: log2(e)/T. WITH_LOGITS: M and Z of logits [N, B] too."""
-    # 1. This program's rows of q, slice of the bank and columns of E.
+    """Grid (row blocks, splits, chunks of E's columns). scale: log2(e)/T. WITH_LOGITS: M and Z of logits [N, B] too."""
+    # 1. This program's rows of q, split of the bank and columns of E.
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok = rows < n_rows
-    begin = tl.program_id(1) * slice_rows
-    end = tl.minimum(begin + slice_rows, bank_rows)
+    begin = tl.program_id(1) * split_rows
+    end = tl.minimum(begin + split_rows, bank_rows)
     d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-    q = widen(load_tile(q_ptr, rows, row_ok, d, dim), bank_ptr)  # [BLOCK_N, BLOCK_D]
+    if ONE_CHUNK:
+        q = widen(load_tile(q_ptr, rows, row_ok, d, dim), bank_ptr)  # [BLOCK_N, BLOCK_D]
 
-    # 2. One pass over the slice. The running maximum could be any constant near it, and for unit vectors 1/T is
+    # 2. One pass over the split. The running maximum could be any constant near it, and for unit vectors 1/T is
     #    one; but T = 0.01 or longer vectors must not overflow.
     m = tl.full([BLOCK_N], float("-inf"), tl.float32)
     z = tl.zeros([BLOCK_N], tl.float32)
@@ -61,14 +63,14 @@ def similarity_fwd_kernel(
         else:
             x = long_dot(q_ptr, bank_ptr, rows, row_ok, cols, col_ok, dim, BLOCK_N, BLOCK_B, BLOCK_K) * scale
         x = tl.where(col_ok[None, :], x, float("-inf"))
-        m, z, p, shrink = add_tile(m, z, x)
+        m, z, p, rescale = add_tile(m, z, x)
         if WITH_E:
-            e = e * shrink[:, None] + dot(p.to(bank.dtype), bank)
+            e = e * rescale[:, None] + dot(p.to(bank.dtype), bank)
         if WITH_LOGITS:
             x = load_logits(logits_ptr, rows, row_ok, cols, col_ok, bank_rows)
             logits_m, logits_z, _, _ = add_tile(logits_m, logits_z, x)
 
-    # 3. Partial results [slices, N] and [slices, N, D]. Every chunk has the same M and Z: the first writes them.
+    # 3. Partial results [splits, N] and [splits, N, D]. Every chunk has the same M and Z: the first writes them.
     out = tl.program_id(1).to(tl.int64) * n_rows + rows
     if WITH_E:
         tl.store(e_ptr + out[:, None] * dim + d[None, :], e, row_ok[:, None] & (d < dim)[None, :])
@@ -129,53 +131,53 @@ def add_tile(m, z, x):
     """Take scores x [BLOCK_N, *] into maximum m and sum z; -> m, z, exp(x − m), the factor of older sums."""
     new_m = tl.maximum(m, tl.max(x, 1))
     shift = tl.where(new_m == float("-inf"), 0.0, new_m)  # only −inf so far: exp(−inf − 0) is 0, exp(−inf + inf) NaN
-    shrink = tl.exp2(m - shift)
+    rescale = tl.exp2(m - shift)
     p = tl.exp2(x - shift[:, None])
-    return new_m, z * shrink + tl.sum(p, 1), p, shrink
+    return new_m, z * rescale + tl.sum(p, 1), p, rescale
 
 
 @triton.jit
-def add_slices(m_ptr, z_ptr, rows, row_ok, n_rows, slices, BLOCK_N: tl.constexpr):
-    """M and Z of BLOCK_N rows: all slices in their order."""
+def combine_splits(m_ptr, z_ptr, rows, row_ok, n_rows, splits, BLOCK_N: tl.constexpr):
+    """M and Z of BLOCK_N rows: all splits in their order."""
     m = tl.full([BLOCK_N], float("-inf"), tl.float32)
     z = tl.zeros([BLOCK_N], tl.float32)
-    for first in range(0, slices, BLOCK_S):
+    for first in tl.range(0, splits, BLOCK_S, num_stages=4):
         s = first + tl.arange(0, BLOCK_S)
         at = s.to(tl.int64)[None, :] * n_rows + rows[:, None]
-        ok = row_ok[:, None] & (s < slices)[None, :]
-        slice_m = tl.load(m_ptr + at, ok, float("-inf"))  # [BLOCK_N, BLOCK_S]
-        slice_z = tl.load(z_ptr + at, ok, 0.0)
-        new_m = tl.maximum(m, tl.max(slice_m, 1))
+        ok = row_ok[:, None] & (s < splits)[None, :]
+        split_m = tl.load(m_ptr + at, ok, float("-inf"))  # [BLOCK_N, BLOCK_S]
+        split_z = tl.load(z_ptr + at, ok, 0.0)
+        new_m = tl.maximum(m, tl.max(split_m, 1))
         shift = tl.where(new_m == float("-inf"), 0.0, new_m)
-        z = z * tl.exp2(m - shift) + tl.sum(slice_z * tl.exp2(slice_m - shift[:, None]), 1)
+        z = z * tl.exp2(m - shift) + tl.sum(split_z * tl.exp2(split_m - shift[:, None]), 1)
         m = new_m
     return m, z
 
 
 @triton.jit
-def add_slices_with_e(m_ptr, z_ptr, e_ptr, row, n_rows, slices, dim, BLOCK_D: tl.constexpr):
-    """M, Z and E [BLOCK_D] of one row: all slices in their order."""
+def combine_splits_with_e(m_ptr, z_ptr, e_ptr, row, n_rows, splits, dim, BLOCK_D: tl.constexpr):
+    """M, Z and E [BLOCK_D] of one row: all splits in their order."""
     d = tl.arange(0, BLOCK_D)
     m = float("-inf")
     z = 0.0
     e = tl.zeros([BLOCK_D], tl.float32)
-    for first in range(0, slices, BLOCK_S):
+    for first in tl.range(0, splits, BLOCK_S, num_stages=4):
         s = first + tl.arange(0, BLOCK_S)
         at = s.to(tl.int64) * n_rows + row
-        slice_m = tl.load(m_ptr + at, s < slices, float("-inf"))
-        slice_z = tl.load(z_ptr + at, s < slices, 0.0)
-        slice_e = load_tile(e_ptr, at, s < slices, d, dim)  # [BLOCK_S, BLOCK_D]
-        new_m = tl.maximum(m, tl.max(slice_m, 0))
+        split_m = tl.load(m_ptr + at, s < splits, float("-inf"))
+        split_z = tl.load(z_ptr + at, s < splits, 0.0)
+        split_e = load_tile(e_ptr, at, s < splits, d, dim)  # [BLOCK_S, BLOCK_D]
+        new_m = tl.maximum(m, tl.max(split_m, 0))
         shift = tl.where(new_m == float("-inf"), 0.0, new_m)
-        shrink, weight = tl.exp2(m - shift), tl.exp2(slice_m - shift)
-        z = z * shrink + tl.sum(slice_z * weight, 0)
-        e = e * shrink + tl.sum(slice_e * weight[:, None], 0)
+        rescale, weight = tl.exp2(m - shift), tl.exp2(split_m - shift)
+        z = z * rescale + tl.sum(split_z * weight, 0)
+        e = e * rescale + tl.sum(split_e * weight[:, None], 0)
         m = new_m
     return m, z, e
 
 
 class Partials(NamedTuple):
-    """What `similarity_fwd_kernel` leaves: float32 [slices, N], and e [slices, N, D]."""
+    """What `similarity_fwd_kernel` leaves: float32 [splits, N], and e [splits, N, D]."""
 
     m: Tensor
     z: Tensor
@@ -184,7 +186,7 @@ class Partials(NamedTuple):
     logits_z: Tensor
 
     @property
-    def slices(self) -> int:
+    def splits(self) -> int:
         return len(self.m)
 
 
@@ -192,8 +194,8 @@ class Tiling(NamedTuple):
     """How N rows meet a bank of B rows; constants are the kernel's upper-case parameters."""
 
     row_blocks: int
-    slices: int
-    slice_rows: int
+    splits: int
+    split_rows: int
     chunks: int
     constants: dict[str, int | bool]
     num_warps: int
@@ -213,9 +215,13 @@ def tiling(n: int, bank_rows: int, dim: int, half: bool, with_logits: bool, prog
         one_chunk, num_warps = False, 8
     constants = {"BLOCK_N": block_n, "BLOCK_B": block_b, "BLOCK_D": block_d, "BLOCK_K": 32, "ONE_CHUNK": one_chunk}
     row_blocks, tiles = triton.cdiv(n, block_n), max(1, triton.cdiv(bank_rows, block_b))
-    tiles_per_slice = triton.cdiv(tiles, min(tiles, max(1, programs // row_blocks)))
-    slices = triton.cdiv(tiles, tiles_per_slice)
-    return Tiling(row_blocks, slices, tiles_per_slice * block_b, triton.cdiv(dim, block_d), constants, num_warps)
+    if (
+        half and tiles * row_blocks >= 16 * programs
+    ):  # two per SM with eight tiles each: one multiplies, one exponentiates
+        programs *= 2
+    tiles_per_split = max(2, triton.cdiv(tiles, max(1, programs // row_blocks)))  # one tile would not pay for its E
+    splits = triton.cdiv(tiles, tiles_per_split)
+    return Tiling(row_blocks, splits, tiles_per_split * block_b, triton.cdiv(dim, block_d), constants, num_warps)
 
 
 def tiling_of(q: Tensor, bank: Tensor, with_logits: bool) -> Tiling:
@@ -225,10 +231,10 @@ def tiling_of(q: Tensor, bank: Tensor, with_logits: bool) -> Tiling:
 
 @functools.cache
 def programs(device: torch.device) -> int:
-    """One program per SM: a second wave would repeat each slice's start and its write of E. Not measured."""
+    """One program per SM: a second one would repeat each split's start and its write of E. Not measured."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
-    return 12  # the interpreter: enough to cut the bank into slices
+    return 12  # the interpreter: enough to cut the bank into splits
 
 
 def similarity(
@@ -238,14 +244,14 @@ def similarity(
     (n, dim), t = q.shape, tiling_of(q, bank, logits is not None)
 
     def partial(*shape: int) -> Tensor:
-        return torch.empty(t.slices, n, *shape, dtype=torch.float32, device=q.device)
+        return torch.empty(t.splits, n, *shape, dtype=torch.float32, device=q.device)
 
     m, z = partial(), partial()
     e = partial(dim) if with_e else m  # where a pointer is not used, any will do
     logits_m, logits_z = (m, z) if logits is None else (partial(), partial())
-    similarity_fwd_kernel[(t.row_blocks, t.slices, t.chunks if with_e else 1)](
+    similarity_fwd_kernel[(t.row_blocks, t.splits, t.chunks if with_e else 1)](
         q, bank, m if logits is None else logits, m, z, e, logits_m, logits_z,
-        n, len(bank), t.slice_rows, dim, LOG2_E.value / temperature,
+        n, len(bank), t.split_rows, dim, LOG2_E.value / temperature,
         WITH_E=with_e, WITH_LOGITS=logits is not None, **t.constants, num_warps=t.num_warps,
     )  # fmt: skip
     return Partials(m, z, e, logits_m, logits_z)

@@ -12,7 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
+try:
+    from tyro.conf import arg
+except ImportError:  # only the command line needs its parser
+
+    def arg(name: str) -> None: ...
+
 
 from mopro_fast.data.augment import AugmentConfig
 from mopro_fast.errors import UserError
@@ -22,7 +27,7 @@ from mopro_fast.errors import UserError
 class DataConfig:
     """Where the images are and how they are read."""
 
-    path: Annotated[str, tyro.conf.arg(name="data")] = ""
+    path: Annotated[str, arg(name="data")] = ""
     """Training data: a WebVision folder, a list file ("path label" per line) or a folder of class folders."""
     layout: Literal["auto", "webvision", "list", "folder"] = "auto"
     """Layout of the data; auto looks."""

@@ -28,7 +28,9 @@ build() {
 
 test_() {
   run "op tests" "$python" -m pytest -q tests/test_ops.py tests/test_*_cuda.py
-  run "other GPU tests" "$python" -m pytest -q -m gpu tests --ignore tests/test_ops.py --ignore-glob 'tests/test_*_cuda.py'
+  local others=(tests/test_optim.py tests/test_augment.py)
+  if "$python" -c 'import nvidia.dali' 2>/dev/null; then others+=(tests/test_pipeline.py); fi
+  run "other GPU tests" "$python" -m pytest -q -m gpu "${others[@]}"
 }
 
 # Every kernel at two small odd shapes in both types (bench/ops.py --check), then the tests with traps and with labels
@@ -45,7 +47,7 @@ sanitize() {
   run "racecheck, all ops" timeout 150 compute-sanitizer --tool racecheck --error-exitcode 1 "${check[@]}"
   run "memcheck, kernel tests" "${memcheck[@]}" "$python" -m pytest -q \
     tests/test_ops.py tests/test_{ema_update,sgd_ema_update,queue_enqueue,prototype_update}_cuda.py \
-    -k "not graph and not opcheck and ((test_ops and (triton or cuda) and (traps or many_slices)) or ([cuda or -cuda))"
+    -k "not graph and not opcheck and ((test_ops and (triton or cuda) and (traps or many_splits)) or ([cuda or -cuda))"
 }
 
 bench() {

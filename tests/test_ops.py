@@ -27,7 +27,7 @@ ROUNDING = {F32: 0.0, BF16: 2**-8 if DEVICE == "cuda" else 2**-7, F16: 2**-11}
 TYPES = [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32)]  # of q and k, of the bank
 # N, C or Q, D: empty batch, one row, sizes that divide nothing, more rows than bank
 SHAPES = [(0, 7, 8), (1, 1, 4), (5, 33, 32), (17, 10, 128), (64, 257, 65)]
-# Several slices of several tiles, several blocks of rows, the widest embeddings, one beyond them
+# Several splits of several tiles, several blocks of rows, the widest embeddings, one beyond them
 LARGE_SHAPES = [(33, 1100, 16), (65, 70, 256), (3, 2000, 128), (18, 130, 512), (2, 70, 768)]
 
 
@@ -38,6 +38,9 @@ def nan_filled_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+OPS_ON_BACKENDS = [(op, b) for b in backends.MODULES for op in backends.IMPLEMENTED[b]]
 
 
 def on_backends(op: str):
@@ -57,6 +60,19 @@ def backend(request):
 def unit_rows(n: int, d: int, seed: int, dtype=F32, device=DEVICE):
     g = torch.Generator().manual_seed(seed)
     return F.normalize(torch.randn(n, d, generator=g), dim=1).to(device, dtype)
+
+
+def copied(x):
+    if isinstance(x, torch.Tensor):
+        return x.detach().clone()
+    return [copied(y) for y in x] if isinstance(x, list) else x
+
+
+def tensors(values) -> list[torch.Tensor]:
+    out = []
+    for v in values if isinstance(values, list | tuple) else [values]:
+        out += tensors(v) if isinstance(v, list | tuple) else [v] if isinstance(v, torch.Tensor) else []
+    return out
 
 
 def rms_error(actual, expected, smallest: float = 1e-12) -> float:
@@ -108,7 +124,7 @@ def test_info_nce(n, bank, d, temperature, types, backend):
 @on_backends("info_nce")
 @pytest.mark.parametrize("types", [(F32, F32), (BF16, BF16)])
 @pytest.mark.parametrize("n, bank, d", [*LARGE_SHAPES, (4, 0, 8)])
-def test_info_nce_over_many_slices(n, bank, d, types, backend):
+def test_info_nce_over_many_splits(n, bank, d, types, backend):
     check_info_nce(backend, n, bank, d, 0.1, types)
 
 
@@ -199,14 +215,14 @@ def test_correct_labels(classes, alpha, threshold, types, backend):
 @on_backends("correct_labels")
 @pytest.mark.parametrize("types", [(F32, F32), (BF16, BF16)])
 @pytest.mark.parametrize("n, classes, d", [*LARGE_SHAPES[1:], (6, 6000, 16)])
-def test_correct_labels_over_many_slices(n, classes, d, types, backend):
+def test_correct_labels_over_many_splits(n, classes, d, types, backend):
     check_correct_labels(max(n, 6), classes, d, 0.5, 0.2, types)
 
 
 @on_backends("correct_labels")
 @pytest.mark.parametrize("types", [(F32, F32), (BF16, BF16)])
 def test_correct_labels_traps(types, backend):
-    d, classes = 16, 800  # in the interpreter nine slices of three tiles; the last kernel reads them in two goes
+    d, classes = 16, 800  # in the interpreter nine splits of three tiles; the last kernel reads them in two goes
     q, prototypes = torch.zeros(7, d, dtype=types[0]), torch.zeros(classes, d, dtype=types[1])
     logits = torch.zeros(7, classes, dtype=types[0])
     logits[0, [100, 180, 790]] = 99.0
@@ -260,7 +276,7 @@ def test_prototype_contrast(n, classes, d, kept_share, types, backend):
 @on_backends("prototype_contrast")
 @pytest.mark.parametrize("types", [(F32, F32), (BF16, BF16)])
 @pytest.mark.parametrize("n, classes, d", LARGE_SHAPES)
-def test_prototype_contrast_over_many_slices(n, classes, d, types, backend):
+def test_prototype_contrast_over_many_splits(n, classes, d, types, backend):
     check_prototype_contrast(backend, n, classes, d, 0.5, types)
 
 
@@ -284,12 +300,13 @@ def plain_mopro_loss(logits, q, k, queue, prototypes, labels, c):
     return loss, [*metrics, right, hit, float(kept.double().mean()), changed], labels, kept
 
 
-def check_mopro_loss(backend, n, classes, slots, d, contrast, correct, types):
+def check_mopro_loss(backend, n, classes, slots, d, contrast, correct, types, logits_type=None):
     q_type, bank_type = types
+    logits_type = logits_type or q_type
     c = {"temperature": 0.1, "alpha": 0.5, "threshold": 0.4, "w_proto": 0.7, "w_inst": 1.3}
     c |= {"contrast": contrast, "correct": correct}
     g = torch.Generator().manual_seed(3)
-    logits = (3 * torch.randn(n, classes, generator=g)).to(q_type)
+    logits = (3 * torch.randn(n, classes, generator=g)).to(logits_type)
     q, k = unit_rows(n, d, 1, q_type, "cpu"), unit_rows(n, d, 2, q_type, "cpu")
     queue, prototypes = unit_rows(slots, d, 3, bank_type, "cpu"), unit_rows(classes, d, 4, bank_type, "cpu")
     labels = torch.randint(-1, classes, (n,), generator=g)
@@ -307,9 +324,9 @@ def check_mopro_loss(backend, n, classes, slots, d, contrast, correct, types):
     assert out.loss.shape == () and torch.equal(out.metrics[0], out.loss)
     assert rms_error(out.metrics, torch.tensor(metrics)) < TOLERANCE
     wanted = logits.grad if logits.grad is not None else torch.zeros_like(logits)
-    assert rms_error(ours[0].grad, wanted, smallest=0.1) < TOLERANCE + ROUNDING[q_type]
+    assert rms_error(ours[0].grad, wanted, smallest=0.1) < TOLERANCE + ROUNDING[logits_type]
     assert rms_error(ours[1].grad, q.grad, smallest=0.1) < gradient_tolerance(backend, *types)
-    assert ours[0].grad.dtype == ours[1].grad.dtype == q_type
+    assert ours[0].grad.dtype == logits_type and ours[1].grad.dtype == q_type
 
 
 @on_backends("mopro_loss")
@@ -326,6 +343,12 @@ def test_mopro_loss(n, classes, slots, d, contrast, correct, types, backend):
 @pytest.mark.parametrize("n, classes, slots, d", [(7, 1100, 5, 16), (9, 1025, 40, 300)])
 def test_mopro_loss_over_many_classes(n, classes, slots, d, types, backend):
     check_mopro_loss(backend, n, classes, slots, d, True, True, types)
+
+
+@on_backends("mopro_loss")
+def test_mopro_loss_under_autocast(backend):
+    """As the trainer calls it: the classifier's logits in bfloat16, unit vectors and banks in float32."""
+    check_mopro_loss(backend, 33, 70, 100, 128, True, True, (F32, F32), logits_type=BF16)
 
 
 @on_backends("mopro_loss")
@@ -389,6 +412,33 @@ def test_nothing_as_large_as_rows_by_bank_is_allocated():
     programs = 132 if DEVICE == "cuda" else 12
     assert 0 < largest[kernels] <= 4 * programs * 64 * d
     assert largest[reference] >= 4 * n * bank  # this test can see such a tensor
+
+
+@pytest.mark.parametrize("op, backend", OPS_ON_BACKENDS, indirect=["backend"])
+def test_autograd_notices_what_an_op_overwrites(op, backend):
+    torch.use_deterministic_algorithms(False)
+    with ops.use_backend("reference"):
+        arguments = [copied(x) for x in some_arguments()[op]]
+    function = getattr(torch.ops.mopro_fast, op).default
+    before = [[x._version for x in tensors(a)] for a in arguments]
+    with torch.no_grad():
+        function(*arguments)
+    for argument, old, schema in zip(arguments, before, function._schema.arguments, strict=False):
+        written = schema.alias_info is not None and schema.alias_info.is_write
+        assert all((x._version > v) == written for x, v in zip(tensors(argument), old, strict=True)), schema.name
+
+
+@on_backends("info_nce")
+def test_gradients_are_of_first_order(backend):
+    q, k, weight = (
+        unit_rows(3, 8, 1).requires_grad_(),
+        unit_rows(3, 8, 2),
+        torch.ones(3, device=DEVICE).requires_grad_(),
+    )
+    loss, _ = ops.info_nce(q, k, k, 0.1)
+    (grad,) = torch.autograd.grad((loss * weight).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
 
 
 @on_backends("mopro_loss")
@@ -486,9 +536,6 @@ def some_arguments() -> dict[str, tuple]:
             0.9, 1e-4, True, 0.99, [k.bfloat16()], [k.bfloat16()],
         ),
     }  # fmt: skip
-
-
-OPS_ON_BACKENDS = [(op, b) for b in backends.MODULES for op in backends.IMPLEMENTED[b]]
 
 
 @pytest.mark.parametrize("op, backend", OPS_ON_BACKENDS, indirect=["backend"])
@@ -616,19 +663,6 @@ def test_every_backend_is_described():
     assert set(described) == set(backends.OPS)
     for op, device in itertools.product(backends.OPS, ("cpu", "cuda")):
         assert described[op][device] in backends.MODULES
-
-
-def copied(x):
-    if isinstance(x, torch.Tensor):
-        return x.detach().clone()
-    return [copied(y) for y in x] if isinstance(x, list) else x
-
-
-def tensors(values) -> list[torch.Tensor]:
-    out = []
-    for v in values if isinstance(values, list | tuple) else [values]:
-        out += tensors(v) if isinstance(v, list | tuple) else [v] if isinstance(v, torch.Tensor) else []
-    return out
 
 
 @pytest.mark.gpu

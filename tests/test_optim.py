@@ -8,6 +8,7 @@ from torch import nn
 
 from mopro_fast import ops
 from mopro_fast.config import OptimConfig
+from mopro_fast.ops import cuda
 from mopro_fast.training.optim import SGDEMA, build_optimizer
 
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": False}
@@ -238,7 +239,9 @@ def test_build_optimizer():
 
 
 @pytest.mark.gpu
-def test_captured_in_a_graph():
+def test_captured_in_a_graph(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # two trainings are compared bit for bit
+
     def train(graphed):
         model, target = encoder().cuda(), encoder(1).cuda()
         lr = torch.tensor([0.1], device="cuda")
@@ -256,3 +259,39 @@ def test_captured_in_a_graph():
         return [*parameters(model), *parameters(target)]
 
     assert all(torch.equal(a, b) for a, b in zip(train(True), train(False), strict=True))
+
+
+def test_a_learning_rate_given_as_a_tensor_stays_that_tensor():
+    model, target = encoder(), encoder(1)
+    rate = torch.tensor([0.1])
+    optimizer = together(model, target, lr=rate)
+    other = torch.optim.SGD(model.parameters(), lr=0.25, momentum=0.9)
+    optimizer.load_state_dict(other.state_dict())
+    assert optimizer.param_groups[0]["lr"] is rate and rate.item() == 0.25
+    optimizer.load_state_dict(together(model, target, lr=torch.tensor([0.5])).state_dict())
+    assert optimizer.param_groups[0]["lr"] is rate and rate.item() == 0.5
+
+
+def test_loaded_buffers_take_the_memory_format_of_their_parameters():
+    plain, model, target = encoder().to(memory_format=torch.contiguous_format), encoder(), encoder(1)
+    sgd = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    backward(plain, 0)
+    sgd.step()
+    optimizer = together(model, target)
+    optimizer.load_state_dict(sgd.state_dict())
+    assert plain[0].weight.stride() != model[0].weight.stride()
+    for p, q in zip(model[:4].parameters(), plain[:4].parameters(), strict=True):
+        buffer = optimizer.state[p]["momentum_buffer"]
+        assert buffer.stride() == p.stride() and torch.equal(buffer, sgd.state[q]["momentum_buffer"])
+
+
+def test_one_by_one_convolutions_are_not_copied_for_their_strides():
+    """Contiguous and channels_last are the same memory there, and autograd hands out either."""
+    plain = torch.zeros(64, 32, 1, 1)
+    last = torch.zeros(64, 1, 1, 32).permute(0, 3, 1, 2)
+    assert plain.stride() != last.stride()
+    ((written, read),) = cuda._batches([[plain], [plain.clone()]], [[last]])
+    assert written[0][0] is plain and read[0][0] is last
+    wide = torch.zeros(64, 3, 3, 32).permute(0, 3, 1, 2)
+    ((_, read),) = cuda._batches([[torch.zeros(64, 32, 3, 3)]], [[wide]])
+    assert read[0][0] is not wide and read[0][0].is_contiguous()

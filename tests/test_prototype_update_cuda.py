@@ -225,6 +225,7 @@ def test_captured_in_a_graph():
     replayed = prototypes.clone()
     graph = torch.cuda.CUDAGraph()
     with ops.use_backend("cuda"):
+        ops.prototype_update_(prototypes.clone(), features, labels, kept, 0.9)  # loads the kernel
         with torch.cuda.graph(graph):
             ops.prototype_update_(replayed, features, labels, kept, 0.9)
         for _ in range(3):

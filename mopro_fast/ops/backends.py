@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from mopro_fast import environment
 from mopro_fast.errors import UserError
@@ -54,7 +55,8 @@ def define(
         library.impl(name, functools.partial(_run, name, device), device.upper())
     torch.library.register_fake(f"mopro_fast::{name}", fake, lib=library)
     if backward is not None:
-        torch.library.register_autograd(f"mopro_fast::{name}", backward, setup_context=setup, lib=library)
+        once = once_differentiable(backward)
+        torch.library.register_autograd(f"mopro_fast::{name}", once, setup_context=setup, lib=library)
 
 
 @contextlib.contextmanager

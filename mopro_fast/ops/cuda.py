@@ -1,12 +1,14 @@
 """The CUDA backend: hands raw pointers and the current stream to the compiled extension ``mopro_fast._C``.
 
-Temporary copies may be freed as soon as a function returns: PyTorch reuses their memory in stream order.
+Temporary copies may be freed as soon as a function returns: PyTorch reuses their memory in stream order. What a kernel
+has written is marked as changed, so that autograd notices if a backward pass still wants the old values.
 """
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 try:
     from mopro_fast import _C
@@ -17,6 +19,7 @@ except ImportError:  # then backends.py never chooses this backend
 def ema_update_(targets: list[Tensor], sources: list[Tensor], momentum: float, shadows: list[Tensor]) -> None:
     for (t, w), (s,) in _batches([targets, shadows], [sources]):
         _launch("ema_update", *_pointers(t, s, w), _numels(t), _dtype(s), _dtype(w), momentum)
+    increment_version([*targets, *shadows])
 
 
 def sgd_ema_update_(
@@ -30,6 +33,7 @@ def sgd_ema_update_(
             "sgd_ema_update", *_pointers(p, g, b, t, v, w), _numels(p), _dtype(g), _dtype(v),
             lr.data_ptr(), momentum, weight_decay, nesterov, ema_momentum,
         )  # fmt: skip
+    increment_version([x for tensors in written for x in tensors])
 
 
 def prototype_update_(
@@ -43,6 +47,7 @@ def prototype_update_(
         0 if kept is None else kept.data_ptr(), len(own), len(features), own.shape[1], momentum,
     )  # fmt: skip
     _copy_back([(prototypes, own)])
+    increment_version([prototypes])
 
 
 def queue_enqueue_(queue: Tensor, cursor: Tensor, keys: Tensor, shadow: Tensor | None = None) -> None:
@@ -54,6 +59,7 @@ def queue_enqueue_(queue: Tensor, cursor: Tensor, keys: Tensor, shadow: Tensor |
         len(own), len(keys), own.shape[1],
     )  # fmt: skip
     _copy_back([(queue, own)] if low is None else [(queue, own), (shadow, low)])
+    increment_version([queue, cursor] if shadow is None else [queue, cursor, shadow])
 
 
 def _launch(name: str, *args) -> None:
@@ -91,13 +97,18 @@ def _lay_out(batch: list[list[Tensor]], present: list[int]) -> list[tuple[int, T
         batch[i] = list(batch[i])
     for row in range(len(batch[present[0]])):
         first = batch[present[0]][row]
-        strides = first.stride() if _dense(first) else torch.empty_like(first).stride()
+        wanted = first if _dense(first) else torch.empty_like(first)
         for i in present:
             original = batch[i][row]
-            if original.stride() != strides:
-                batch[i][row] = original.new_empty_strided(original.shape, strides).copy_(original)
+            if _layout(original) != _layout(wanted):
+                batch[i][row] = original.new_empty_strided(original.shape, wanted.stride()).copy_(original)
                 copies.append((i, original, batch[i][row]))
     return copies
+
+
+def _layout(x: Tensor) -> list[int]:
+    """Its strides but those of single entries, which 1×1 convolutions have in every variety."""
+    return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size != 1]
 
 
 def _dense(x: Tensor) -> bool:

@@ -47,6 +47,8 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, loss_grad: Tensor, *_):
+    if loss_grad is None:
+        return (None,) * 13
     grads = torch.ops.mopro_fast.mopro_loss_backward(loss_grad, *ctx.saved_tensors, *ctx.weights, ctx.q_dtype)
     return (*grads, *[None] * 11)
 

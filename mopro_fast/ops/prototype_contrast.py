@@ -20,6 +20,8 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_loss: Tensor, _grad):
+    if grad_loss is None:
+        return None, None, None, None, None
     (grad,) = ctx.saved_tensors
     return (grad_loss[:, None] * grad).to(ctx.dtype), None, None, None, None
 

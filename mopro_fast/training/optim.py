@@ -82,6 +82,21 @@ class SGDEMA(torch.optim.SGD):
             begin = end
         return loss
 
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As torch.optim.SGD; a learning rate given as a tensor stays that tensor, whatever was saved, and buffers
+        take their parameter's memory format.
+        """
+        rates = [group["lr"] for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            if isinstance(rate, Tensor):
+                rate.fill_(float(group["lr"]))
+                group["lr"] = rate
+            for p in group["params"]:
+                buffer = self.state[p].get("momentum_buffer") if p in self.state else None
+                if buffer is not None and buffer.stride() != p.stride():
+                    self.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(buffer)
+
     def _buffers(self, params: list[Tensor]) -> list[Tensor | None]:
         """Made when a parameter has its first gradient, as torch.optim.SGD does."""
         buffers = []
