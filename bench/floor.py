@@ -51,8 +51,8 @@ def prototype_contrast(n: int, c: int, d: int, size: int) -> Cost:
 
 
 def prototype_update_(m: int, c: int, d: int, size: int) -> Cost:
-    """Read the rows, labels and kept; read and write every prototype, since all are normalised."""
-    return Cost(m * d * size + 9 * m + 8 * c * d, 0)
+    """Read the rows, labels, kept and every prototype; write those that a row changes, at most one per row."""
+    return Cost(m * d * size + 9 * m + 4 * d * (c + min(m, c)), 0)
 
 
 def mopro_loss(n: int, c: int, q: int, d: int, size: int, prototype_size: int, logits_size: int) -> Cost:
@@ -71,6 +71,6 @@ def head(n: int, c: int, q: int, d: int, m: int, size: int, logits_size: int) ->
     rows the queue has a float32 master beside it.
     """
     enqueue = m * d * (size + (4 if size == 2 else 0)) + (m - n) * d * size
-    update = (m - n) * (d * size + 9) + 4 * c * d
+    update = (m - n) * (d * size + 9) + 4 * d * min(m, c)
     loss = mopro_loss(n, c, q, d, size, 4, logits_size)
     return Cost(loss.bytes + enqueue + update, loss.flops)

@@ -51,7 +51,7 @@ def cifar10n(result: dict) -> str:
 
 def ops(result: dict) -> str:
     """The settings of the paper, the larger ones of the design, and the gathered rows of eight GPUs."""
-    names = ["op", "shape", "type", "µs, eager", "µs, replay", "launches", "% of the floor", "peak MB"]
+    names = ["op", "shape", "type", "µs, eager", "µs, replay", "launches", "MB moved", "% of the floor", "peak MB"]
     names += ["peers: how many times ours, eager / replay"]
     head = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     rows = [_ops_row(r) for r in result["cases"] if any(r["settings"].items() <= one.items() for one in SHOWN)]
@@ -72,7 +72,7 @@ def ops(result: dict) -> str:
 def _ops_row(r: dict) -> str:
     shape = ", ".join(f"{k}={v}" for k, v in r["settings"].items())
     if "ours" not in r:
-        return f"| `{r['op']}` | {shape} | {r['dtype']} | wrong: not timed | – | – | – | – | – |"
+        return f"| `{r['op']}` | {shape} | {r['dtype']} | wrong: not timed | – | – | – | – | – | – |"
     ours = r["ours"]
     replay = ours.get("replay_us", {}).get("p50")
     peers = "; ".join(
@@ -87,6 +87,7 @@ def _ops_row(r: dict) -> str:
         f"{ours['eager_us']['p50']:.1f}",
         "–" if replay is None else f"{replay:.1f}",
         "–" if ours["launches"] is None else str(ours["launches"]),
+        f"{r['bytes'] / 1e6:.2f}",
         "–" if replay is None else f"{100 * r['floor_us'] / replay:.0f}",
         f"{ours['extra_bytes'] / 1e6:.1f}",
         peers or "–",

@@ -11,8 +11,8 @@
 // In float32: each line one fma, t as fma(m, t, (1-m)·p) with 1-m from the rounded m. lr is read on the
 // device, so that a captured CUDA graph sees the schedule.
 //
-// Traffic per element: 24 bytes (p, b, t in and out) + 4 or 2 (g) + 4 (v, w): 32 with float32 gradients. 28 M
-// parameters: 896 MB, 208 µs at 4.3 TB/s. The kernel's own time is not measured yet.
+// Traffic per element: 24 bytes (p, b, t in and out) + 4 or 2 (g) + 4 (v, w): 32 with float32 gradients. 30 M
+// parameters: 960 MB, 223 µs at 4.3 TB/s. The kernel's own time is not measured yet.
 #include "multi_tensor.cuh"
 
 namespace mopro_fast {

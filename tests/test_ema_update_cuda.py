@@ -102,7 +102,7 @@ def test_launches(host_cuda):
 
     host_cuda.ema_update([], [], [], [], "float32", None, 0.5, 0)
     assert launches([0, 0]) == 0
-    assert launches([64] * 161) == 1  # ResNet-50
+    assert launches([64] * 165) == 1  # ResNet-50 with its projection head
     assert launches([1, 0] * TENSORS) == 1
     assert launches([1] * (TENSORS + 1)) == 2
 

@@ -1,8 +1,8 @@
 """Registers the ops with PyTorch and chooses, per op and device, which backend runs.
 
 ``MOPRO_FAST_BACKEND=auto|reference|triton|cuda`` sets the choice for the process, :func:`use_backend` for a
-block. ``auto`` takes the first backend of ``PREFERENCE`` that can run and logs its choice once; an explicit
-choice that cannot be honoured raises.
+block. ``auto`` takes the first backend of ``PREFERENCE`` that has the op and can run, and logs its choice once. An
+explicit backend that cannot run here raises; an op that it does not have goes as under ``auto``.
 """
 
 import contextlib
@@ -97,18 +97,17 @@ def require(device: str) -> None:
 def choose(op: str, device: str, choice: str) -> str:
     """The backend that runs ``op`` on tensors of ``device`` ("cpu" or "cuda") under ``choice``."""
     if choice != "auto":
-        if reason := unavailable(choice, op, device):
+        if reason := unavailable(choice, device):
             raise RuntimeError(f"the {choice} backend was asked for but cannot run {op}: {reason}")
-        return choice
+        if op in IMPLEMENTED[choice]:
+            return choice
     # On CPU tensors triton would mean its interpreter: a debugging tool, never what auto should pick.
     candidates = PREFERENCE if device == "cuda" else ("reference",)
-    return next(b for b in candidates if unavailable(b, op, device) is None)
+    return next(b for b in candidates if op in IMPLEMENTED[b] and unavailable(b, device) is None)
 
 
-def unavailable(backend: str, op: str, device: str) -> str | None:
-    """Why ``backend`` cannot run ``op`` on ``device``; None if it can."""
-    if op not in IMPLEMENTED[backend]:
-        return f"it has no {op}"
+def unavailable(backend: str, device: str) -> str | None:
+    """Why ``backend`` cannot run on tensors of ``device``; None if it can."""
     if backend == "cuda":
         if device != "cuda":
             return "it takes CUDA tensors only"
@@ -155,7 +154,7 @@ def _implementation(op: str, device: str, choice: str) -> Callable[..., Any]:
 def _run(op: str, device: str, *args: Any) -> Any:
     choice = _choice
     if any(isinstance(a, torch.Tensor) and a.dtype == torch.float64 for a in args):
-        if choice not in ("auto", "reference"):
+        if choice not in ("auto", "reference") and op in IMPLEMENTED[_known(choice)]:
             raise RuntimeError(f"the {choice} backend was asked for but cannot run {op}: it has no float64")
         choice = "reference"
     first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]

@@ -1,5 +1,7 @@
 """Argument checks shared by the ops: each raises a ``ValueError`` that names the argument and what was given."""
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,10 @@ def tensor(
 
 
 def same_length(lists: dict[str, list]) -> None:
-    """Refuse named lists of which one is not as long as the first."""
+    """Refuse what is no list, and lists of which one is not as long as the first."""
+    for name, values in lists.items():
+        if not isinstance(values, list | tuple):
+            raise ValueError(f"{name} must be a list of tensors, got {type(values).__name__}")
     (first, wanted), *others = lists.items()
     for name, values in others:
         if len(values) != len(wanted):
@@ -54,12 +59,20 @@ def tensor_lists(lists: dict[str, tuple[list[Tensor], tuple[torch.dtype, ...]]])
     return device
 
 
+def number(name: str, value: float) -> None:
+    """Refuse what is no plain number: a tensor would get no gradient, and reading it would wait for the device."""
+    if isinstance(value, Tensor) or not isinstance(value, numbers.Real | torch.SymFloat | torch.SymInt):
+        raise ValueError(f"{name} must be a plain number, got {type(value).__name__}")
+
+
 def unit_interval(name: str, value: float) -> None:
+    number(name, value)
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} must lie in [0, 1], got {value}")
 
 
 def positive(name: str, value: float) -> None:
+    number(name, value)
     if not 0.0 < value < float("inf"):
         raise ValueError(f"{name} must be a finite number above 0, got {value}")
 
@@ -69,7 +82,16 @@ def embeddings(q: Tensor, bank_name: str, bank: Tensor) -> tuple[int, int]:
     tensor("q", q, ("N", "D"), FLOATS, device_of("q", q))
     n, d = q.shape
     tensor(bank_name, bank, ("Q" if bank_name == "queue" else "C", d), FLOATS, q.device)
+    if d == 0:
+        raise ValueError("q must have at least one column, got shape [N, 0]")
+    if bank_name == "prototypes":
+        some_classes(bank)
     return n, d
+
+
+def some_classes(prototypes: Tensor) -> None:
+    if len(prototypes) == 0:
+        raise ValueError("prototypes must have at least one row, got 0")
 
 
 def labels_and_kept(labels: Tensor, kept: Tensor | None, n: int, device: torch.device) -> None:

@@ -9,7 +9,7 @@ from mopro_fast.ops import backends, checks
 def _fake(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     n, d = q.shape
     wide = torch.float64 if torch.float64 in (q.dtype, k.dtype, queue.dtype) else torch.float32
-    return q.new_empty(n, dtype=torch.float32), q.new_empty(n, dtype=torch.bool), q.new_empty(n, d, dtype=wide)
+    return q.new_empty(n, dtype=wide), q.new_empty(n, dtype=torch.bool), q.new_empty(n, d, dtype=wide)
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -43,7 +43,7 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> tuple[T
     queue:       [Q, D] negatives, any Q.
     temperature: above 0.
 
-    Returns (loss float32 [N], hit bool [N]); hit: the positive is at least every negative.
+    Returns (loss float32 [N], float64 for float64 inputs; hit bool [N]); hit: the positive is at least every negative.
     Raises ValueError for a wrong shape, dtype, device or temperature.
     """
     n, d = checks.embeddings(q, "queue", queue)

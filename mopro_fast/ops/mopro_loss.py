@@ -14,7 +14,7 @@ class MoProLoss(NamedTuple):
     """What :func:`mopro_loss` returns."""
 
     loss: Tensor
-    """Float32 scalar, with a gradient to logits and q."""
+    """Float32 scalar (float64 for float64 inputs), with a gradient to logits and q."""
     metrics: Tensor
     """Float32 [8] in the order of ``METRICS``: the loss and its three means, the share of used rows whose label has the
     highest logit, the share of rows whose key beats the queue, the shares of kept and of relabelled rows."""
@@ -30,8 +30,9 @@ def _fake(logits, q, k, queue, prototypes, labels, *_):
     (n, dim), new, f32, f64 = q.shape, q.new_empty, torch.float32, torch.float64
     grad_type = f64 if f64 in (q.dtype, k.dtype, queue.dtype) else f32
     kept = torch.empty_like(labels, dtype=torch.bool)
+    anything = (logits.dtype, q.dtype, k.dtype, queue.dtype, prototypes.dtype)
     return (
-        new((), dtype=f32), new(len(METRICS), dtype=f32), torch.empty_like(labels), kept,
+        new((), dtype=f64 if f64 in anything else f32), new(len(METRICS), dtype=f32), torch.empty_like(labels), kept,
         torch.empty_like(labels), new(n, dim, dtype=grad_type), new(n, dim, dtype=grad_type),
         new(n, dtype=f64 if logits.dtype == f64 else f32), new(1, dtype=f32),
     )  # fmt: skip
@@ -109,11 +110,14 @@ def mopro_loss(
     n, d = checks.embeddings(q, "queue", queue)
     checks.tensor("k", k, (n, d), checks.FLOATS, q.device)
     checks.tensor("prototypes", prototypes, ("C", d), checks.FLOATS, q.device)
+    checks.some_classes(prototypes)
     checks.tensor("logits", logits, (n, len(prototypes)), checks.FLOATS, q.device)
     checks.labels_and_kept(labels, None, n, q.device)
     checks.positive("temperature", temperature)
     checks.unit_interval("alpha", alpha)
     checks.unit_interval("threshold", threshold)
+    checks.number("w_proto", w_proto)
+    checks.number("w_inst", w_inst)
     return MoProLoss(
         *torch.ops.mopro_fast.mopro_loss(
             logits, q, k.detach(), queue.detach(), prototypes.detach(), labels,

@@ -8,7 +8,7 @@ from mopro_fast.ops import backends, checks
 
 def _fake(q: Tensor, prototypes: Tensor, labels: Tensor, kept: Tensor | None, temperature: float):
     wide = torch.float64 if torch.float64 in (q.dtype, prototypes.dtype) else torch.float32
-    return q.new_empty(len(q), dtype=torch.float32), q.new_empty(q.shape, dtype=wide)
+    return q.new_empty(len(q), dtype=wide), q.new_empty(q.shape, dtype=wide)
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -46,7 +46,7 @@ def prototype_contrast(
     kept:        bool [N], or None for all rows.
     temperature: above 0.
 
-    Returns the loss, float32 [N]. Raises ValueError for a wrong argument.
+    Returns the loss, float32 [N] (float64 for float64 inputs). Raises ValueError for a wrong argument.
     """
     n, _ = checks.embeddings(q, "prototypes", prototypes)
     checks.labels_and_kept(labels, kept, n, q.device)

@@ -48,7 +48,7 @@ def queue_enqueue_(queue: Tensor, cursor: Tensor, keys: Tensor, shadow: Tensor |
 
 
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """-> loss f32 [N], hit bool [N], d loss / d q [N, D] = (E − k)/T with E = softmax-weighted mean of k and queue."""
+    """-> loss [N], hit bool [N], d loss / d q [N, D] = (E − k)/T with E = softmax-weighted mean of k and queue."""
     q, k, queue = wide(q, k, queue)
     positive = (q * k).sum(1, keepdim=True)
     negative = q @ queue.T  # [N, Q]
@@ -57,7 +57,7 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> tuple[T
     p = log_p.exp()
     expected = p[:, :1] * k + p[:, 1:] @ queue  # [N, D]
     hit = (positive >= negative).all(1)
-    return -log_p[:, 0].float(), hit, (expected - k) / temperature
+    return -log_p[:, 0], hit, (expected - k) / temperature
 
 
 def correct_labels(
@@ -77,13 +77,13 @@ def correct_labels(
 def prototype_contrast(
     q: Tensor, prototypes: Tensor, labels: Tensor, kept: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """-> loss f32 [N], d loss / d q [N, D] = (E − c_y)/T; both 0 where the row is not kept."""
+    """-> loss [N], d loss / d q [N, D] = (E − c_y)/T; both 0 where the row is not kept."""
     q, prototypes = wide(q, prototypes)
     use, target = _used_rows(labels, kept, len(prototypes))
     log_p = (q @ prototypes.T / temperature).log_softmax(1)  # [N, C]
     loss = -log_p.gather(1, target[:, None])[:, 0]
     grad = (log_p.exp() @ prototypes - prototypes[target]) / temperature  # [N, D]
-    return torch.where(use, loss, 0).float(), torch.where(use[:, None], grad, 0)
+    return torch.where(use, loss, 0), torch.where(use[:, None], grad, 0)
 
 
 def mopro_loss(
@@ -110,7 +110,7 @@ def mopro_loss(
     rows = kept.sum().clamp(min=1).float()
     n = max(1, len(q))
     loss_cls, loss_proto, loss_inst = cls.sum() / rows, proto.sum() / rows, inst.sum() / n
-    loss = (loss_cls + w_proto * loss_proto + w_inst * loss_inst).float()
+    loss = loss_cls + w_proto * loss_proto + w_inst * loss_inst
     shares = (hit.sum() / rows, inst_hit.sum() / n, kept.sum() / n, (labels != given).sum() / n)
     metrics = torch.stack([m.float() for m in (loss, loss_cls, loss_proto, loss_inst, *shares)])
     used = torch.where(kept, labels, -1)

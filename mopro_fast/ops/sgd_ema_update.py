@@ -49,6 +49,7 @@ def sgd_ema_update_(
     """
     for name, value in {"momentum": momentum, "ema_momentum": ema_momentum}.items():
         checks.unit_interval(name, value)
+    checks.number("weight_decay", weight_decay)
     if not 0.0 <= weight_decay < float("inf"):
         raise ValueError(f"weight_decay must be a finite number of at least 0, got {weight_decay}")
     if nesterov and momentum == 0:
@@ -73,6 +74,9 @@ def sgd_ema_update_(
     if device is None:
         return
     if not isinstance(lr, Tensor):
+        checks.number("lr", lr)
+        if not 0.0 <= lr < float("inf"):
+            raise ValueError(f"lr must be a finite number of at least 0, got {lr}")
         lr = torch.full((1,), lr, dtype=torch.float32, device=device)
     checks.tensor("lr", lr, (1,), F32, device)
     params, grads, targets, buffers, param_shadows, target_shadows = (

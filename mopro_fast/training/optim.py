@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mopro_fast import ops
 from mopro_fast.config import OptimConfig
+from mopro_fast.ops import checks
 
 
 class SGDEMA(torch.optim.SGD):
@@ -46,10 +47,15 @@ class SGDEMA(torch.optim.SGD):
         super().__init__(
             params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, differentiable=differentiable
         )
+        checks.unit_interval("ema_momentum", ema_momentum)
         self.targets, self.ema_momentum = list(targets), ema_momentum
         self.param_shadows, self.target_shadows = list(param_shadows or []), list(target_shadows or [])
         self._rates: dict[int, tuple[float, Tensor]] = {}  # of each group whose lr is a float: its copy on the device
         self._require_supported()
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, (p, target) in enumerate(zip(params, self.targets, strict=True)):
+            if target.shape != p.shape:
+                raise ValueError(f"targets[{i}] must have shape {list(p.shape)}, got {list(target.shape)}")
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = None
@@ -81,6 +87,11 @@ class SGDEMA(torch.optim.SGD):
             )
             begin = end
         return loss
+
+    def __getstate__(self) -> dict:
+        """For copies and pickles: torch.optim.Optimizer would leave out what is not its own."""
+        own = {name: getattr(self, name) for name in ("targets", "ema_momentum", "param_shadows", "target_shadows")}
+        return super().__getstate__() | own | {"_rates": {}}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """As torch.optim.SGD; a learning rate given as a tensor stays that tensor, whatever was saved, and buffers
