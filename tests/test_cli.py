@@ -141,6 +141,7 @@ def test_out_must_be_a_folder_and_the_backend_known(images, tmp_path, mopro_fast
     status, _, stderr = mopro_fast(*data, tmp_path / "file")
     assert status == 2 and "is a file: name a folder" in stderr
     monkeypatch.setattr(backends, "_choice", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     status, _, stderr = mopro_fast(*data, tmp_path / "run")
     assert status == 2 and "MOPRO_FAST_BACKEND=triton" in stderr
 
