@@ -128,6 +128,33 @@ def requirements(result: dict) -> str:
     return "\n".join([*head, *rows, "", f"{c['gpu']}; commit {c['commit']}."])
 
 
+def loader(result: dict) -> str:
+    head = ["images", "loader", "views", "img/s", "× official", "CPU ms per image", "of which", "MB"]
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for c in result["cases"]:
+        parts = sorted(c["cpu_ms_per_image"].items(), key=lambda part: -part[1])
+        cells = [
+            c["set"],
+            c["loader"] + (", decoded on the GPU" if c["device"] == "cuda" else ""),
+            f"2 × {c['px']} px",
+            f"{c['images_per_second']['p50']:.0f}",
+            f"{c['over_official']:.1f}",
+            f"{sum(value for _, value in parts):.2f}",
+            ", ".join(f"{name} {value:.2f}" for name, value in parts if value >= 0.005),
+            f"{c['memory_mb']:.0f}",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    c, s = result["conditions"], result["settings"]
+    note = [
+        f"p50 of {s['rounds']} turns of {s['seconds']:g} s; {s['threads']} threads or workers, "
+        f"batches of {s['batch']}; "
+        f"{c['gpu'] or c['cpu']}; PyTorch {c['torch']}; commit {c['commit']}."
+    ]
+    if missing := result["not_measured"]:
+        note.append(f"Not measured: {', '.join(missing)}.")
+    return "\n".join([*rows, "", *note])
+
+
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.0f}" if value >= 100 or value == int(value) else f"{value:.2f}"
 
@@ -194,6 +221,7 @@ TABLES = {
     "cifar10n": ("cifar10n", cifar10n),
     "ops": ("ops_gpu", ops),
     "launches": ("launches", launches),
+    "loader": ("loader", loader),
     "ops_requirements": ("ops_gpu", requirements),
     "ops_figure": ("ops_gpu", figure),
 }

@@ -3,6 +3,16 @@
 from mopro_fast.kernels.correct_labels import correct_labels
 from mopro_fast.kernels.info_nce import info_nce
 from mopro_fast.kernels.mopro_loss import mopro_loss, mopro_loss_backward
+from mopro_fast.kernels.normalize import normalize
 from mopro_fast.kernels.prototype_contrast import prototype_contrast
+from mopro_fast.kernels.two_views import two_views
 
-__all__ = ["correct_labels", "info_nce", "mopro_loss", "mopro_loss_backward", "prototype_contrast"]
+__all__ = [
+    "correct_labels",
+    "info_nce",
+    "mopro_loss",
+    "mopro_loss_backward",
+    "normalize",
+    "prototype_contrast",
+    "two_views",
+]

@@ -8,6 +8,8 @@ from mopro_fast.errors import UserError
 COMMANDS = {
     "demo": ("mopro_fast.demo", "train cross-entropy and MoPro on noisy real images, about 3 minutes on 2 cores"),
     "train": ("mopro_fast.training.command", "train a model: mopro-fast train RECIPE --data PATH --out FOLDER"),
+    "check": ("mopro_fast.data.check", "read every image once: which are odd or broken, and why"),
+    "pack": ("mopro_fast.data.pack", "write the images into shards that train fast: mopro-fast pack DATA OUT"),
     "env": ("mopro_fast.environment", "what this installation has: versions, GPU, extension, backends"),
 }
 
@@ -27,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"mopro-fast: error: {'' if rank == '0' else f'[rank {rank}] '}{error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("mopro-fast: interrupted before training began", file=sys.stderr)
+        print(f"mopro-fast: {argv[0]} interrupted: the same command goes on where it stopped", file=sys.stderr)
         sys.exit(130)
 
 

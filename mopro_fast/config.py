@@ -28,8 +28,8 @@ class DataConfig:
     """Where the images are and how they are read."""
 
     path: Annotated[str, arg(name="data")] = ""
-    """Training data: a WebVision folder, a list file ("path label" per line) or a folder of class folders."""
-    layout: Literal["auto", "webvision", "list", "folder"] = "auto"
+    """Training data: a WebVision folder, a list file ("path label" per line), class folders, or packed shards."""
+    layout: Literal["auto", "webvision", "list", "folder", "shards"] = "auto"
     """Layout of the data; auto looks."""
     root: str | None = None
     """Folder that the paths of the list files of --data and --val start from (default: each list's own folder)."""
@@ -49,6 +49,14 @@ class DataConfig:
     """The two views' augmentations."""
     threads: int = 0
     """Decoding threads per rank (0: this machine's cores divided by its ranks)."""
+    cache: Literal["no", "device"] = "no"
+    """device: decode all images once and keep them, as uint8, in the device's memory; needs no DALI."""
+    shuffle_shards: int = 16
+    """Packed shards: images mix with those of this many shards (0: of all). Files are shuffled as one."""
+    max_broken: float = 0.01
+    """End the run when more than this share of the images so far (at least of 1,000) broke while it ran."""
+    hw_decoder_load: float = 0.65
+    """Share of the JPEGs that a GPU's own decoder takes, where it has one."""
 
 
 @dataclass
@@ -167,6 +175,10 @@ class TrainConfig:
         _at_least(1, checkpoint_every=r.checkpoint_every)
         _at_least(0, threads=d.threads, bn_group=m.bn_group, lr=o.lr, weight_decay=o.weight_decay, seed=r.seed)
         _at_least(0, warmup_epochs=o.warmup_epochs, w_inst=p.w_inst, w_proto=p.w_proto)
+        _at_least(0, shuffle_shards=d.shuffle_shards)
+        for name in ("max_broken", "hw_decoder_load"):
+            value = getattr(d, name)
+            _require(0 <= value <= 1, f"--{_flag(name)} must lie in [0, 1], got {value}")
         if d.eval_resize is not None:
             _at_least(d.image_size, eval_resize=d.eval_resize)
         for name in ("key_momentum", "proto_momentum", "alpha", "threshold"):

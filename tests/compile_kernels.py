@@ -22,9 +22,10 @@ from mopro_fast import kernels
 
 TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
-    torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1",
+    torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1", torch.uint8: "*u8",
 }  # fmt: skip
 WARPS, STAGES = 4, 3  # Triton's defaults
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 
 
 def launches(call) -> list[tuple[JITFunction, dict, dict]]:
@@ -32,7 +33,7 @@ def launches(call) -> list[tuple[JITFunction, dict, dict]]:
     seen = []
 
     def record(kernel, *args, grid, warmup, **kwargs):
-        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in kwargs}
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
         seen.append((kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs, options))
 
     run, JITFunction.run = JITFunction.run, record
@@ -92,6 +93,16 @@ def calls():
         yield kernels.mopro_loss_backward, (
             wide[0, 0], logits, labels, wide, wide, wide[:, 0].contiguous(), wide[0, :1], 1.0, 1.0, q_type
         )  # fmt: skip
+    for size, operations, views in [(224, 4, 2), (112, 4, 2), (32, 4, 2), (7, 4, 2), (32, 1, 2), (1, 0, 1)]:
+        images, boxes = torch.empty(8, 3, dtype=torch.int64), torch.empty(8, views, 4, dtype=torch.int64)
+        flips, gray = torch.empty(8, views, dtype=torch.bool), torch.empty(8, dtype=torch.bool)
+        factors, order = torch.empty(8, 4), torch.empty(8, operations, dtype=torch.int64)
+        pixels = torch.empty(1 << 20, dtype=torch.uint8)
+        yield kernels.two_views, (pixels, images, boxes, flips, gray, factors, order, size)
+        for out_type in (f32, bf16, f16):
+            view = torch.empty(8, size, size, 3, dtype=torch.uint8)
+            yield kernels.normalize, (view, None, out_type)
+            yield kernels.normalize, (view, gray, out_type)
 
 
 def main() -> int:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance
 
+from mopro_fast.data import augment
 from mopro_fast.data.augment import (
     BRIGHTNESS,
     CONTRAST,
@@ -93,6 +94,7 @@ def test_statistics_of_draw():
     np.testing.assert_allclose(low, [0.6, 0.6, 0.6, -0.4], atol=1e-3)
     np.testing.assert_allclose(high, [1.4, 1.4, 1.4, 0.4], atol=1e-3)
     np.testing.assert_allclose(jitter.factors.mean(0), SAME_FACTORS, atol=0.01)
+    np.testing.assert_allclose(jitter.factors.std(0), 0.8 / math.sqrt(12), atol=0.005)  # uniform
     orders, counts = np.unique(jitter.order, axis=0, return_counts=True)
     assert len(orders) == 24 and counts.min() > 0.8 * n / 24 and counts.max() < 1.2 * n / 24
     # The numbers are independent of each other: no column repeats another.
@@ -102,6 +104,49 @@ def test_statistics_of_draw():
         columns += [height * width, width / height, crops.sides[:, 1].prod(1), *crops.place.T, crops.flip]
     correlations = np.corrcoef(np.stack(columns)) - np.eye(len(columns))
     assert abs(correlations).max() < 0.03
+
+
+def boxes_of(get_box, n=6000, height=400, width=533):
+    """Area over the image's, log of the ratio, and the place among those where the box fits."""
+    top, left, h, w = np.array([get_box(height, width) for _ in range(n)], float).T
+    return h * w / (height * width), np.log(w / h), top / (height - h + 1), left / (width - w + 1)
+
+
+def assert_same_distributions(ours, theirs):
+    """Two-sample Kolmogorov-Smirnov: beyond this once in a million."""
+    for a, b in zip(ours, theirs, strict=True):
+        both = np.sort(np.concatenate([a, b]))
+        distance = abs(
+            np.searchsorted(np.sort(a), both, "right") / len(a) - np.searchsorted(np.sort(b), both, "right") / len(b)
+        )
+        assert distance.max() < 2.7 * math.sqrt(1 / len(a) + 1 / len(b))
+
+
+def our_boxes(n=6000):
+    boxes = iter(crop_boxes(np.tile([400, 533], (n, 1)), draw(generator(11), n, AugmentConfig()).q).tolist())
+    return boxes_of(lambda *_: next(boxes), n)
+
+
+def test_boxes_have_the_distribution_of_random_resized_crop():
+    uniform = generator(12).uniform
+
+    def box(height, width):
+        ratios = np.exp(uniform(math.log(3 / 4), math.log(4 / 3), 10))
+        return get_params(height, width, uniform(0.2, 1, 10), ratios, uniform(size=2))
+
+    assert_same_distributions(our_boxes(), boxes_of(box))
+
+
+def test_boxes_and_colours_have_the_distribution_of_torchvision():
+    transforms = pytest.importorskip("torchvision.transforms", exc_type=(ImportError, RuntimeError))
+    torch.manual_seed(13)
+    crop = transforms.RandomResizedCrop(224, scale=(0.2, 1.0))
+    image = Image.new("RGB", (533, 400))
+    assert_same_distributions(our_boxes(), boxes_of(lambda *_: crop.get_params(image, crop.scale, crop.ratio)))
+    colours = transforms.ColorJitter(0.4, 0.4, 0.4, 0.4)
+    strengths = colours.brightness, colours.contrast, colours.saturation, colours.hue
+    theirs = np.array([colours.get_params(*strengths)[1:] for _ in range(6000)]).T
+    assert_same_distributions(draw(generator(14), 6000, AugmentConfig()).jitter.factors.T, theirs)
 
 
 def test_settings_reach_draw():
@@ -151,6 +196,8 @@ def check_jitter(images, jitter):
     given = images.copy()
     result = color_jitter(torch.from_numpy(images), jitter)
     assert result.dtype == torch.uint8 and result.is_contiguous() and (images == given).all()
+    if jitter.gray.any() or jitter.order.size:
+        assert torch.equal(augment._jitter(torch.from_numpy(images), jitter), result)  # as on a GPU
     for i in range(len(images)):
         expected = with_pillow(images[i], jitter.gray[i], jitter.factors[i], jitter.order[i])
         assert (result[i].numpy() == expected).all(), jitter[i : i + 1]
@@ -182,7 +229,7 @@ def test_single_operations_equal_pillow(operation):
 def test_drawn_jitter_equals_pillow_also_in_pieces(monkeypatch):
     images, jitter = noise_and_gradients(30, 24, 24), draw(generator(7), 30, AugmentConfig()).jitter
     check_jitter(images, jitter)
-    monkeypatch.setattr("mopro_fast.data.augment._CPU_PIXELS", 7 * 24 * 24)
+    monkeypatch.setattr("mopro_fast.data.colors._PIXELS", 7 * 24 * 24)
     check_jitter(images, jitter)
 
 

@@ -47,6 +47,8 @@ def test_every_kernel_is_compiled(reports):
         ("mopro_loss", [True, True], 6),  # contrast, correct
         ("mopro_loss", [False, False], 5),
         ("mopro_loss_backward", [], 1),
+        ("two_views", [], 1),
+        ("normalize", [], 1),
     ],
 )
 def test_launches(op, flags, launches, reports):

@@ -541,6 +541,12 @@ def some_arguments() -> dict[str, tuple]:
     cursor = torch.tensor([9], device=DEVICE)
     loss = (logits, q, k, bank, bank, labels, 0.1, 0.5, 0.8, 1.0, 1.0, True, True)
     found = [x.detach() for x in torch.ops.mopro_fast.mopro_loss(*loss)]
+    pixels = torch.arange(6 * 5 * 4 * 3, device=DEVICE).to(torch.uint8)
+    images = torch.tensor([[60 * i, 5, 4] for i in range(6)], device=DEVICE)
+    boxes = torch.tensor([[[0, 1, 5, 3], [2, 0, 2, 4]]] * 6, device=DEVICE)
+    factors = torch.tensor([[1.3, 0.7, 1.2, 0.1]] * 6, device=DEVICE)
+    order = torch.tensor([[3, 1, 0, 2]] * 6, device=DEVICE)
+    flips = torch.stack([kept, ~kept], 1)
     return {
         "info_nce": (q, k, bank, 0.1),
         "correct_labels": (logits.detach(), q.detach(), bank, labels, 0.5, 0.8, 0.1),
@@ -554,6 +560,8 @@ def some_arguments() -> dict[str, tuple]:
             [k.clone()], [bank[:6].bfloat16()], [k / 2], [k / 3], torch.full((1,), 0.1, device=DEVICE),
             0.9, 1e-4, True, 0.99, [k.bfloat16()], [k.bfloat16()],
         ),
+        "two_views": (pixels, images, boxes, flips, kept, factors, order, 4),
+        "normalize": (pixels.view(6, 5, 4, 3), kept, BF16),
     }  # fmt: skip
 
 

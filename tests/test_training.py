@@ -167,6 +167,15 @@ def test_cross_entropy_runs_through_the_same_loop(digits, tmp_path):
     assert torch.equal(model.encoder_k.fc1.weight, weights["encoder_q.fc1.weight"])
 
 
+def test_cached_on_the_device_it_trains_on_the_same_images(digits, uninterrupted, tmp_path):
+    config = small_config(digits, tmp_path)
+    config.data.cache, config.optim.epochs = "device", 1
+    assert Trainer(config).run() == 0
+    (cached, *_), (decoded, *_) = ((out / "log.jsonl").read_text().splitlines() for out in (tmp_path, uninterrupted))
+    loss = [json.loads(line)["loss"] for line in (cached, decoded)]
+    assert loss[0] == pytest.approx(loss[1], rel=0.02)  # pixels differ by rounding
+
+
 def test_weights_that_are_not_finite_are_never_saved(digits, tmp_path):
     trainer = Trainer(small_config(digits, tmp_path))
     with torch.no_grad():

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from mopro_fast.data import colors
 from mopro_fast.errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -20,10 +21,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 ATTEMPTS = 10  # boxes that RandomResizedCrop tries before it takes the central one
 WIDEST = 4 / 3  # a crop's width over its height lies between the inverse of this and this
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+BRIGHTNESS, CONTRAST, SATURATION, HUE = colors.BRIGHTNESS, colors.CONTRAST, colors.SATURATION, colors.HUE
 _PER_CROP = 2 * ATTEMPTS + 3
 _PER_ROW = 2 * _PER_CROP + 9  # uniforms of one row: both views' crops and flips, grayscale, 4 factors, 4 order keys
-_CPU_PIXELS = 1 << 17  # pixels per piece of color_jitter on a CPU: measured; fewer cost calls, more leave the cache
 
 
 @dataclass(frozen=True)
@@ -145,17 +145,17 @@ def color_jitter(images: torch.Tensor, jitter: Jitter) -> torch.Tensor:
     images: uint8 [N, H, W, 3] on any device; -> a new tensor of the same kind. What each operation takes is known
     on the host, and everything the device needs goes there in one copy: nothing waits for the device.
     """
-    n, height, width, _ = images.shape
+    n = len(images)
     if n != len(jitter):
         raise ValueError(f"jitter has {len(jitter)} rows, images has {n}")
     if not jitter.gray.any() and not jitter.order.size:
         return images.clone()
     if images.device.type != "cpu":
         return _jitter(images, jitter)
-    piece = max(1, _CPU_PIXELS // (height * width))
-    pieces = [slice(first, first + piece) for first in range(0, n, piece)]
+    out = images.clone()
     with _one_thread():
-        return torch.cat([_jitter(images[rows], jitter[rows]) for rows in pieces])
+        colors.jitter_(out, jitter)
+    return out
 
 
 @contextlib.contextmanager
@@ -166,6 +166,9 @@ def _one_thread() -> Iterator[None]:
     while it works the cores are busy: with decoding.
     """
     threads = torch.get_num_threads()
+    if threads == 1:
+        yield
+        return
     torch.set_num_threads(1)
     try:
         yield
@@ -174,6 +177,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _jitter(images: torch.Tensor, jitter: Jitter) -> torch.Tensor:
+    """For a GPU: all images at once, in as few launches as the operations' order allows."""
     # 1. The plan. Hue costs most, so it runs once, with the rows' sequences aligned at it. Sorted by how many
     #    operations precede hue, the rows that take part in a step lie side by side: a prefix, after hue a suffix.
     n, operations = jitter.order.shape

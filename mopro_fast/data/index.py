@@ -1,18 +1,23 @@
-"""Which images there are, and their labels: WebVision's file lists, any file list, or class folders.
+"""Which images there are, and their labels: WebVision's file lists, any file list, class folders, packed shards.
 
 Everything that can be wrong with the input is found here, before training, and raises a UserError.
 """
 
+import dataclasses
 import functools
 import hashlib
 import os
 from array import array
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from mopro_fast.data.shards import MANIFEST, ShardSet, is_pack, open_shards
 from mopro_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from mopro_fast.data.check import Checked
 
 Split = Literal["train", "val"]
 
@@ -40,6 +45,16 @@ class Index:
     """The classes' names, where the layout has them."""
     source: str
     """What was read, for messages."""
+    list_file: str | None = None
+    """The list file, if the data is one."""
+    shards: ShardSet | None = None
+    """Where the images lie if they are packed; else each is a file."""
+    in_shards: np.ndarray | None = None
+    """int64 [n]: rows of ``shards``."""
+    checked: "Checked | None" = None
+    """What `mopro-fast check` found, row by row."""
+    left_out: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    """int64, sorted: the rows that loaders do not show, since nobody can read them."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -58,8 +73,35 @@ class Index:
         names = "\n".join(self.paths).encode()
         return hashlib.sha256(names + b"\0" + self.labels.astype("<i8").tobytes()).hexdigest()
 
+    @functools.cached_property
+    def usable(self) -> np.ndarray:
+        """int64: the rows that loaders show."""
+        return np.delete(self.ids, self.left_out)
+
+    @functools.cached_property
+    def shard_of(self) -> np.ndarray:
+        """int64 [n]: the shard of each image."""
+        return self.shards.shard[self.in_shards]
+
     def full_path(self, i: int) -> str:
         return os.path.join(self.root, self.paths[i])
+
+    def name(self, i: int) -> str:
+        """For messages: where the image is."""
+        return self.full_path(i) if self.shards is None else f"{self.paths[i]} in {self.source}"
+
+    def read(self, i: int) -> bytes:
+        """The whole encoded file. Raises OSError."""
+        return self.read_with_state(i)[0]
+
+    def read_with_state(self, i: int) -> tuple[bytes, int, int]:
+        """-> what :meth:`read` gives, its size, and the file's time of change in ns (0 in shards)."""
+        if self.shards is not None:
+            data = self.shards.read(self.in_shards[i])
+            return data, len(data), 0
+        with open(self.full_path(i), "rb", buffering=0) as file:
+            data = file.readall()
+            return data, len(data), os.fstat(file.fileno()).st_mtime_ns
 
 
 def load_index(
@@ -67,53 +109,75 @@ def load_index(
     split: Split,
     *,
     num_classes: int,
-    layout: Literal["auto", "webvision", "list", "folder"] = "auto",
+    layout: Literal["auto", "webvision", "list", "folder", "shards"] = "auto",
     root: str | os.PathLike | None = None,
     keep_classes: int | None = None,
+    missing: bool = False,
 ) -> Index:
-    """Read the index of ``data``: a WebVision folder, a list file ("path label" per line) or class folders.
+    """Read the index of ``data``: a WebVision folder, a list file ("path label" per line), class folders or shards.
 
     root: where the paths of a list file start (default: its own folder). keep_classes: take only the images with
-    a label below this (of class folders, the first ones by name). Raises UserError.
+    a label below this (of class folders, the first ones by name). missing: files of lists may be. Raises UserError.
     """
     data = os.fspath(data)
     if not os.path.exists(data):
         raise UserError(f"no such file or folder: {data}")
     if layout == "auto":
         layout = _recognise(data)
+    if layout == "shards":
+        return _shards(data, split, num_classes, keep_classes)
     if layout == "webvision":
-        return _webvision(data, split, num_classes, keep_classes)
+        return _webvision(data, split, num_classes, keep_classes, missing)
     if layout == "list":
         if not os.path.isfile(data):
             raise UserError(f"{data} is not a file: give the list file itself, or another --layout")
         root = os.path.dirname(data) if root is None else os.fspath(root)
-        return _from_lists([data], root, split, num_classes, keep_classes)
+        index = _from_lists([data], root, split, num_classes, keep_classes, missing)
+        return dataclasses.replace(index, list_file=data)
     return _folders(data, split, num_classes, keep_classes)
 
 
 def _recognise(data: str) -> str:
     if os.path.isfile(data):
         return "list"
+    if is_pack(data):
+        return "shards"
     lists = [name for names in WEBVISION_LISTS.values() for name in names]
     if any(os.path.isfile(os.path.join(data, name)) for name in lists):
         return "webvision"
     if _subfolders(data):
         return "folder"
     raise UserError(
-        f"{data} has no known layout: looked for {', '.join(lists)} and for class folders; "
+        f"{data} has no known layout: looked for a pack's {MANIFEST}, {', '.join(lists)} and class folders; "
         "give one of these folders or a list file"
     )
 
 
-def _webvision(data: str, split: Split, num_classes: int, keep_classes: int | None) -> Index:
+def _shards(data: str, split: Split, num_classes: int, keep_classes: int | None) -> Index:
+    shards = open_shards(data, split)
+    lowest = NO_LABEL if split == "train" else 0
+    for label in (int(shards.label.min(initial=lowest)), int(shards.label.max(initial=lowest))):
+        if label < lowest or (keep_classes is None and label >= num_classes):
+            raise UserError(f"{data}: label {label} of a {split} image is outside [{lowest}, {num_classes})")
+    rows = np.arange(len(shards)) if keep_classes is None else np.flatnonzero(shards.label < keep_classes)
+    if not len(rows):
+        raise UserError(f"{data}: no {split} image" + (f" with a label below {keep_classes}" if keep_classes else ""))
+    classes = shards.classes and shards.classes[:keep_classes]
+    return Index(data, shards.paths[rows], shards.label[rows], classes, data, shards=shards, in_shards=rows)
+
+
+def _webvision(data: str, split: Split, num_classes: int, keep_classes: int | None, missing: bool) -> Index:
     names = WEBVISION_LISTS[split]
     lists = [path for name in names if os.path.isfile(path := os.path.join(data, name))]
     if not lists:
         raise UserError(f"{data} has no {' and no '.join(names)}: unpack WebVision's info/ there")
-    return _from_lists(lists, os.path.join(data, WEBVISION_FOLDERS[split]), split, num_classes, keep_classes)
+    root = os.path.join(data, WEBVISION_FOLDERS[split])
+    return _from_lists(lists, root, split, num_classes, keep_classes, missing)
 
 
-def _from_lists(lists: list[str], root: str, split: Split, num_classes: int, keep_classes: int | None) -> Index:
+def _from_lists(
+    lists: list[str], root: str, split: Split, num_classes: int, keep_classes: int | None, missing: bool
+) -> Index:
     all_paths: list[str] = []
     all_labels = []
     for name in lists:
@@ -133,7 +197,8 @@ def _from_lists(lists: list[str], root: str, split: Split, num_classes: int, kee
     if not all_paths:
         why = f"no image with a label below --keep-classes {keep_classes}" if keep_classes else "no image"
         raise UserError(f"{source}: {why}: expected lines of the form: path label")
-    _require_files(root, all_paths, source)
+    if not missing:
+        _require_files(root, all_paths, source)
     return Index(root, _compact(all_paths, source), np.concatenate(all_labels), None, source)
 
 

@@ -1,37 +1,30 @@
-"""The loaders: DALI reads, decodes, crops and flips on a CPU or GPU; the colours follow in augment.py.
+"""The loaders: threads read, DALI decodes on a CPU or GPU, crops and colours follow.
 
 They keep no state. The order of an epoch is a function of (seed, epoch), the random numbers of a batch one of
 (seed, epoch, step) and the row in the batch of all ranks. So a run resumes exactly at any step without anything
-of the loader in a checkpoint, and W ranks with N rows see the pixels of one rank with W·N.
+of the loader in a checkpoint, and W ranks with N rows see the pixels of one rank with W·N. Only an image that
+breaks during the run is another matter: see reader.py.
 
-Pixels are read as stored: EXIF orientation is ignored, as in the official code. Resizing is Pillow's antialiased
-bilinear filter, but at a crop's border it sees the pixels beyond.
+Images are turned upright by their EXIF orientation (the official code ignores it). Resizing is Pillow's antialiased
+bilinear filter. On a GPU DALI resizes the training crops too, and its filter sees the pixels beyond their borders.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from mopro_fast.data.augment import (
-    ATTEMPTS,
-    WIDEST,
-    AugmentConfig,
-    Crops,
-    Jitter,
-    Views,
-    color_jitter,
-    draw,
-    to_device,
-)
+from mopro_fast.data.augment import ATTEMPTS, WIDEST, AugmentConfig, Crops, Views, color_jitter, draw, to_device
 from mopro_fast.data.index import Index
+from mopro_fast.data.order import epoch_order, substitutes
+from mopro_fast.data.reader import Lost, Reader, reading_threads
+from mopro_fast.data.stream import READ_AHEAD, Decoder, Job, Stream
+from mopro_fast.data.views import Cropper
 from mopro_fast.errors import UserError
 
-_ORDER, _AUGMENT = range(2)  # first words of the generators' seeds
-_EVAL_PREFETCH = 2
+AUGMENT = 1  # first word of the generators' seeds; order.py has others
+_EVAL_AHEAD = 2  # batches that an evaluation decodes ahead
 
 
 class Batch(NamedTuple):
@@ -47,11 +40,25 @@ class Batch(NamedTuple):
     """int64 [N]: rows of the index."""
 
 
+def require_rows(images: int, batch_size: int, source: str) -> None:
+    """Raise a UserError if an epoch would have no step."""
+    if images < batch_size:
+        raise UserError(
+            f"batch larger than the data: {batch_size} rows over all ranks, {images} images in {source}: "
+            "lower --batch-size"
+        )
+
+
 class TrainLoader:
     """Endless, seekable training batches: ``for batch in loader.epoch(e, start_step)``.
 
-    One DALI pipeline serves all epochs and works ``prefetch`` batches ahead, also across the end of an epoch. Asking
-    for another position than the next one drops what it has prepared. ``batch_size`` counts this rank's rows.
+    It works ahead, also across the end of an epoch: on ``prefetch`` batches in DALI (on a CPU, where these are whole
+    images: one) and two more that are being read. Asking for another position than the next one drops what it has
+    prepared. ``batch_size`` counts this rank's rows. An image that cannot be read when its turn comes is replaced by
+    one that the epoch leaves out: ``lost`` collects (epoch, step, Lost) until it is emptied.
+
+    shuffle_shards: see order.epoch_order. hw_decoder_load: share of the JPEGs for a GPU's own decoder.
+    crop_in_dali: by default on a GPU only.
     """
 
     def __init__(
@@ -68,25 +75,31 @@ class TrainLoader:
         device: torch.device,
         threads: int,
         prefetch: int = 2,
+        shuffle_shards: int = 0,
+        hw_decoder_load: float = 0.65,
+        crop_in_dali: bool | None = None,
     ) -> None:
-        self.steps_per_epoch = len(index) // (batch_size * world_size)
-        if self.steps_per_epoch == 0:
-            raise UserError(
-                f"batch larger than the data: {batch_size * world_size} rows over all ranks, {len(index)} images in "
-                f"{index.source}: lower --batch-size"
-            )
+        require_rows(len(index.usable), batch_size * world_size, index.source)
+        self.steps_per_epoch = len(index.usable) // (batch_size * world_size)
         self._index, self._augment, self._two_views, self._device = index, augment, two_views, device
         self._batch_size, self._rank, self._world_size, self._seed = batch_size, rank, world_size, seed
-        self._prefetch = prefetch
+        self._image_size, self._shuffle_shards = image_size, shuffle_shards
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))  # an epoch and its order
+        self.lost: list[tuple[int, int, Lost]] = []
+        in_dali = device.type == "cuda" if crop_in_dali is None else crop_in_dali
+        self._cropper = None if in_dali else Cropper(image_size, threads)
         views = 2 if two_views else 1
 
         def define(fn, images, shape, numbers):
-            boxes = _crops(fn, shape, numbers, views)
+            if not in_dali:
+                return [images]
+            boxes = _crops(fn, shape(), numbers(), views)
             return [fn.resize(images, size=[image_size] * 2, roi_start=a, roi_end=b) for a, b in boxes]
 
-        self._decoder = _Decoder(define, batch_size, threads, device)
-        self._coming: deque[tuple[tuple[int, int], np.ndarray, Jitter]] = deque()  # what the decoder works on
+        decoder = Decoder(define, batch_size, threads, device, hw_decoder_load)
+        self._stream = Stream(Reader(index, reading_threads(threads)), decoder, 1 + prefetch if in_dali else 2)
+        self._next: tuple[int, int] | None = None  # the position that the stream stands at
+        self._cropping: tuple[Job, Callable[[], list[torch.Tensor]]] | None = None
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The batches of steps [start_step, steps_per_epoch) of this epoch."""
@@ -94,56 +107,101 @@ class TrainLoader:
             yield self._batch((epoch, step))
 
     def close(self) -> None:
-        """Stop DALI's threads and free its memory. The loader starts again when asked for a batch."""
-        self._coming.clear()
-        self._decoder.close()
+        """Stop all threads and free DALI's memory. The loader starts again when asked for a batch."""
+        self._drop()
+        self._stream.close()
+        if self._cropper:
+            self._cropper.close()
+
+    def memory(self) -> str:
+        """How far the loader works ahead and what that takes, for the log."""
+        view = self._batch_size * (2 if self._two_views else 1) * self._image_size**2 * 3
+        decoding, checked = self._stream.depth, self._index.checked
+        parts = {f"{decoding if self._cropper is None else 2} batches of views": view * decoding}
+        if checked is not None:
+            usable = self._index.usable
+            if self._cropper is not None:
+                pixels = np.mean(checked.width[usable].astype(np.int64) * checked.height[usable])
+                parts[f"{decoding} of whole images"] = decoding * self._batch_size * 3 * pixels
+            files = (decoding + READ_AHEAD) * self._batch_size
+            parts[f"{decoding + READ_AHEAD} of files"] = files * checked.size[usable].mean()
+        return "read and decoded ahead: " + ", ".join(f"{name} ({size / 1e6:.0f} MB)" for name, size in parts.items())
 
     def _batch(self, position: tuple[int, int]) -> Batch:
-        if self._coming and self._coming[0][0] != position:
-            self._coming.clear()
-            self._decoder.drop()
-        following = self._after(self._coming[-1][0]) if self._coming else position
-        while len(self._coming) <= self._prefetch:
-            self._submit(following)
-            following = self._after(following)
-        _, rows, jitter = self._coming.popleft()
-        try:
-            views = self._decoder.take()
-        except UserError:
-            self._coming.clear()
-            raise
-        view_k = color_jitter(views[1], jitter) if self._two_views else None
+        if self._next != position:
+            self._drop()
+            self._stream.restart(self._jobs(position))
+        self._next = None  # until this batch is whole: after an error everything starts anew
+        job, views = self._crops_of_next() if self._cropper else self._resized_by_dali()
+        self._next = self._after(position)
+        self.lost += [(*position, lost) for lost in job.read.lost]
+        rows = job.read.rows
         labels, ids = to_device(np.stack([self._index.labels[rows], rows]), self._device)
-        return Batch(views[0], view_k, labels, ids)
+        return Batch(views[0], views[1] if self._two_views else None, labels, ids)
+
+    def _resized_by_dali(self) -> tuple[Job, list[torch.Tensor]]:
+        job = self._stream.next()
+        views = self._stream.decoder.copies()
+        if self._two_views:
+            views[1] = color_jitter(views[1], job.drawn.jitter)
+        return job, views
+
+    def _crops_of_next(self) -> tuple[Job, list[torch.Tensor]]:
+        """This batch's crops; those of the next are begun before they are returned."""
+        job, result = self._cropping or self._start_cropping()
+        self._cropping = None
+        views = result()
+        self._stream.decoder.release()
+        self._cropping = self._start_cropping()
+        return job, views
+
+    def _start_cropping(self) -> tuple[Job, Callable[[], list[torch.Tensor]]]:
+        job = self._stream.next()
+        return job, self._cropper.start(self._stream.decoder.images(), job.drawn, self._two_views)
+
+    def _drop(self) -> None:
+        if self._cropping:
+            self._cropping[1]()  # its images are DALI's
+            self._stream.decoder.release()
+        self._cropping = self._next = None
+        self._stream.drop()
 
     def _after(self, position: tuple[int, int]) -> tuple[int, int]:
         epoch, step = position
         return (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
 
-    def _submit(self, position: tuple[int, int]) -> None:
-        rows, views = self._rows(*position), self._draw(*position)
-        crops = [views.q, views.k] if self._two_views else [views.q]
-        self._decoder.submit([self._index.full_path(i) for i in rows], _pack(crops))
-        self._coming.append((position, rows, views.jitter))
+    def _jobs(self, position: tuple[int, int]) -> Iterator[Job]:
+        shown = self.steps_per_epoch * self._batch_size * self._world_size
+        while True:
+            epoch = position[0]
+            rows, drawn = self._rows(*position), self._draw(*position)
+            order = self._order[1]
+
+            def others(row: int, order=order, epoch=epoch) -> np.ndarray:
+                return substitutes(order, shown, self._seed, epoch, row)
+
+            numbers = None if self._cropper else _pack([drawn.q, drawn.k] if self._two_views else [drawn.q])
+            yield Job(rows, others, numbers, drawn)
+            position = self._after(position)
 
     def _rows(self, epoch: int, step: int) -> np.ndarray:
         """int64 [N]: the index's rows that this rank shows at this step."""
         if self._order[0] != epoch:
-            rng = np.random.default_rng((_ORDER, self._seed, epoch))
-            self._order = (epoch, rng.permutation(len(self._index)))
+            self._order = (epoch, epoch_order(self._index, self._seed, epoch, self._shuffle_shards))
         first = (step * self._world_size + self._rank) * self._batch_size
         return self._order[1][first : first + self._batch_size]
 
     def _draw(self, epoch: int, step: int) -> Views:
-        rng = np.random.Generator(np.random.PCG64((_AUGMENT, self._seed, epoch, step)))
+        rng = np.random.Generator(np.random.PCG64((AUGMENT, self._seed, epoch, step)))
         return draw(rng, self._batch_size, self._augment, skip=self._rank * self._batch_size)
 
 
 class EvalLoader:
-    """Every image once over all ranks (rank r has rows r::W): shorter side to ``resize``, central crop.
+    """Every usable image once over all ranks (rank r has them r::W): shorter side to ``resize``, central crop.
 
     Iterate, as often as needed, over (images uint8 [n, S, S, 3], labels int64 [n], ids int64 [n]) on ``device``; the
-    last batch may be smaller, and a rank may have none.
+    last batch may be smaller, and a rank may have none. Images that cannot be read when their turn comes are left
+    out; ``lost`` has those of the latest pass.
     """
 
     def __init__(
@@ -157,140 +215,41 @@ class EvalLoader:
         resize: int,
         device: torch.device,
         threads: int,
+        hw_decoder_load: float = 0.65,
     ) -> None:
         if resize < image_size:
             raise UserError(f"cannot crop {image_size} px from a shorter side of {resize} px: raise --eval-resize")
         self._index, self._device = index, device
-        mine = np.arange(rank, len(index), world_size)
+        mine = index.usable[rank::world_size]
         self._batches = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
+        self.lost: list[Lost] = []
 
         def define(fn, images, shape, _numbers):
-            start, end = _central(fn, shape, resize, image_size)
+            start, end = _central(fn, shape(), resize, image_size)
             return [fn.resize(images, size=[image_size] * 2, roi_start=start, roi_end=end)]
 
-        self._decoder = _Decoder(define, batch_size, threads, device)
+        decoder = Decoder(define, batch_size, threads, device, hw_decoder_load)
+        self._stream = Stream(Reader(index, reading_threads(threads)), decoder, 1 + _EVAL_AHEAD)
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        self._decoder.drop()  # what an abandoned pass has left
-        later = deque(self._batches)
-        for rows in self._batches:
-            while later and len(self._decoder) <= _EVAL_PREFETCH:
-                ahead = later.popleft()
-                self._decoder.submit([self._index.full_path(i) for i in ahead])
-            (images,) = self._decoder.take()
-            labels, ids = to_device(np.stack([self._index.labels[rows], rows]), self._device)
-            yield images, labels, ids
+        self._stream.drop()  # what an abandoned pass has left
+        self.lost = []
+        self._stream.restart(Job(rows, None) for rows in self._batches)
+        for _ in self._batches:
+            job = self._stream.next()
+            self.lost += job.read.lost
+            rows = job.read.rows
+            if len(rows):
+                (images,) = self._stream.decoder.copies()
+                labels, ids = to_device(np.stack([self._index.labels[rows], rows]), self._device)
+                yield images, labels, ids
 
     def close(self) -> None:
-        """Stop DALI's threads and free its memory. The loader starts again when iterated over."""
-        self._decoder.close()
-
-
-class _Decoder:
-    """A DALI pipeline from files and numbers to image batches: submit() any number ahead, take() in that order.
-
-    define(fn, images, shape, numbers) gives the outputs from the decoded images, their int64 (H, W, C) and the
-    submitted float64 numbers; ``fn`` is nvidia.dali.fn.
-    """
-
-    def __init__(self, define: Callable[..., list], batch_size: int, threads: int, device: torch.device) -> None:
-        self._define, self._batch_size, self._threads, self._device = define, batch_size, threads, device
-        self._dali = _import_dali()
-        self._pipeline: Any = None
-        self._files: deque[list[str]] = deque()  # of the batches submitted and not taken
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def submit(self, files: list[str], numbers: np.ndarray | None = None) -> None:
-        """Start on a batch: n paths and float64 [n, ...], if ``define`` uses numbers."""
-        if self._pipeline is None:
-            self._pipeline = self._build()
-        # One array, padded with zero bytes (where a path ends in C): a list of arrays takes three times as long.
-        names = np.array([file.encode() for file in files])
-        self._pipeline.feed_input("files", names.view(np.uint8).reshape(len(files), -1))
-        if numbers is not None:
-            self._pipeline.feed_input("numbers", numbers)
-        self._pipeline.schedule_run()
-        self._files.append(files)
-
-    def take(self) -> list[torch.Tensor]:
-        """The outputs for the oldest batch submitted. A file that DALI cannot read raises a UserError."""
-        files = self._files.popleft()
-        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
-        try:
-            outputs = self._pipeline.share_outputs(cuda_stream=stream)
-        except RuntimeError as error:
-            self.close()
-            raise self._explain(str(error), files) from error
-        tensors = [self._copy(output.as_tensor(), stream) for output in outputs]
-        self._pipeline.release_outputs()
-        return tensors
-
-    def drop(self) -> None:
-        """Forget the batches submitted and not taken."""
-        while self._files:
-            self._files.popleft()
-            try:
-                self._pipeline.share_outputs()
-                self._pipeline.release_outputs()
-            except RuntimeError:  # a broken file among them, and with it the pipeline
-                self.close()
-
-    def close(self) -> None:
-        self._files.clear()
-        self._pipeline = None
-
-    def _build(self) -> Any:
-        fn, types, device = self._dali.fn, self._dali.types, self._device
-        gpu = device.type == "cuda"
-        device_id = torch.cuda.current_device() if gpu and device.index is None else device.index
-        # Depth 1: then each schedule_run runs one batch; the executor works ahead on all that are scheduled anyway.
-        pipeline = self._dali.Pipeline(
-            batch_size=self._batch_size,
-            num_threads=self._threads,
-            device_id=device_id if gpu else None,
-            prefetch_queue_depth=1,
-        )
-        with pipeline:
-            # Not by mmap: a file cut short meanwhile would end the process with SIGBUS.
-            encoded = fn.io.file.read(fn.external_source(name="files"), dont_use_mmap=True)
-            numbers = fn.external_source(name="numbers")
-            shape = fn.peek_image_shape(encoded, adjust_orientation=False)
-            images = fn.decoders.image(
-                encoded, device="mixed" if gpu else "cpu", output_type=types.RGB, adjust_orientation=False
-            )
-            pipeline.set_outputs(*self._define(fn, images, shape, numbers))
-        pipeline.build()
-        return pipeline
-
-    def _explain(self, error: str, files: list[str]) -> UserError:
-        """For a batch that DALI gave up. Its message names no file, so the files are tried one by one."""
-        if len(files) > 1:
-            single = _Decoder(lambda fn, images, shape, numbers: [images], 1, self._threads, self._device)
-            for file in files:
-                single.submit([file])
-                single.take()  # raises at the broken one
-            files = [f"one of {files[0]} ... {files[-1]}"]
-        reason = error.partition("encountered:")[2].strip().partition("\n")[0] or "DALI gives no reason"
-        return UserError(f"cannot read the image {files[0]} ({reason}): replace the file, or remove it from the data")
-
-    def _copy(self, tensor: Any, stream: torch.cuda.Stream | None) -> torch.Tensor:
-        """Out of DALI's memory, in the order of ``stream``."""
-        copy = torch.empty(tensor.shape(), dtype=torch.uint8, device=self._device)
-        return self._dali.plugin.pytorch.feed_ndarray(tensor, copy, cuda_stream=stream)
-
-
-def _import_dali() -> ModuleType:
-    try:
-        import nvidia.dali as dali
-        import nvidia.dali.plugin.pytorch  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"reading images needs NVIDIA DALI ({error}): pip install nvidia-dali-cuda130") from None
-    return dali
+        """Stop all threads and free DALI's memory. The loader starts again when iterated over."""
+        self._stream.close()
 
 
 # Boxes in DALI's arithmetic, in float64, so that they equal augment.crop_boxes to the last pixel. Python constants

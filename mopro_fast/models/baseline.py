@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mopro_fast.data.augment import normalize
+from mopro_fast import ops
 from mopro_fast.models.mopro import StepOutput
 from mopro_fast.models.resnet import ResNet
 
@@ -17,7 +17,7 @@ class CrossEntropy(nn.Module):
 
     def forward(self, view_q: Tensor, view_k: None, labels: Tensor, epoch: int, order, query=None) -> StepOutput:
         """As MoPro.forward; rows without a label (−1) are left out, the projection head gets no gradient."""
-        logits, q = (query or self.encoder_q)(normalize(view_q))
+        logits, q = (query or self.encoder_q)(ops.normalize(view_q))
         logits = logits.float()
         kept = labels >= 0
         rows = kept.sum().clamp(min=1)

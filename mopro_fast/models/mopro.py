@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from mopro_fast import ops
 from mopro_fast.config import MoProConfig
-from mopro_fast.data.augment import normalize
 from mopro_fast.models.resnet import ResNet
-from mopro_fast.training.distributed import exchange_rows, gather_rows
+from mopro_fast.training.distributed import exchange_rows, gather_rows, start_exchange
 
 
 @dataclass
@@ -66,9 +65,10 @@ class MoPro(nn.Module):
         query:          encoder_q wrapped for distributed training.
         """
         c = self.config
-        logits, q = (query or self.encoder_q)(normalize(view_q))  # [N, C], [N, D]
+        shuffled = start_exchange(view_k, order)  # on its way while the query is computed
+        logits, q = (query or self.encoder_q)(ops.normalize(view_q))  # [N, C], [N, D]
         with torch.no_grad():  # keys: rows change groups and ranks, so that BatchNorm cannot leak who pairs with whom
-            _, k = self.encoder_k(normalize(exchange_rows(view_k, order)))
+            _, k = self.encoder_k(ops.normalize(shuffled()))
             k = exchange_rows(k, np.argsort(order))
 
         # Steps 3, 5, 6 and 8 against the queue and the prototypes of earlier steps: instance contrast, label

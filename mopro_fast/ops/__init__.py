@@ -10,10 +10,12 @@ from mopro_fast.ops.correct_labels import correct_labels
 from mopro_fast.ops.ema_update import ema_update_
 from mopro_fast.ops.info_nce import info_nce
 from mopro_fast.ops.mopro_loss import METRICS, mopro_loss
+from mopro_fast.ops.normalize import normalize
 from mopro_fast.ops.prototype_contrast import prototype_contrast
 from mopro_fast.ops.prototype_update import prototype_update_
 from mopro_fast.ops.queue_enqueue import queue_enqueue_
 from mopro_fast.ops.sgd_ema_update import sgd_ema_update_
+from mopro_fast.ops.two_views import two_views
 
 __all__ = [
     "METRICS",
@@ -21,9 +23,11 @@ __all__ = [
     "ema_update_",
     "info_nce",
     "mopro_loss",
+    "normalize",
     "prototype_contrast",
     "prototype_update_",
     "queue_enqueue_",
     "sgd_ema_update_",
+    "two_views",
     "use_backend",
 ]

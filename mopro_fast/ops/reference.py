@@ -7,6 +7,9 @@ Arithmetic is float32 (float64 for float64 inputs) whatever the storage type.
 import torch
 from torch import Tensor
 
+from mopro_fast.data import augment
+from mopro_fast.ops.two_views import largest_side
+
 
 def wide(*tensors: Tensor) -> list[Tensor]:
     """The tensors in the type the arithmetic runs in: float32, or float64 if any of them is float64."""
@@ -160,3 +163,61 @@ def _used_rows(labels: Tensor, kept: Tensor | None, classes: int) -> tuple[Tenso
     if kept is not None:
         use = use & kept
     return use, torch.where(use, labels, 0)
+
+
+def two_views(
+    pixels: Tensor,
+    images: Tensor,
+    boxes: Tensor,
+    flips: Tensor,
+    gray: Tensor,
+    factors: Tensor,
+    order: Tensor,
+    size: int,
+) -> Tensor:
+    """Every view as two matrix products of whole numbers, exact in float64, and one division.
+
+    The only function here that waits for a CUDA device: what shapes its tensors is known on the host alone.
+    """
+    n, views = flips.shape
+    out = pixels.new_zeros(views, n, size, size, 3)
+    numbers = zip(images.tolist(), boxes.tolist(), flips.tolist(), strict=True)
+    with augment._one_thread():
+        for row, ((offset, height, width), row_boxes, row_flips) in enumerate(numbers):
+            small = max(height, width) <= largest_side(size) and 3 * height * width < 2**31
+            if not (small and min(height, width) > 0 and 0 <= offset <= len(pixels) - 3 * height * width):
+                continue  # black
+            image = pixels[offset : offset + 3 * height * width].view(height, width, 3)
+            for view, (box, flip) in enumerate(zip(row_boxes, row_flips, strict=True)):
+                _crop(out[view, row], image, box, flip)
+    if views > 1 and n:
+        out[1] = augment.color_jitter(out[1], augment.Jitter(*(x.cpu().numpy() for x in (gray, factors, order))))
+    return out
+
+
+def _crop(out: Tensor, image: Tensor, box: list[int], flip: bool) -> None:
+    (height, width, _), (top, left, box_height, box_width), size = image.shape, box, len(out)
+    if not (0 <= top <= height - box_height < height and 0 <= left <= width - box_width < width):
+        return  # black
+    y_weights = _triangles(box_height, size, image.device)
+    x_weights = _triangles(box_width, size, image.device)
+    if flip:
+        x_weights = x_weights.flip(0)
+    part = image[top : top + box_height, left : left + box_width].double()
+    lines = (y_weights @ part.flatten(1)).view(size, box_width, 3)
+    sums = x_weights @ lines  # [S, S, 3]
+    total = y_weights.sum(1)[:, None] * x_weights.sum(1)
+    out.copy_((sums.float() / total.float()[:, :, None]).round_())
+
+
+def _triangles(length: int, size: int, device: torch.device) -> Tensor:
+    """float64 [size, length]: weights of an antialiased bilinear resize, in units of 1/(2·size) px."""
+    centre = (2 * torch.arange(size, device=device) + 1) * length - size
+    distance = (2 * size * torch.arange(length, device=device) - centre[:, None]).abs()
+    return (2 * max(length, size) - distance).clamp(min=0).double()
+
+
+def normalize(images: Tensor, flips: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if flips is not None:
+        images = torch.where(flips[:, None, None, None], images.flip(2), images)
+    return augment.normalize(images).to(dtype)

@@ -1,8 +1,11 @@
 """What one rank needs of the others. Every function works unchanged with a single process."""
 
+import datetime
 import os
 import signal
 import threading
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mopro_fast.errors import UserError
+
+T = TypeVar("T")
 
 
 def world() -> tuple[int, int]:
@@ -60,20 +65,30 @@ def shuffle_order(seed: int, step: int, rows: int) -> np.ndarray:
 
 def exchange_rows(x: Tensor, order: np.ndarray) -> Tensor:
     """Row i of the result, over all ranks, is row order[i] of the input: [N, …] → [N, …] by one all-to-all."""
+    return start_exchange(x, order)()
+
+
+def start_exchange(x: Tensor, order: np.ndarray) -> Callable[[], Tensor]:
+    """:func:`exchange_rows` while other work is done: the function returned waits for the result."""
     rank, ranks = world()
     n = len(x)
     if ranks == 1:
-        return x[_on(order, x)]
+        return lambda: x[_on(order, x)]
     mine = order[rank * n : (rank + 1) * n]
     # Sent to rank d, in the order in which d's block of `order` names my rows.
     wanted = [block[block // n == rank] - rank * n for block in order.reshape(ranks, n)]
     sent = x[_on(np.concatenate(wanted), x)]
     received = torch.empty_like(sent)
     counts = np.bincount(mine // n, minlength=ranks).tolist()
-    dist.all_to_all_single(received, sent, counts, [len(w) for w in wanted])
+    work = dist.all_to_all_single(received, sent, counts, [len(w) for w in wanted], async_op=True)
     # Received rows come sorted by source rank, and in the wanted order within each.
     place = np.argsort(np.argsort(mine // n, kind="stable"), kind="stable")
-    return received[_on(place, x)]
+
+    def result() -> Tensor:
+        work.wait()
+        return received[_on(place, x)]
+
+    return result
 
 
 def _on(index: np.ndarray, x: Tensor) -> Tensor:
@@ -98,6 +113,28 @@ def from_rank0(value):
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def by_rank0(compute: Callable[[], T]) -> T:
+    """What rank 0 computes (something picklable), on every rank. The others wait for as long as it takes."""
+    rank, ranks = world()
+    if ranks == 1:
+        return compute()
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
+    box = [compute() if rank == 0 else None]
+    dist.broadcast_object_list(box, src=0, group=group)
+    dist.destroy_process_group(group)
+    return box[0]
+
+
+def gather_lists(mine: list) -> list:
+    """The ranks' lists (of small picklable objects) joined, on every rank."""
+    _, ranks = world()
+    if ranks == 1:
+        return mine
+    parts: list = [None] * ranks
+    dist.all_gather_object(parts, mine)
+    return [x for part in parts for x in part]
 
 
 def sync_buffers(module: nn.Module) -> None:

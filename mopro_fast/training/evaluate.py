@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 
-from mopro_fast.data.augment import normalize
+from mopro_fast import ops
 from mopro_fast.models.resnet import ResNet
 from mopro_fast.training.distributed import world
 
@@ -21,7 +21,7 @@ def accuracy(encoder: ResNet, loader: Iterable, device: torch.device, bf16: bool
     encoder.eval()
     for images, labels, _ids in loader:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits = encoder.classifier(encoder.features(normalize(images)))
+            logits = encoder.classifier(encoder.features(ops.normalize(images)))
         top = logits.float().topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         counts += torch.stack([top[:, 0].sum(), top.sum()])
         shown += len(labels)

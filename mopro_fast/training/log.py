@@ -1,9 +1,10 @@
-"""What a run writes for people: log.jsonl, timing.jsonl, TensorBoard, progress bars.
+"""What a run writes for people: log.jsonl, timing.jsonl, replaced.csv, TensorBoard, progress bars.
 
 log.jsonl holds only what is a function of the config and the data, so that an interrupted and resumed run
 writes the same bytes as an uninterrupted one; seconds and images/s go to timing.jsonl.
 """
 
+import csv
 import json
 import os
 import sys
@@ -13,12 +14,16 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mopro_fast.data.index import Index
+from mopro_fast.data.reader import Lost
+
 
 class RunLog:
     """Rank 0's log; on other ranks nothing is written."""
 
     def __init__(self, out: Path, active: bool, log_bytes: int, global_step: int, tensorboard: bool) -> None:
-        self.active = active
+        self.out, self.active = out, active
+        self.named: set[int] = set()
         self.writer = None
         if not active:
             return
@@ -45,6 +50,22 @@ class RunLog:
         self.file.write(json.dumps(line).encode() + b"\n")
         self.file.flush()
         self._scalars(split, values, global_step)
+
+    def replaced(self, index: Index, lost: list[tuple[int, int, Lost]]) -> None:
+        """A line of replaced.csv for each (epoch, step, Lost); every image is named once on the terminal."""
+        if not self.active:
+            return
+        path = self.out / "replaced.csv"
+        new = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(["epoch", "step", "path", "reason", "shown instead"])
+            for epoch, step, (row, by, reason) in lost:
+                writer.writerow([epoch, step, index.paths[row], reason, index.paths[by]])
+                if row not in self.named:
+                    self.say(f"cannot read {index.name(row)} ({reason}): another image is shown, here and from now on")
+                self.named.add(row)
 
     def speed(self, epoch: int, step: int, global_step: int, images_per_second: float, data_wait: float) -> None:
         """One line of timing.jsonl; data_wait is the share of the time spent waiting for images."""

@@ -5,7 +5,6 @@ A run is a function of its config and data. The loader, the shuffle across ranks
 """
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -14,12 +13,11 @@ import torch
 
 from mopro_fast import __version__
 from mopro_fast.config import TrainConfig, differences
-from mopro_fast.data.index import Index, load_index
-from mopro_fast.data.pipeline import EvalLoader, TrainLoader
+from mopro_fast.data.index import Index
 from mopro_fast.errors import UserError
 from mopro_fast.models.build import build
 from mopro_fast.ops import backends
-from mopro_fast.training import checkpoint, distributed
+from mopro_fast.training import checkpoint, distributed, inputs
 from mopro_fast.training.distributed import gather_rows
 from mopro_fast.training.evaluate import accuracy
 from mopro_fast.training.log import RunLog
@@ -27,7 +25,8 @@ from mopro_fast.training.optim import build_optimizer, learning_rate
 
 # Settings that may change between an interrupted run and its continuation: they do not change the result.
 # The data may move: its paths and labels are compared by digest.
-FREE = {"data.path", "data.root", "data.val", "data.layout", "data.extra_val", "data.threads"}
+FREE = {"data.path", "data.root", "data.val", "data.layout", "data.extra_val", "data.threads", "data.max_broken"}
+FREE |= {"data.hw_decoder_load"}
 FREE |= {f"run.{name}" for name in ("out", "device", "log_every", "checkpoint_every", "keep")}
 FREE |= {f"run.{name}" for name in ("resume", "init", "tensorboard")}
 
@@ -52,13 +51,19 @@ class Trainer:
             torch.backends.cudnn.benchmark = not config.run.deterministic
             torch.backends.cudnn.deterministic = config.run.deterministic
 
-        d = config.data
-        self.index = load_index(
-            d.path, "train", num_classes=d.num_classes, layout=d.layout, root=d.root, keep_classes=d.keep_classes
-        )
-        self.loader = self._train_loader()
+        path, state = self._saved()
+        sets = inputs.load(config, resumed=state is not None)
+        if state:
+            sets["train"] = inputs.as_begun(sets["train"], self.out / "images.txt", state["data_digest"])
+            self._require_same_data(path, state, sets["train"])
+        left_out = {"train": state["left_out"].numpy()} if state else {}
+        workers = inputs.threads(config.data)
+        sets = {name: inputs.readable(index, name, workers, left_out.get(name)) for name, index in sets.items()}
+        self.index = sets.pop("train")
+        self.loader = inputs.train_loader(config, self.index, self.device)
         self.steps = self.loader.steps_per_epoch
-        self.eval_loaders = self._eval_loaders()
+        self.eval_sets = sets
+        self.eval_loaders = {name: inputs.eval_loader(config, index, self.device) for name, index in sets.items()}
 
         torch.manual_seed(config.run.seed)
         self.model = build(config).to(self.device, memory_format=torch.channels_last).train()
@@ -73,10 +78,17 @@ class Trainer:
         self.counts = [0, 0]
         self.assigned = self._no_decisions()
         self.bad_step = torch.full((1,), -1, dtype=torch.int64, device=self.device)
-        log_bytes = self._restore()
+        self.replaced = [0, 0]  # images that could not be read any more: in this epoch, in the run
+        log_bytes = self._restore(path, state) if state else 0
+        if not state and config.run.init:
+            checkpoint.load_weights(self.model, config.run.init)
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / "config.json").write_text(config.to_json())
+            if not state:
+                inputs.write_list(self.index, self.out / "images.txt")
+            if len(self.index.left_out):
+                inputs.write_left_out(self.index, self.out / "left_out.csv")
         self.log = RunLog(self.out, self.rank == 0, log_bytes, self.global_step, config.run.tensorboard)
 
     @property
@@ -87,6 +99,8 @@ class Trainer:
         epochs = self.config.optim.epochs
         if self.epoch == epochs:
             self.log.say(f"{self.out} is finished: {epochs} epochs done")
+        else:
+            self.log.say(self.loader.memory())
         try:
             with distributed.StopSignal() as stop:
                 while self.epoch < epochs:
@@ -169,6 +183,7 @@ class Trainer:
 
     def _log_window(self) -> dict[str, float]:
         self._check_finite()
+        self._note_replaced()
         lr = learning_rate(self.config.optim, self.epoch, self.step - 1, self.steps)
         values = {"lr": lr, **self._means(0)}
         self.log.entry("train", self.epoch, self.step, self.global_step, values)
@@ -186,7 +201,8 @@ class Trainer:
 
     def _end_epoch(self) -> None:
         self._save()  # evaluation may take longer than a scheduler waits between SIGTERM and SIGKILL
-        self.log.entry("epoch", self.epoch, self.step, self.global_step, self._means(1))
+        values = {**self._means(1), "replaced": self.replaced[0]}
+        self.log.entry("epoch", self.epoch, self.step, self.global_step, values)
         distributed.sync_buffers(self.model)
         for name, loader in self.eval_loaders.items():
             values = accuracy(self.model.encoder_q, loader, self.device, self.bf16)
@@ -195,14 +211,35 @@ class Trainer:
                 f"epoch {self.epoch + 1}/{self.config.optim.epochs} {name}: "
                 f"top-1 {values['top1']:.2f} % top-5 {values['top5']:.2f} % of {values['images']} images"
             )
+            if lost := distributed.gather_lists(loader.lost):
+                row, _, reason = lost[0]
+                first = self.eval_sets[name].name(row)
+                self.log.say(f"{name}: {len(lost)} images could not be read any more, such as {first} ({reason})")
         decisions = self._merged_decisions()
         if self.rank == 0:
             partial = self.out / "labels.partial"
             torch.save(decisions, partial)
             partial.replace(self.out / "labels.pt")
         self.assigned = self._no_decisions()
-        self.epoch, self.step = self.epoch + 1, 0
+        self.epoch, self.step, self.replaced[0] = self.epoch + 1, 0, 0
         self._save()
+
+    def _note_replaced(self) -> None:
+        """Count and name what the ranks could not read; too much of it ends the run."""
+        mine, self.loader.lost = self.loader.lost, []
+        if not int(gather_rows(torch.tensor([len(mine)], device=self.device)).sum()):
+            return
+        lost = distributed.gather_lists(mine)
+        self.log.replaced(self.index, lost)
+        self.replaced = [n + len(lost) for n in self.replaced]
+        shown = max(1000, self.global_step * self.config.optim.batch_size)
+        most = self.config.data.max_broken
+        if self.replaced[1] > most * shown:
+            row, _, reason = lost[-1][2]
+            raise UserError(
+                f"{self.replaced[1]} of {shown} images could not be read any more, such as {self.index.name(row)} "
+                f"({reason}): repair the storage and run the same command again, or raise --max-broken {most:g}"
+            )
 
     def _check_finite(self) -> None:
         bad = gather_rows(self.bad_step).tolist()
@@ -239,6 +276,7 @@ class Trainer:
     def _save(self) -> Path | None:
         self._check_finite()
         self._check_weights()
+        self._note_replaced()
         sums = self.sums or {}
         state = {
             "version": __version__,
@@ -249,6 +287,8 @@ class Trainer:
             "step": self.step,
             "log_bytes": self.log.bytes,
             "counts": self.counts,
+            "replaced": self.replaced,
+            "left_out": torch.from_numpy(self.index.left_out),
             "sums": {name: gather_rows(total[None]).cpu() for name, total in sums.items()},  # [W, 2]
             "assigned": self._merged_decisions(),
         }
@@ -258,8 +298,8 @@ class Trainer:
         state["optimizer"] = self.optimizer.state_dict()
         return checkpoint.save(self.out / "checkpoints", self.global_step, state, self.config.run.keep)
 
-    def _restore(self) -> int:
-        """Take up an earlier run of this folder, if there is one; -> the length its log.jsonl had."""
+    def _saved(self) -> tuple[str | Path | None, dict | None]:
+        """-> the checkpoint to go on from and what it holds, if there is one."""
         run = self.config.run
         saved = checkpoint.all_of(self.out / "checkpoints")
         path = run.resume if run.resume not in ("auto", "never") else (saved[-1] if saved else None)
@@ -268,17 +308,16 @@ class Trainer:
         if path and saved and Path(path).resolve() in [p.resolve() for p in saved[:-1]]:
             raise UserError(f"{path} is older than {saved[-1]}: to go back to it, choose another --out")
         path = distributed.from_rank0(path)
-        if path is None:
-            if run.init:
-                checkpoint.load_weights(self.model, run.init)
-            return 0
-        state = checkpoint.load(path)
+        return path, None if path is None else checkpoint.load(path)
+
+    def _restore(self, path: str | Path, state: dict) -> int:
+        """Take up an earlier run; -> the length its log.jsonl had."""
         self._require_same_run(path, state)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.step = state["epoch"], state["step"]
         self.assigned = state["assigned"].to(self.device)
-        self.counts = list(state["counts"])
+        self.counts, self.replaced = list(state["counts"]), list(state["replaced"])
         same_ranks = state["ranks"] == self.ranks
         # The sums of each rank are its own; another number of ranks shares out their mean, the log alone differs.
         self.sums = {
@@ -289,6 +328,13 @@ class Trainer:
             note = "" if same_ranks else f" (saved by {state['ranks']} ranks, now {self.ranks}: not bit for bit)"
             print(f"resuming {path} at epoch {self.epoch + 1}, step {self.step}{note}", file=sys.stderr)
         return state["log_bytes"]
+
+    def _require_same_data(self, path: str | Path, state: dict, index: Index) -> None:
+        if state["data_digest"] != index.digest():
+            raise UserError(
+                f"{path} was trained on other data than {self.config.data.path}: paths or labels differ; "
+                "choose another --out (with --init for the weights alone)"
+            )
 
     def _require_same_run(self, path: str | Path, state: dict) -> None:
         theirs, ours = json.loads(state["config"]), json.loads(self.config.to_json())
@@ -301,60 +347,6 @@ class Trainer:
                 f"{path} is of a run with {first}={_at(theirs, first)}, this one has {_at(ours, first)}: "
                 "set it as it was, or choose another --out (with --init for the weights alone)"
             )
-        if state["data_digest"] != self.index.digest():
-            raise UserError(
-                f"{path} was trained on other data than {self.config.data.path}: paths or labels differ; "
-                "choose another --out (with --init for the weights alone)"
-            )
-
-    def _train_loader(self) -> TrainLoader:
-        c = self.config
-        return TrainLoader(
-            self.index,
-            batch_size=c.optim.batch_size // self.ranks,
-            rank=self.rank,
-            world_size=self.ranks,
-            seed=c.run.seed,
-            image_size=c.data.image_size,
-            augment=c.data.augment,
-            two_views=c.method == "mopro",
-            device=self.device,
-            threads=self._threads(),
-        )
-
-    def _eval_loaders(self) -> dict[str, EvalLoader]:
-        d = self.config.data
-        common = {"num_classes": d.num_classes, "layout": "auto"}
-        sets: dict[str, Index] = {}
-        if d.val:
-            sets["val"] = load_index(d.val, "val", root=d.root, keep_classes=d.keep_classes, **common)
-        elif has_val_split(d.path):
-            sets["val"] = load_index(d.path, "val", keep_classes=d.keep_classes, **common)
-        for name, path in d.extra_val.items():
-            sets[name] = load_index(path, "val", **common)
-        return {
-            name: EvalLoader(
-                index,
-                batch_size=self.config.optim.batch_size // self.ranks,
-                rank=self.rank,
-                world_size=self.ranks,
-                image_size=d.image_size,
-                resize=d.eval_resize or round(d.image_size * 256 / 224),
-                device=self.device,
-                threads=self._threads(),
-            )
-            for name, index in sets.items()
-        }
-
-    def _threads(self) -> int:
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        return self.config.data.threads or max(1, len(os.sched_getaffinity(0)) // local_ranks)
-
-
-def has_val_split(data: str) -> bool:
-    """Does this folder bring its own validation split (WebVision's list, or a val/ beside train/)?"""
-    root = Path(data)
-    return (root / "info" / "val_filelist.txt").is_file() or ((root / "train").is_dir() and (root / "val").is_dir())
 
 
 def _at(values: dict, dotted: str):

@@ -1,0 +1,291 @@
+"""Loaders for data that fits in the device's memory: every image is decoded once, and stays there as uint8.
+
+Order and random numbers are those of the loaders in pipeline.py, so the same steps show the same images with the same
+boxes, flips and colours; the pixels are those of Pillow within one level (tests/test_cache.py has the amounts).
+DALI is not needed. Each rank decodes and holds all images.
+"""
+
+import io
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from mopro_fast import ops
+from mopro_fast.data import decode
+from mopro_fast.data.augment import AugmentConfig, Views, crop_boxes, draw, to_device
+from mopro_fast.data.decode import DecodeError
+from mopro_fast.data.index import Index
+from mopro_fast.data.order import epoch_order, substitutes
+from mopro_fast.data.pipeline import AUGMENT, Batch
+from mopro_fast.data.reader import Lost
+from mopro_fast.errors import UserError
+from mopro_fast.ops.two_views import largest_side
+
+
+class DeviceTrainLoader:
+    """pipeline.TrainLoader with the images on ``device``: a batch is one copy to the device and one kernel there.
+
+    ``threads`` decode the images, here, once it is known that they fit the memory: else a UserError. One that cannot
+    be decoded is replaced whenever its turn comes, as TrainLoader does: ``lost`` collects (epoch, step, Lost) until
+    it is emptied.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        *,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        image_size: int,
+        augment: AugmentConfig,
+        two_views: bool = True,
+        device: torch.device,
+        threads: int,
+        shuffle_shards: int = 0,
+    ) -> None:
+        self.steps_per_epoch = len(index.usable) // (batch_size * world_size)
+        if self.steps_per_epoch == 0:
+            raise UserError(
+                f"batch larger than the data: {batch_size * world_size} rows over all ranks, {len(index.usable)} "
+                f"images in {index.source}: lower --batch-size"
+            )
+        self._index, self._augment, self._two_views, self._device = index, augment, two_views, device
+        self._batch_size, self._rank, self._world_size, self._seed = batch_size, rank, world_size, seed
+        self._image_size, self._threads, self._shuffle_shards = image_size, threads, shuffle_shards
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))  # an epoch and its order
+        self.lost: list[tuple[int, int, Lost]] = []
+        self._images = np.zeros((len(index), 3), np.int64)  # offset in _pixels, height, width; zeros: not there
+        self._reasons: dict[int, str] = {}  # why those are not there that should be
+        self._pixels: torch.Tensor | None = self._decode()
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """The batches of steps [start_step, steps_per_epoch) of this epoch."""
+        for step in range(start_step, self.steps_per_epoch):
+            yield self._batch(epoch, step)
+
+    def close(self) -> None:
+        """Free the images' memory. The loader decodes again when asked for a batch."""
+        self._pixels = None
+
+    def memory(self) -> str:
+        """What the images take, for the log."""
+        count = (self._images[:, 1] > 0).sum()
+        return f"{count} images on {self._device} ({3 * self._images[:, 1:].prod(1).sum() / 1e6:.0f} MB)"
+
+    def _decode(self) -> torch.Tensor:
+        """All images' pixels, uint8 [bytes]; sets _images and _reasons."""
+        rows, largest = self._index.usable, largest_side(self._image_size)
+        shapes = _shapes(self._index, rows, self._threads)
+        if (shapes > largest).any():
+            first = (shapes > largest).any(1).argmax()
+            height, width = shapes[first]
+            raise UserError(
+                f"{self._index.name(rows[first])} has {width}x{height} pixels, --cache device takes sides of at most "
+                f"{largest}: pack the data with a smaller --size, or use --cache none"
+            )
+        ends = 3 * shapes.prod(1).cumsum()
+        needed = int(ends[-1])
+        _require_memory(needed, len(rows), self._device)
+        pixels = torch.empty(needed, dtype=torch.uint8, device=self._device)
+        self._images[:], self._reasons = 0, {}
+        decoded = _decoded(self._index, rows, self._threads, show=self._rank == 0)
+        for row, end, shape, image in zip(rows, ends, shapes, decoded, strict=True):
+            if isinstance(image, str):
+                self._reasons[row] = image
+            elif image.size != 3 * shape.prod():
+                self._reasons[row] = f"not the {shape[1]}x{shape[0]} pixels that its header names"
+            else:
+                pixels[end - image.size : end] = torch.from_numpy(image.reshape(-1).copy())
+                self._images[row] = end - image.size, *image.shape[:2]
+        return pixels
+
+    def _batch(self, epoch: int, step: int) -> Batch:
+        if self._pixels is None:
+            self._pixels = self._decode()
+        rows, drawn = self._readable(epoch, step), self._draw(epoch, step)
+        images, jitter = self._images[rows], drawn.jitter
+        crops = [drawn.q, drawn.k] if self._two_views else [drawn.q]
+        boxes = np.stack([crop_boxes(images[:, 1:], crop) for crop in crops], axis=1)
+        flips = np.stack([crop.flip for crop in crops], axis=1)
+        labels, ids, images, boxes, order, factors, flips, gray = _together(
+            [self._index.labels[rows], rows, images, boxes, jitter.order, jitter.factors, flips, jitter.gray],
+            self._device,
+        )
+        views = ops.two_views(self._pixels, images, boxes, flips, gray, factors, order, self._image_size)
+        return Batch(views[0], views[1] if self._two_views else None, labels, ids)
+
+    def _readable(self, epoch: int, step: int) -> np.ndarray:
+        """The rows of :meth:`_rows`, those that are not there replaced."""
+        rows, shown = self._rows(epoch, step), self.steps_per_epoch * self._batch_size * self._world_size
+        missing = np.flatnonzero(self._images[rows, 1] == 0)
+        if missing.size:
+            rows = rows.copy()
+        for i in missing:
+            row = int(rows[i])
+            others = substitutes(self._order[1], shown, self._seed, epoch, row)
+            there = others[self._images[others, 1] > 0]
+            if not there.size:
+                raise UserError(
+                    f"cannot read {self._index.name(row)} ({self._reasons[row]}), nor any of {len(others)} images "
+                    "tried in its place: is the storage still there?"
+                )
+            rows[i] = there[0]
+            self.lost.append((epoch, step, Lost(row, int(there[0]), self._reasons[row])))
+        return rows
+
+    def _rows(self, epoch: int, step: int) -> np.ndarray:
+        """int64 [N]: the index's rows that this rank shows at this step."""
+        if self._order[0] != epoch:
+            self._order = (epoch, epoch_order(self._index, self._seed, epoch, self._shuffle_shards))
+        first = (step * self._world_size + self._rank) * self._batch_size
+        return self._order[1][first : first + self._batch_size]
+
+    def _draw(self, epoch: int, step: int) -> Views:
+        rng = np.random.Generator(np.random.PCG64((AUGMENT, self._seed, epoch, step)))
+        return draw(rng, self._batch_size, self._augment, skip=self._rank * self._batch_size)
+
+
+class DeviceEvalLoader:
+    """pipeline.EvalLoader with the images, resized and cropped by Pillow, on ``device``.
+
+    ``lost`` has those that could not be decoded and are left out.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        *,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        image_size: int,
+        resize: int,
+        device: torch.device,
+        threads: int,
+    ) -> None:
+        if resize < image_size:
+            raise UserError(f"cannot crop {image_size} px from a shorter side of {resize} px: raise --eval-resize")
+        self._index, self._batch_size, self._threads, self._device = index, batch_size, threads, device
+        self._image_size, self._resize, self._show = image_size, resize, rank == 0
+        self._wanted = index.usable[rank::world_size]
+        self.lost: list[Lost] = []
+        self._rows = self._wanted
+        self._images: torch.Tensor | None = self._decode()
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // self._batch_size)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        if self._images is None:
+            self._images = self._decode()
+        for first in range(0, len(self._rows), self._batch_size):
+            rows = self._rows[first : first + self._batch_size]
+            labels, ids = _together([self._index.labels[rows], rows], self._device)
+            yield self._images[first : first + self._batch_size], labels, ids
+
+    def close(self) -> None:
+        """Free the images' memory. The loader decodes again when iterated over."""
+        self._images = None
+
+    def _decode(self) -> torch.Tensor:
+        """uint8 [n, S, S, 3]; sets _rows and lost."""
+        n, size = len(self._wanted), self._image_size
+        _require_memory(3 * n * size**2, n, self._device)
+        images = torch.empty(n, size, size, 3, dtype=torch.uint8, device=self._device)
+        rows, self.lost = [], []
+
+        def crop(image: np.ndarray) -> np.ndarray:
+            return _central(image, self._resize, size)
+
+        decoded = _decoded(self._index, self._wanted, self._threads, self._show, crop)
+        for row, image in zip(self._wanted.tolist(), decoded, strict=True):
+            if isinstance(image, str):
+                self.lost.append(Lost(row, -1, image))
+            else:
+                images[len(rows)] = torch.from_numpy(image)
+                rows.append(row)
+        self._rows = np.array(rows, np.int64)
+        return images[: len(rows)]
+
+
+def _central(image: np.ndarray, resize: int, size: int) -> np.ndarray:
+    """torchvision's Resize(resize) and CenterCrop(size)."""
+    height, width, _ = image.shape
+    short = min(height, width)
+    height, width = height * resize // short, width * resize // short  # the longer side is cut to a whole number
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+    return np.array(resized.crop((left, top, left + size, top + size)))
+
+
+def _shapes(index: Index, rows: np.ndarray, threads: int) -> np.ndarray:
+    """int64 [n, 2]: height and width as the check found them, or of the headers, before any turn; zeros: unknown."""
+    if index.checked is not None:
+        return np.stack([index.checked.height, index.checked.width], axis=1)[rows].astype(np.int64)
+
+    def shape(row: int) -> tuple[int, int]:
+        try:
+            width, height = Image.open(io.BytesIO(index.read(row))).size
+        except Exception:  # Pillow raises many kinds; decoding will name the reason
+            return 0, 0
+        return height, width
+
+    with ThreadPoolExecutor(threads) as pool:
+        return np.array(list(pool.map(shape, rows.tolist())), np.int64).reshape(-1, 2)
+
+
+def _decoded(
+    index: Index,
+    rows: np.ndarray,
+    threads: int,
+    show: bool,
+    then: Callable[[np.ndarray], np.ndarray] = lambda image: image,
+) -> Iterator[np.ndarray | str]:
+    """then(pixels of each row), or why it cannot be read; with progress where it is to be shown."""
+
+    def work(row: int) -> np.ndarray | str:
+        try:
+            return then(decode.decode(index.read(row)))
+        except DecodeError as error:
+            return str(error)
+        except OSError as error:
+            return error.strerror or type(error).__name__
+
+    with ThreadPoolExecutor(threads) as pool:
+        done = pool.map(work, rows.tolist())
+        yield from tqdm(done, desc="decoding", total=len(rows), unit="img", disable=None if show else True, leave=False)
+
+
+def _require_memory(needed: int, images: int, device: torch.device) -> None:
+    free = _free(device)
+    if needed > free:
+        raise UserError(
+            f"--cache device needs {needed} bytes for {images} images, {device} has {free} free: "
+            "pack the data with a smaller --size, or use --cache none"
+        )
+
+
+def _free(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _together(arrays: list[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+    """To the device in one copy. By falling size of their elements, so that each begins at a multiple of its own."""
+    flat = [np.ascontiguousarray(a).reshape(-1).view(np.uint8) for a in arrays]
+    parts = to_device(np.concatenate(flat), device).split([len(f) for f in flat])
+    types = [torch.from_numpy(np.empty(0, a.dtype)).dtype for a in arrays]
+    return [part.view(t).view(a.shape) for part, t, a in zip(parts, types, arrays, strict=True)]

@@ -1,0 +1,339 @@
+"""``mopro-fast check DATA``: read every image once, write down what each is worth, and say what is wrong.
+
+The result is a Parquet file with a row per image, in the order of the data. A later call, of this command or of
+training, reads only files that are new or whose size or time of change differ. While a check runs, its results go
+line by line into a file beside it, from which an interrupted check goes on.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Annotated, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import tyro
+from tqdm import tqdm
+
+from mopro_fast.data import workers as processes
+from mopro_fast.data.decode import CANNOT_READ, CONVERTED, OK, UNREADABLE, VERDICTS, examine_files
+from mopro_fast.data.index import WEBVISION_LISTS, Index, Split, _recognise, _subfolders, load_index
+from mopro_fast.data.shards import is_pack, replacing, verify_pack
+from mopro_fast.errors import UserError
+
+FILE = ".mopro_fast_index.parquet"
+EXAMPLES = 3  # named per kind of fault
+_VERSION = b"1"  # of the verdicts' meaning: raise it, and everything is read again
+_CHUNK = 64  # files a worker is given at a time
+_STAT_THREADS = 16  # a network file system answers each stat in a millisecond
+_SCHEMA = pa.schema(
+    [
+        ("path", pa.string()),
+        ("label", pa.int64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("format", pa.string()),
+        ("verdict", pa.string()),
+        ("reason", pa.string()),
+        ("bytes", pa.int64()),
+        ("mtime_ns", pa.int64()),
+    ],
+    metadata={b"mopro_fast.check": _VERSION},
+)
+_FOUND = pa.schema([field for field in _SCHEMA if field.name != "label"])  # what reading a file finds
+
+
+@dataclass(frozen=True, eq=False)
+class Checked:
+    """What is known of an index's images, row by row."""
+
+    verdict: np.ndarray
+    """uint8 [n]: OK, CONVERTED, TOLERANT or UNREADABLE of decode.py."""
+    size: np.ndarray
+    """int64 [n], bytes; -1: no such file."""
+    mtime_ns: np.ndarray
+    """int64 [n]; -1: no such file."""
+    width: np.ndarray
+    """int32 [n], of the upright image; 0 if unreadable."""
+    height: np.ndarray
+    """int32 [n]."""
+    reason: list[str]
+    """[n], "kind" or "kind: detail"; empty if OK."""
+    format: list[str]
+    """[n], Pillow's names."""
+    path: str
+    """The Parquet file."""
+    read: int
+    """How many files had to be read this time."""
+
+
+def check(index: Index, *, workers: int, progress: bool, path: str | None = None, forget: bool = False) -> Checked:
+    """Read what ``path`` (default: default_path(index)) does not know of the index's files yet; write it there.
+
+    workers: processes. forget: leave out what ``path`` knows of files that are not in ``index``; a check of a part of
+    the data should not. Raises UserError where neither ``path`` nor the user's cache folder can be written.
+    """
+    with _open_partial(path or default_path(index)) as (path, partial):
+        return _check(index, workers, progress, path, partial, forget)
+
+
+def _check(index: Index, workers: int, progress: bool, path: str, partial: IO[bytes], forget: bool) -> Checked:
+    # 1. What is known, and which of it still holds.
+    old = _read(path)
+    known = pa.concat_tables([_read_partial(partial), old.select(_FOUND.names)])
+    rows = _rows_of(known, index.paths)
+    size, mtime = _stat(index)
+    present = rows >= 0
+    columns = {
+        name: known[name].to_numpy()[rows] if len(known) else np.zeros(len(rows)) for name in ("bytes", "mtime_ns")
+    }
+    holds = present & (columns["bytes"] == size) & (columns["mtime_ns"] == mtime)
+    failed = pc.starts_with(known["reason"], CANNOT_READ).to_numpy(zero_copy_only=False)
+    holds[present] &= ~failed[rows[present]]  # permissions, network or memory may be better now
+    # 2. Read the others.
+    todo = np.flatnonzero(~holds)
+    new = []
+    with tqdm(total=len(todo), desc="check", unit=" images", disable=not progress or not len(todo)) as bar:
+        for result in _examine_all(index, todo, workers):
+            partial.write(json.dumps(result).encode() + b"\n")
+            new.append(result)
+            bar.update()
+    # 3. Write all, if anything is new.
+    known = pa.concat_tables([_table(new), known])
+    table = known.take(_rows_of(known, index.paths)).add_column(1, _SCHEMA.field("label"), [index.labels])
+    others = old.take(np.flatnonzero(_rows_of(table, old["path"]) < 0)) if not forget else old.slice(0, 0)
+    written = pa.concat_tables([table, others]).combine_chunks().replace_schema_metadata(_SCHEMA.metadata)
+    if not written.equals(old):
+        _write(written, path)
+    return _checked(table, path, len(todo))
+
+
+def _checked(table: pa.Table, path: str, read: int) -> Checked:
+    verdict = pc.index_in(table["verdict"], value_set=pa.array(VERDICTS)).to_numpy().astype(np.uint8)
+    numbers = [table[name].to_numpy() for name in ("bytes", "mtime_ns", "width", "height")]
+    return Checked(verdict, *numbers, table["reason"].to_pylist(), table["format"].to_pylist(), path, read)
+
+
+def default_path(index: Index) -> str:
+    """Beside the list file, if the data is one, else in the folder that the paths start from."""
+    return f"{index.list_file}.index.parquet" if index.list_file else os.path.join(index.root, FILE)
+
+
+def _examine_all(index: Index, rows: np.ndarray, workers: int) -> Iterator[tuple]:
+    """The columns of _FOUND for these rows of the index, in any order."""
+    chunks = [index.paths[rows[i : i + _CHUNK]].tolist() for i in range(0, len(rows), _CHUNK)]
+    tasks: deque[tuple] = deque((index.root, chunk) for chunk in chunks)
+    finished: Counter[int] = Counter()  # files, by task
+    with contextlib.closing(processes.run(examine_files, tasks, workers)) as items:
+        for task, item in items:
+            if isinstance(item, processes.Done):
+                del finished[id(task)]
+            elif isinstance(item, processes.Crashed):
+                left = task[1][finished.pop(id(task), 0) :]
+                reason = f"{CANNOT_READ}: it ends the process that tries ({item.why})"
+                for path in left[:1]:
+                    yield path, 0, 0, "", VERDICTS[UNREADABLE], reason, *_state(os.path.join(index.root, path))
+                if left[1:]:
+                    tasks.append((index.root, left[1:]))
+            else:
+                finished[id(task)] += 1
+                yield item
+
+
+def _stat(index: Index) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [n]: sizes and times of change now; -1 where there is no file."""
+
+    def one(path: str) -> tuple[int, int]:
+        return _state(os.path.join(index.root, path))
+
+    with ThreadPoolExecutor(_STAT_THREADS) as pool:
+        states = np.fromiter(pool.map(one, index.paths, chunksize=1000), np.dtype((np.int64, 2)), len(index))
+    return states[:, 0], states[:, 1]
+
+
+def _state(path: str) -> tuple[int, int]:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
+# The files.
+
+
+@contextlib.contextmanager
+def _open_partial(path: str) -> Iterator[tuple[str, IO[bytes]]]:
+    """-> the Parquet file's path, at ``path`` or in the cache folder, and its partial file, locked.
+
+    At a normal end the partial file is removed.
+    """
+    path = _writable(path)
+    with open(f"{path}.partial", "a+b", buffering=0) as partial:
+        try:
+            fcntl.flock(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another check writes {path}: wait for it") from None
+        try:
+            yield path, partial
+            os.unlink(partial.name)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}: make room there, or set --index") from None
+
+
+def _writable(path: str) -> str:
+    """``path``, or a place in the user's cache folder where nothing can be written beside it."""
+    try:
+        open(f"{path}.partial", "ab").close()
+        return path
+    except OSError as error:
+        reason = error.strerror
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(f"cannot write {path}: {reason}: set --index to another place") from None
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mopro_fast"
+    name = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:16]
+    other = str(cache / f"{name}.parquet")
+    print(f"{path} cannot be written ({reason}): the index is {other}")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        open(f"{other}.partial", "ab").close()
+    except OSError as error:
+        raise UserError(f"cannot write {other} either: {error.strerror}: set --index to another place") from None
+    return other
+
+
+def _read(path: str) -> pa.Table:
+    """An earlier result; empty if there is none that can be used."""
+    try:
+        table = pq.read_table(path, memory_map=False)
+    except (OSError, pa.ArrowInvalid):
+        return _SCHEMA.empty_table()
+    return table if table.schema.equals(_SCHEMA, check_metadata=True) else _SCHEMA.empty_table()
+
+
+def _read_partial(partial: IO[bytes]) -> pa.Table:
+    """What an interrupted check found, the newest first; a line that it did not finish is cut off."""
+    partial.seek(0)
+    text = partial.read()
+    complete = text[: text.rfind(b"\n") + 1]
+    partial.truncate(len(complete))
+    return _table([json.loads(line) for line in reversed(complete.splitlines())])
+
+
+def _table(found: list) -> pa.Table:
+    columns = zip(*found, strict=True) if found else [[]] * len(_FOUND)
+    return pa.table([pa.array(c, f.type) for c, f in zip(columns, _FOUND, strict=True)], schema=_FOUND)
+
+
+def _rows_of(table: pa.Table, paths: np.ndarray | pa.ChunkedArray) -> np.ndarray:
+    """int64: the table's first row of each path; -1: none."""
+    wanted = paths if isinstance(paths, pa.ChunkedArray) else pa.array(paths.tolist(), pa.string())
+    return pc.fill_null(pc.index_in(wanted, value_set=table["path"]), -1).to_numpy().astype(np.int64)
+
+
+def _write(table: pa.Table, path: str) -> None:
+    with replacing(path) as file:
+        pq.write_table(table, file, compression="zstd")
+
+
+# The command.
+
+
+@dataclass
+class Check:
+    """Read every image of the data once; write an index (Parquet) and say which files are odd or broken, and why."""
+
+    data: Annotated[str, tyro.conf.Positional]
+    """A WebVision folder, a list file ("path label" per line), a folder of class folders, or what `pack` made."""
+    layout: Literal["auto", "webvision", "list", "folder"] = "auto"
+    """Layout of the data; auto looks."""
+    root: str | None = None
+    """Folder that the paths of a list file start from (default: the list's own folder)."""
+    index: str | None = None
+    """The index to write (default: .mopro_fast_index.parquet in the folder that the images' paths start from, or
+    LIST.index.parquet beside a list file). The validation split's gets ".val" after its name."""
+    workers: int = 0
+    """Processes (0: one per core)."""
+
+
+def main(argv: list[str]) -> int:
+    """-> 0; 1 when nothing can be read or, of a pack, when anything has changed since."""
+    options = tyro.cli(Check, args=argv, prog="mopro-fast check")
+    workers = worker_count(options.workers)
+    if is_pack(options.data):
+        return _check_pack(options.data, workers)
+    readable = 0
+    for split, index in load_splits(options.data, options.layout, options.root).items():
+        path = options.index and options.index + ("" if split == "train" else f".{split}")
+        checked = check(index, workers=workers, progress=True, path=path, forget=True)
+        readable += (checked.verdict != UNREADABLE).sum()
+        print(f"{split}: {summary(index, checked)}")
+    return 0 if readable else 1
+
+
+def summary(index: Index, checked: Checked) -> str:
+    """How many images of each verdict, and by kind of fault how many with up to EXAMPLES of them."""
+    counts = np.bincount(checked.verdict, minlength=len(VERDICTS)).tolist()
+    meaning = ("as they are", "need converting", "damaged, read as far as they go", "cannot be read")
+    shares = ", ".join(f"{n} {text}" for n, text in zip(counts, meaning, strict=True) if n)
+    lines = [f"{len(index)} images: {shares} ({checked.read} read now); index: {checked.path}"]
+    kinds: dict[tuple[int, str], list[int]] = {}
+    for i in np.flatnonzero(checked.verdict != OK):
+        kind = checked.reason[i] if checked.verdict[i] == CONVERTED else checked.reason[i].partition(": ")[0]
+        kinds.setdefault((-int(checked.verdict[i]), kind), []).append(i)
+    for (verdict, kind), rows in sorted(kinds.items(), key=lambda item: (item[0][0], -len(item[1]), item[0][1])):
+        lines.append(f"  {len(rows):7d} {VERDICTS[-verdict]}: {kind}")
+        for i in rows[:EXAMPLES]:
+            detail = checked.reason[i][len(kind) + 2 :]
+            lines.append(f"            {index.paths[i]}{f': {detail}' if detail else ''}")
+    return "\n".join(lines)
+
+
+def _check_pack(folder: str, workers: int) -> int:
+    wrong = verify_pack(folder, workers)
+    for problem in wrong:
+        print(problem)
+    if wrong:
+        print(f"{len(wrong)} files of this pack are not as they were made: run the same `mopro-fast pack` again")
+    else:
+        print(f"{folder}: every file is as it was made")
+    return 1 if wrong else 0
+
+
+def load_splits(data: str, layout: str, root: str | None, val: str | None = None) -> dict[str, Index]:
+    """By name the splits that the data has ("train", "val"), with whatever labels; val: other data for the second."""
+    splits = {"train": _load(data, "train", layout, root)}
+    if val:
+        splits["val"] = _load(val, "val", "auto", root)
+    elif os.path.isfile(os.path.join(data, *WEBVISION_LISTS["val"])) and layout in ("auto", "webvision"):
+        splits["val"] = _load(data, "val", "webvision", None)
+    elif all(os.path.isdir(os.path.join(data, name)) for name in ("train", "val")) and layout in ("auto", "folder"):
+        splits["val"] = _load(data, "val", "folder", None)
+    return splits
+
+
+def worker_count(given: int) -> int:
+    if given < 0:
+        raise UserError(f"--workers must be at least 0, got {given}")
+    return given or len(os.sched_getaffinity(0))
+
+
+def _load(data: str, split: Split, layout: str, root: str | None) -> Index:
+    """Whatever the labels and however many classes; images of lists may be missing."""
+    classes = 1 << 62
+    if os.path.isdir(data):
+        layout = _recognise(data) if layout == "auto" else layout
+        if layout == "folder":
+            present = _subfolders(data)
+            classes = len(_subfolders(os.path.join(data, split)) if {"train", "val"} <= set(present) else present)
+    return load_index(data, split, num_classes=classes, layout=layout, root=root, missing=True)

@@ -1,0 +1,36 @@
+"""The order of an epoch: a function of (seed, epoch) and the data, the same on every rank."""
+
+import numpy as np
+
+from mopro_fast.data.index import Index
+
+_ORDER, _SUBSTITUTE = 0, 2  # first words of the generators' seeds; pipeline.py has 1
+_CANDIDATES = 20
+
+
+def epoch_order(index: Index, seed: int, epoch: int, shuffle_shards: int) -> np.ndarray:
+    """int64 [usable rows]: a permutation of ``index.usable``.
+
+    Files: any permutation. Shards: their own order is shuffled, and rows mix with those of the ``shuffle_shards``
+    shards that are open at the time (0: with all), so that what is read lies in a few files.
+    """
+    rows = index.usable
+    rng = np.random.default_rng((_ORDER, seed, epoch))
+    order = rows[rng.permutation(len(rows))]
+    if index.shards is None or not shuffle_shards:
+        return order
+    shard = index.shard_of
+    place = rng.permutation(shard.max() + 1)
+    return order[np.argsort(place[shard[order]] // shuffle_shards, kind="stable")]
+
+
+def substitutes(order: np.ndarray, shown: int, seed: int, epoch: int, row: int) -> np.ndarray:
+    """int64 [20]: rows to show in place of ``row``, one after the other until one can be read.
+
+    From those that the epoch leaves out, order[shown:], if there are any.
+    """
+    rest = order[shown:] if shown < len(order) else order
+    rng = np.random.default_rng((_SUBSTITUTE, seed, epoch, row))
+    if len(rest) > 1000:
+        return rest[rng.integers(len(rest), size=_CANDIDATES)]
+    return rest[rng.permutation(len(rest))[:_CANDIDATES]]

@@ -1,0 +1,269 @@
+"""``mopro-fast pack DATA OUT``: images into shards that DALI reads at the speed of the disk (shards.py has the format).
+
+The same data gives the same bytes whatever the number of workers: which images make up a shard depends on their
+number alone, and in the training split on a fixed shuffle, since data often comes sorted by class.
+"""
+
+import csv
+import fcntl
+import hashlib
+import io
+import json
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tyro
+from tqdm import tqdm
+
+from mopro_fast.data import workers as processes
+from mopro_fast.data.check import load_splits, worker_count
+from mopro_fast.data.decode import CANNOT_READ
+from mopro_fast.data.index import Index
+from mopro_fast.data.shards import (
+    FORMAT,
+    MANIFEST,
+    RECORDS,
+    VERSION,
+    ShardJob,
+    is_pack,
+    read_manifest,
+    read_record,
+    replacing,
+    write_shard,
+)
+from mopro_fast.errors import UserError
+
+SKIPPED = "skipped.csv"
+LEAST_SIZE = 16  # px: the smallest image the recipes train on
+_STATE = ".packing.json"  # what a pack that is not complete is made of
+_SHARD_IMAGES = 500, 10_000  # fewest and most, where the user leaves it to us: then there are 64 shards
+_TABLE = pa.schema(
+    [
+        ("id", pa.int64()),
+        ("label", pa.int64()),
+        ("path", pa.string()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("shard", pa.int32()),
+    ]
+)
+
+
+@dataclass
+class Pack:
+    """Write the images of DATA into shards in the folder OUT: resized, upright, and all decodable by DALI."""
+
+    data: Annotated[str, tyro.conf.Positional]
+    """A WebVision folder, a list file ("path label" per line) or a folder of class folders."""
+    out: Annotated[str, tyro.conf.Positional]
+    """Folder for the shards. An interrupted pack goes on; a complete one is verified and repaired."""
+    size: int = 256
+    """Shorter side in pixels, with Pillow's antialiased bilinear filter; smaller images stay as they are. 0: no image
+    is resized, and all that DALI decodes are kept byte for byte."""
+    quality: int = 90
+    """JPEG quality of the images that are written anew, 1 to 95."""
+    val: str | None = None
+    """Validation data in any of the layouts (default: the validation split that comes with the data, if any)."""
+    layout: Literal["auto", "webvision", "list", "folder"] = "auto"
+    """Layout of the data; auto looks."""
+    root: str | None = None
+    """Folder that the paths of the list files start from (default: each list's own folder)."""
+    shard_images: int = 0
+    """Images per shard (0: 500 to 10,000, so that there are 64 shards)."""
+    workers: int = 0
+    """Processes (0: one per core)."""
+
+
+def main(argv: list[str]) -> int:
+    options = tyro.cli(Pack, args=argv, prog="mopro-fast pack")
+    for name, low, high in (("size", LEAST_SIZE, 1 << 16), ("quality", 1, 95), ("shard_images", 1, 1 << 30)):
+        value = getattr(options, name)
+        if not low <= value <= high and (value != 0 or name == "quality"):
+            zero = "" if name == "quality" else "0 or "
+            raise UserError(f"--{name.replace('_', '-')} must be {zero}from {low} to {high}, got {value}")
+    workers = worker_count(options.workers)
+    if is_pack(options.data):
+        raise UserError(f"{options.data} is a pack already: give the data it was made of")
+    print(pack(load_splits(options.data, options.layout, options.root, options.val), options, workers))
+    return 0
+
+
+def pack(splits: dict[str, Index], options: Pack, workers: int) -> str:
+    """Write the pack; -> what was done, in words. Raises UserError."""
+    made_of = {
+        "options": {"size": options.size, "quality": options.quality, "shard_images": options.shard_images},
+        "data": {split: index.digest() for split, index in splits.items()},
+    }
+    jobs = {split: _jobs(split, index, options) for split, index in splits.items()}
+    start = time.monotonic()
+    with _state(options.out, made_of):
+        new = _write_shards([job for of_split in jobs.values() for job in of_split], workers)
+        seconds = time.monotonic() - start
+        listed, skipped = {}, []
+        for split, of_split in jobs.items():
+            listed[split], left_out = _write_table(options.out, split, [job.name for job in of_split])
+            skipped += [(split, *row) for row in sorted(left_out)]
+            if not listed[split]["images"]:
+                raise UserError(f"none of the images of {splits[split].source} can be read: see `mopro-fast check`")
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([("split", "id", "label", "path", "reason"), *skipped])
+        _write(options.out, SKIPPED, text.getvalue().encode())
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            **made_of,
+            "classes": splits["train"].classes,
+            "splits": listed,
+        }
+        _write(options.out, MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    shards = [shard for split in listed.values() for shard in split["shards"]]
+    before, after = (sum(shard[name] for shard in shards) for name in ("bytes_before", "bytes"))
+    speed = f", {new / seconds:.0f} images/s" if new else "; all was there already, and is as it was made"
+    images = sum(split["images"] for split in listed.values())
+    done = f"{images} images in {len(shards)} shards in {options.out}: {_gb(before)} before, {_gb(after)} now{speed}"
+    where = os.path.join(options.out, SKIPPED)
+    return done + (f"\n{len(skipped)} images cannot be read and are left out; named in {where}" if skipped else "")
+
+
+def _jobs(split: str, index: Index, options: Pack) -> list[ShardJob]:
+    least, most = _SHARD_IMAGES
+    images = options.shard_images or min(max(-(-len(index) // 6400) * 100, least), most)
+    order = np.argsort(_mixed(index.ids), kind="stable") if split == "train" else index.ids
+    parts = [order[first : first + images] for first in range(0, len(order), images)]
+    return [
+        ShardJob(
+            index.root,
+            options.out,
+            f"{split}-{number:06d}",
+            rows,
+            index.labels[rows],
+            index.paths[rows],
+            options.size,
+            options.quality,
+            {},
+        )
+        for number, rows in enumerate(parts)
+    ]
+
+
+def _mixed(numbers: np.ndarray) -> np.ndarray:
+    """uint64 hashes (SplitMix64): a shuffle that no version of numpy changes."""
+    x = numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _write_shards(jobs: list[ShardJob], workers: int) -> int:
+    """-> the number of images that were read for it."""
+    tasks: deque[tuple] = deque((job,) for job in jobs)
+    finished: Counter[str] = Counter()  # images, by shard
+    before = after = new = 0
+    total = sum(len(job.ids) for job in jobs)
+    running = closing(processes.run(write_shard, tasks, workers))
+    with running as items, tqdm(total=total, desc="pack", unit=" images") as bar:
+        for (job,), item in items:
+            if isinstance(item, processes.Crashed):
+                number = int(job.ids[finished[job.name]]) if finished[job.name] < len(job.ids) else -1
+                if item.why == "signal 9" or number < 0:
+                    raise UserError(
+                        f"the process that packed {job.name} was ended ({item.why}), perhaps for lack of memory: lower "
+                        "--workers; the same command goes on"
+                    )
+                reason = f"{CANNOT_READ}: it ends the process that tries ({item.why})"
+                tasks.append((job._replace(crashed={**job.crashed, number: reason}),))
+                bar.update(-finished.pop(job.name, 0))
+            elif not isinstance(item, processes.Done):
+                images, read, written = item
+                finished[job.name] += images
+                if read is not None:
+                    before, after, new = before + read, after + written, new + images
+                bar.set_postfix_str(f"{_gb(before)} -> {_gb(after)}", refresh=False)
+                bar.update(images)
+    return new
+
+
+def _write_table(out: str, split: str, names: list[str]) -> tuple[dict, list[list]]:
+    """Write the split's table; -> its entry in the manifest, and the images left out: [id, label, path, reason]."""
+    shards, tables, skipped = [], [], []
+    for number, name in enumerate(names):
+        record = read_record(out, name)
+        skipped += record.pop("skipped")
+        rows = record.pop("rows")
+        shards.append({**record, "images": len(rows)})
+        columns = [*(zip(*rows, strict=True) if rows else [[]] * 5), [number] * len(rows)]
+        arrays = [pa.array(column, f.type) for column, f in zip(columns, _TABLE, strict=True)]
+        tables.append(pa.table(arrays, schema=_TABLE))
+    table = io.BytesIO()
+    pq.write_table(pa.concat_tables(tables).combine_chunks(), table, compression="zstd")
+    _write(out, f"{split}.parquet", table.getvalue())
+    listed = {"name": f"{split}.parquet", "sha256": hashlib.sha256(table.getvalue()).hexdigest()}
+    return {"images": sum(map(len, tables)), "skipped": len(skipped), "table": listed, "shards": shards}, skipped
+
+
+@contextmanager
+def _state(out: str, made_of: dict[str, Any]) -> Iterator[None]:
+    """Make and lock the folder; refuse it where it holds something else."""
+    try:
+        os.makedirs(out, exist_ok=True)
+        if is_pack(out):
+            _compare(out, read_manifest(out), made_of)
+        present = os.listdir(out)
+        if present and not {MANIFEST, _STATE} & set(present):
+            raise UserError(f"{out} is not empty and holds no pack: name an empty folder")
+        open(os.path.join(out, _STATE), "ab").close()  # first: it marks the folder as ours
+        os.makedirs(os.path.join(out, RECORDS), exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}: name another folder") from None
+    with open(os.path.join(out, _STATE), "a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process packs into {out}: wait for it, or name another folder") from None
+        file.seek(0)
+        text = file.read()
+        with suppress(ValueError):  # cut short by an interruption: then nothing else was written
+            _compare(out, json.loads(text), made_of)
+        file.truncate(0)
+        try:
+            file.write(json.dumps(made_of).encode())
+            file.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {out}: {error.strerror}: make room there") from None
+        try:
+            yield
+            os.unlink(file.name)
+        finally:
+            for left in Path(out).rglob(".*.tmp"):  # of workers that were killed, or ended because of another's error
+                left.unlink()
+
+
+def _compare(out: str, there: dict[str, Any], here: dict[str, Any]) -> None:
+    for name, value in here["options"].items():
+        before = there["options"].get(name)
+        if before != value:
+            flag = name.replace("_", "-")
+            raise UserError(f"{out} holds a pack with --{flag} {before}, not {value}: name another folder")
+    if there["data"] != here["data"]:
+        raise UserError(f"{out} holds a pack of other data (other paths, labels or splits): name another folder")
+
+
+def _write(out: str, name: str, content: bytes) -> None:
+    try:
+        with replacing(os.path.join(out, name)) as file:
+            file.write(content)
+    except OSError as error:
+        raise UserError(f"cannot write {os.path.join(out, name)}: {error.strerror}: the same command goes on") from None
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

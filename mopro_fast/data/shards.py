@@ -1,0 +1,368 @@
+"""Packed images: what `mopro-fast pack` writes and how it is read.
+
+A pack is a folder with, per split, shards (WebDataset tars ``train-000000.tar`` with a DALI index ``.idx`` beside
+each; members ``<id>.jpg`` or another suffix, then ``<id>.cls``) and a table ``train.parquet`` of where each image is;
+``skipped.csv`` names the images that are left out; ``records/`` says of each shard what it was made of, so that only
+what is missing or has changed is packed again; ``manifest.json``, written last, lists it all with checksums.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import io
+import json
+import os
+import tarfile
+import threading
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from mopro_fast.data import workers as processes
+from mopro_fast.data.decode import (
+    CANNOT_READ,
+    OK,
+    UNREADABLE,
+    DecodeError,
+    clean,
+    decode,
+    examine,
+    is_stored_upright,
+    suffix,
+)
+from mopro_fast.errors import UserError
+
+MANIFEST = "manifest.json"
+RECORDS = "records"
+VERSION = 1
+FORMAT = "mopro_fast pack"
+_OPEN = 512  # files kept open per set: many systems allow a process 1024
+_BLOCK, _RECORD = 512, 10240  # of tar
+_PIECE = 1 << 22  # bytes hashed at a time
+
+
+@dataclass(frozen=True, eq=False)
+class ShardSet:
+    """The images of one split of a pack, in the order in which they lie in the shards."""
+
+    folder: str
+    names: list[str]
+    """The shards' files."""
+    shard: np.ndarray
+    """int32 [n]: which of them holds the image."""
+    offset: np.ndarray
+    """int64 [n]: where its bytes begin."""
+    size: np.ndarray
+    """int64 [n]: how many bytes it has."""
+    label: np.ndarray
+    """int64 [n]; -1: none given."""
+    id: np.ndarray
+    """int64 [n]: its row in the data that was packed."""
+    paths: np.ndarray
+    """StringDType [n]: its path there."""
+    classes: list[str] | None
+    """The classes' names, where the data had them."""
+    digest: str
+    """sha256 of the table of these columns: equal for equal packs."""
+    _files: dict[int, int] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __len__(self) -> int:
+        return len(self.id)
+
+    def read(self, i: int) -> bytes:
+        """The encoded image. From any thread. Raises OSError."""
+        shard, size = int(self.shard[i]), int(self.size[i])
+        with self._lock:
+            file = self._files.get(shard)
+            if file is None and len(self._files) < _OPEN:
+                file = self._files[shard] = os.open(self.path(shard), os.O_RDONLY)
+        if file is None:
+            with open(self.path(shard), "rb", buffering=0) as once:
+                data = os.pread(once.fileno(), size, int(self.offset[i]))
+        else:
+            data = os.pread(file, size, int(self.offset[i]))
+        if len(data) < size:
+            raise OSError(f"{self.path(shard)} ends before image {self.id[i]} does")
+        return data
+
+    def path(self, shard: int) -> str:
+        return os.path.join(self.folder, self.names[shard])
+
+    def close(self) -> None:
+        with self._lock:
+            for file in self._files.values():
+                os.close(file)
+            self._files.clear()
+
+
+def is_pack(folder: str | os.PathLike) -> bool:
+    return os.path.isfile(os.path.join(folder, MANIFEST))
+
+
+def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
+    """manifest.json of a pack, if this version can read it. Raises UserError."""
+    path = os.path.join(folder, MANIFEST)
+    try:
+        with open(path, encoding="utf-8") as file:
+            manifest = json.load(file)
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no {MANIFEST}: run `mopro-fast pack` to its end") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({error}): run `mopro-fast pack` again") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(f"{path} was not written by `mopro-fast pack`: give a folder that it made")
+    if manifest["version"] != VERSION:
+        raise UserError(f"{path} has version {manifest['version']}, this mopro_fast reads {VERSION}: pack again")
+    return manifest
+
+
+def open_shards(folder: str | os.PathLike, split: str = "train") -> ShardSet:
+    """The images of a split. Raises UserError where a file is missing, cut or altered (of shards: by their size)."""
+    import pyarrow.parquet as pq
+
+    folder = os.fspath(folder)
+    manifest = read_manifest(folder)
+    if split not in manifest["splits"]:
+        raise UserError(f"{folder} holds no {split} images: it was packed from data without them")
+    listed = manifest["splits"][split]
+    for shard in listed["shards"]:
+        path = os.path.join(folder, shard["name"])
+        try:
+            size = os.path.getsize(path)
+        except OSError as error:
+            raise UserError(f"cannot read {path} ({error.strerror}): run the same `mopro-fast pack` again") from None
+        if size != shard["bytes"]:
+            raise UserError(
+                f"{path} has {size} bytes, its manifest says {shard['bytes']}: run the same `mopro-fast pack` again"
+            )
+    path = os.path.join(folder, listed["table"]["name"])
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): run the same `mopro-fast pack` again") from None
+    if hashlib.sha256(content).hexdigest() != listed["table"]["sha256"]:
+        raise UserError(f"{path} is not as it was made: run the same `mopro-fast pack` again")
+    table = pq.read_table(io.BytesIO(content))
+    columns = {name: table[name].to_numpy() for name in ("shard", "offset", "size", "label", "id")}
+    return ShardSet(
+        folder,
+        [shard["name"] for shard in listed["shards"]],
+        paths=np.array(table["path"].to_pylist(), np.dtypes.StringDType()),
+        classes=manifest["classes"],
+        digest=listed["table"]["sha256"],
+        **columns,
+    )
+
+
+def verify_pack(folder: str, workers: int) -> list[str]:
+    """Read all of a pack; -> a line for each file that is missing or differs from its checksum."""
+    splits = read_manifest(folder)["splits"].values()
+    listed = [entry for split in splits for shard in split["shards"] for entry in (shard, shard["index"])]
+    listed += [split["table"] for split in splits]
+    tasks: deque[tuple] = deque((folder, entry["name"], entry["sha256"]) for entry in listed)
+    return sorted(item for _, item in processes.run(_verify, tasks, workers) if isinstance(item, str))
+
+
+def _verify(folder: str, name: str, expected: str) -> Iterator[str]:
+    path = os.path.join(folder, name)
+    try:
+        if _sha256(path) != expected:
+            yield f"{path}: altered"
+    except OSError as error:
+        yield f"{path}: {error.strerror}"
+
+
+def _sha256(path: str) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+# Writing.
+
+
+class ShardJob(NamedTuple):
+    """A shard to be written."""
+
+    root: str
+    out: str
+    name: str
+    """Without suffix."""
+    ids: np.ndarray
+    """int64 [n]."""
+    labels: np.ndarray
+    """int64 [n]."""
+    paths: np.ndarray
+    """StringDType [n], relative to root."""
+    size: int
+    quality: int
+    crashed: dict[int, str]
+    """Ids of images that must not be touched, and why."""
+
+    def rows(self) -> Iterator[tuple[int, int, str]]:
+        return zip(self.ids.tolist(), self.labels.tolist(), self.paths.tolist(), strict=True)
+
+
+def write_shard(job: ShardJob) -> Iterator[tuple[int, int | None, int | None]]:
+    """Write a shard, its index and its record, unless they are there and made of the same files (by their sizes).
+
+    Yields (images, bytes before, bytes after), image by image; for a shard that is there (its images, None, None).
+    Raises UserError where the folder cannot be written.
+    """
+    source = _source(job)
+    if _is_finished(job, source):
+        yield len(job.ids), None, None
+        return
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(os.path.join(job.out, MANIFEST))  # it vouches for the shard that is about to change
+    own = f".{os.getpid()}"  # a worker whose caller was killed may still write while its successor does
+    record: dict[str, Any] = {"name": f"{job.name}.tar", "source": source, "bytes_before": 0, "rows": [], "skipped": []}
+    index = []
+    try:
+        with replacing(os.path.join(job.out, record["name"]), own) as file:
+            tar = _Tar(file)
+            for number, label, path in job.rows():
+                before, encoded, reason = _packed_file(job, number, path)
+                record["bytes_before"] += before
+                if reason:
+                    record["skipped"].append([number, label, path, reason])
+                else:
+                    members = [(suffix(encoded)[1:], encoded), ("cls", str(label).encode())]
+                    at = [(kind, tar.add(f"{number:09d}.{kind}", content), len(content)) for kind, content in members]
+                    record["rows"].append([number, label, path, *at[0][1:]])
+                    index.append(" ".join(f"{kind} {start} {n} {number:09d}.{kind}" for kind, start, n in at) + "\n")
+                yield 1, before, len(encoded)
+            tar.end()
+        text = f"v1.2 {len(index)}\n{''.join(index)}".encode()
+        with replacing(os.path.join(job.out, f"{job.name}.idx"), own) as file:
+            file.write(text)
+        record |= {"bytes": tar.size, "sha256": tar.digest.hexdigest()}
+        record["index"] = {"name": f"{job.name}.idx", "sha256": hashlib.sha256(text).hexdigest()}
+        with replacing(_record_path(job.out, job.name), own) as file:
+            file.write(gzip.compress(json.dumps(record).encode(), mtime=0))
+    except OSError as error:
+        raise UserError(
+            f"cannot write {job.name} in {job.out}: {error.strerror}: put that right, and the same command goes on"
+        ) from None
+
+
+class _Tar:
+    """Writes members without times and owners, as WebDataset's readers and DALI expect them."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.size, self.digest = file, 0, hashlib.sha256()
+
+    def add(self, name: str, content: bytes) -> int:
+        """-> the offset of the content."""
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        start = self.size + _BLOCK
+        self._write(info.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % _BLOCK))
+        return start
+
+    def end(self) -> None:
+        self._write(bytes(2 * _BLOCK + -(self.size + 2 * _BLOCK) % _RECORD))
+
+    def _write(self, block: bytes) -> None:
+        self._file.write(block)
+        self.digest.update(block)
+        self.size += len(block)
+
+
+def read_record(out: str, name: str) -> dict[str, Any]:
+    """What write_shard left: the shard's entry in the manifest, with "rows" (id, label, path, offset, size) and
+    "skipped" (id, label, path, reason)."""
+    return json.loads(gzip.decompress(Path(_record_path(out, name)).read_bytes()))
+
+
+def _record_path(out: str, name: str) -> str:
+    return os.path.join(out, RECORDS, f"{name}.json.gz")
+
+
+@contextlib.contextmanager
+def replacing(path: str, own: str = "") -> Iterator[BinaryIO]:
+    """A file for writing that appears as ``path`` when it is complete and on the disk, or not at all.
+
+    own: told apart by this, files of several writers do not mix.
+    """
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f".{name}{own}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _source(job: ShardJob) -> str:
+    """sha256 over the rows and their files' sizes."""
+    digest = hashlib.sha256()
+    for number, label, path in job.rows():
+        try:
+            size = os.stat(os.path.join(job.root, path)).st_size
+        except OSError:
+            size = -1
+        digest.update(f"{number} {label} {size} {path}\n".encode())
+    return digest.hexdigest()
+
+
+def _is_finished(job: ShardJob, source: str) -> bool:
+    try:
+        record = read_record(job.out, job.name)
+        files = [record, record["index"]]
+        return record["source"] == source and all(
+            _sha256(os.path.join(job.out, file["name"])) == file["sha256"] for file in files
+        )
+    except (OSError, EOFError, ValueError, KeyError, zlib.error):
+        return False
+
+
+def _packed_file(job: ShardJob, number: int, path: str) -> tuple[int, bytes, str]:
+    """-> size of the file, what goes into the shard, and why nothing does ("" if something does)."""
+    if number in job.crashed:
+        return 0, b"", job.crashed[number]
+    try:
+        data = Path(job.root, path).read_bytes()
+    except OSError as error:
+        return 0, b"", f"{CANNOT_READ}: {error.strerror}"
+    try:
+        return len(data), packed(data, job.size, job.quality), ""
+    except DecodeError as error:
+        return len(data), b"", str(error)
+
+
+def packed(data: bytes, size: int, quality: int) -> bytes:
+    """The image as it goes into a shard: the given bytes where DALI decodes them and nothing is to be changed.
+
+    size: of the shorter side (0: as it is), reached with Pillow's antialiased bilinear filter, torchvision's Resize;
+    never enlarged. Raises DecodeError.
+    """
+    found = examine(data)
+    if found.verdict == UNREADABLE:
+        raise DecodeError(found.reason)
+    if size == 0:
+        return clean(data)
+    shorter, longer = sorted((found.width, found.height))
+    if shorter <= size and found.verdict == OK and is_stored_upright(data):
+        return data
+    image = Image.fromarray(decode(data, size))
+    if shorter > size:
+        longer = size * longer // shorter
+        image = image.resize((size, longer) if found.width <= found.height else (longer, size), Image.BILINEAR)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return file.getvalue()

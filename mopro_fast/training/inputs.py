@@ -1,0 +1,150 @@
+"""A run's data: its indexes, checked; its loaders."""
+
+import csv
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mopro_fast.config import DataConfig, TrainConfig
+from mopro_fast.data.cache import DeviceEvalLoader, DeviceTrainLoader
+from mopro_fast.data.check import Checked, check
+from mopro_fast.data.decode import UNREADABLE, VERDICTS
+from mopro_fast.data.index import Index, load_index
+from mopro_fast.data.pipeline import EvalLoader, TrainLoader, require_rows
+from mopro_fast.data.shards import is_pack, read_manifest
+from mopro_fast.errors import UserError
+from mopro_fast.training.distributed import by_rank0, world
+
+_KINDS = 3  # of unreadable images that are printed; left_out.csv has all
+
+
+def load(c: TrainConfig, resumed: bool) -> dict[str, Index]:
+    """The indexes by name: train; val, the validation split, if there is one; the further sets.
+
+    resumed: files may have gone since the run began.
+    """
+    d = c.data
+    common = {"num_classes": d.num_classes, "keep_classes": d.keep_classes}
+    train = load_index(d.path, "train", layout=d.layout, root=d.root, missing=resumed, **common)
+    require_rows(len(train), c.optim.batch_size, train.source)  # before the images are checked
+    sets = {"train": train}
+    if d.val:
+        sets["val"] = load_index(d.val, "val", root=d.root, **common)
+    elif has_val_split(d.path):
+        sets["val"] = load_index(d.path, "val", **common)
+    for name, path in d.extra_val.items():
+        sets[name] = load_index(path, "val", num_classes=d.num_classes)
+    return sets
+
+
+def write_list(index: Index, path: Path) -> None:
+    """For as_begun(): class folders have no list of their own."""
+    if index.classes is not None and index.shards is None:
+        path.write_text("".join(f"{name} {label}\n" for name, label in zip(index.paths, index.labels, strict=True)))
+
+
+def as_begun(index: Index, path: Path, digest: str) -> Index:
+    """The index of this digest, with which a run began, if but few of its files have gone; else ``index``."""
+    if index.digest() == digest or not path.is_file():
+        return index
+    begun = load_index(path, "train", num_classes=len(index.classes), layout="list", root=index.root, missing=True)
+    gone = len(np.setdiff1d(begun.paths, index.paths))
+    if begun.digest() != digest or gone > max(10, len(begun) // 100):
+        return index
+    return dataclasses.replace(begun, classes=index.classes, source=index.source, list_file=None)
+
+
+def readable(index: Index, name: str, workers: int, left_out: np.ndarray | None = None) -> Index:
+    """The index with what a check finds, and without the images that cannot be read; what is found is printed.
+
+    Rank 0 checks, the others wait. Shards were checked when they were packed. left_out: what a run left out when it
+    began, if it is going on: rows that broke since then stay, for the loader to replace.
+    """
+    if index.shards is not None:
+        return index
+    checked = by_rank0(lambda: check(index, workers=workers, progress=sys.stderr.isatty()))
+    counts = np.bincount(checked.verdict, minlength=len(VERDICTS)).tolist()
+    _say(f"{name}: {len(index)} images: " + ", ".join(f"{n} {v}" for n, v in zip(counts, VERDICTS, strict=True) if n))
+    if left_out is None:
+        left_out = np.flatnonzero(checked.verdict == UNREADABLE)
+    if len(left_out):
+        _say(f"{name}: {len(left_out)} of them are left out: {_by_kind(index, checked, left_out)}")
+    if len(left_out) == len(index):
+        raise UserError(f"{index.source}: none of its {len(index)} images can be read")
+    return dataclasses.replace(index, checked=checked, left_out=left_out)
+
+
+def train_loader(c: TrainConfig, index: Index, device: torch.device) -> TrainLoader | DeviceTrainLoader:
+    rank, ranks = world()
+    options = dict(
+        batch_size=c.optim.batch_size // ranks,
+        rank=rank,
+        world_size=ranks,
+        seed=c.run.seed,
+        image_size=c.data.image_size,
+        augment=c.data.augment,
+        two_views=c.method == "mopro",
+        device=device,
+        threads=threads(c.data),
+        shuffle_shards=c.data.shuffle_shards,
+    )
+    if c.data.cache == "device":
+        return DeviceTrainLoader(index, **options)
+    return TrainLoader(index, **options, hw_decoder_load=c.data.hw_decoder_load)
+
+
+def eval_loader(c: TrainConfig, index: Index, device: torch.device) -> EvalLoader | DeviceEvalLoader:
+    rank, ranks = world()
+    d = c.data
+    options = dict(
+        batch_size=c.optim.batch_size // ranks,
+        rank=rank,
+        world_size=ranks,
+        image_size=d.image_size,
+        resize=d.eval_resize or round(d.image_size * 256 / 224),
+        device=device,
+        threads=threads(d),
+    )
+    if d.cache == "device":
+        return DeviceEvalLoader(index, **options)
+    return EvalLoader(index, **options, hw_decoder_load=d.hw_decoder_load)
+
+
+def threads(d: DataConfig) -> int:
+    """Decoding threads of a rank."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return d.threads or max(1, len(os.sched_getaffinity(0)) // local_ranks)
+
+
+def has_val_split(data: str) -> bool:
+    """Does this folder bring its own validation split (packed, WebVision's list, or a val/ beside train/)?"""
+    root = Path(data)
+    if is_pack(root):
+        return "val" in read_manifest(root)["splits"]
+    return (root / "info" / "val_filelist.txt").is_file() or ((root / "train").is_dir() and (root / "val").is_dir())
+
+
+def write_left_out(index: Index, path: Path) -> None:
+    """A csv line, path and reason, for each image that the run does not show."""
+    with path.open("w", newline="") as file:
+        rows = [(index.paths[i], index.checked.reason[i]) for i in index.left_out]
+        csv.writer(file).writerows([("path", "reason"), *rows])
+
+
+def _by_kind(index: Index, checked: Checked, rows: np.ndarray) -> str:
+    """How many there are of each kind, with an example of it."""
+    kinds: dict[str, list[int]] = {}
+    for i in rows.tolist():
+        kinds.setdefault(checked.reason[i].partition(":")[0], []).append(i)
+    most = sorted(kinds.items(), key=lambda kind: -len(kind[1]))
+    shown = [f"{len(found)} {kind} (such as {index.paths[found[0]]})" for kind, found in most[:_KINDS]]
+    return ", ".join(shown) + (", ..." if len(most) > _KINDS else "")
+
+
+def _say(text: str) -> None:
+    if world()[0] == 0:
+        print(text, file=sys.stderr)

@@ -1,0 +1,341 @@
+"""`mopro-fast check`: every file is read once and named if it is odd, and no interruption changes the index."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from odd_images import SHARED, decode_cases, encoded, odd_images, picture
+
+from mopro_fast import cli
+from mopro_fast.data import check as module
+from mopro_fast.data import decode, workers
+from mopro_fast.data.check import FILE, check, default_path, load_splits, summary
+from mopro_fast.data.decode import OK, TOLERANT, UNREADABLE, VERDICTS
+from mopro_fast.errors import UserError
+
+COLUMNS = ["path", "label", "width", "height", "format", "verdict", "reason", "bytes", "mtime_ns"]
+
+
+@pytest.fixture
+def odd(tmp_path):
+    """A list file with every odd image and one that is missing."""
+    images = odd_images()
+    (tmp_path / "images").mkdir()
+    for name, (data, _) in images.items():
+        (tmp_path / "images" / name).write_bytes(data)
+    lines = [f"images/{name} {i % 5 - 1}" for i, name in enumerate(images)] + ["images/missing.jpg 2"]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    return tmp_path / "list.txt"
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command line in this process; -> (exit status, stdout, stderr)."""
+
+    def run(*args):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(a) for a in args])
+        return stop.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+def load(data, split="train"):
+    return load_splits(str(data), "auto", None)[split]
+
+
+def table(path):
+    return pq.read_table(path).to_pydict()
+
+
+def snapshot(folder):
+    """All files below the folder: name -> bytes."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+def start(*args, **environment):
+    command = [sys.executable, "-m", "mopro_fast", *map(str, args)]
+    return subprocess.Popen(command, env={**os.environ, **environment}, stderr=subprocess.DEVNULL)
+
+
+def kill_when(process, reached):
+    """kill -9 once ``reached()``; says whether the process was still running."""
+    while process.poll() is None and not reached():
+        time.sleep(0.002)
+    process.kill()
+    return process.wait() == -signal.SIGKILL
+
+
+def test_every_file_has_its_row(odd, run):
+    status, out, _ = run("check", odd, "--workers", 2)
+    assert status == 0
+    rows = table(f"{odd}.index.parquet")
+    images = odd_images()
+    assert list(rows) == COLUMNS
+    assert rows["path"] == [f"images/{name}" for name in images] + ["images/missing.jpg"]
+    assert rows["label"] == [i % 5 - 1 for i in range(len(images))] + [2]
+    assert rows["verdict"] == [VERDICTS[verdict] for _, verdict in images.values()] + ["unreadable"]
+    for i, (data, verdict) in enumerate(images.values()):
+        path = odd.parent / rows["path"][i]
+        assert (rows["bytes"][i], rows["mtime_ns"][i]) == (len(data), path.stat().st_mtime_ns)
+        assert (rows["reason"][i] == "") == (verdict == OK)
+        if verdict != UNREADABLE:
+            assert decode.decode(data).shape == (rows["height"][i], rows["width"][i], 3)
+    assert rows["reason"][-1] == "cannot be read: No such file or directory" and rows["bytes"][-1] == -1
+    for text in (
+        "4 tolerant: truncated or damaged",
+        "converted: unusual JPEG: CMYK",
+        "images/empty.jpg",
+        "missing.jpg",
+    ):
+        assert text in out, out
+    assert out.count("images/cut") <= module.EXAMPLES
+    assert sorted(p.name for p in odd.parent.iterdir()) == ["images", "list.txt", "list.txt.index.parquet"]
+
+
+def test_what_check_returns(odd):
+    index = load(odd)
+    checked = check(index, workers=2, progress=False)
+    rows = table(f"{odd}.index.parquet")
+    assert checked.path == f"{odd}.index.parquet" and checked.read == len(index)
+    assert [VERDICTS[v] for v in checked.verdict] == rows["verdict"] and checked.verdict.dtype == np.uint8
+    for name, dtype in (("size", np.int64), ("mtime_ns", np.int64), ("width", np.int32), ("height", np.int32)):
+        values = getattr(checked, name)
+        assert values.dtype == dtype and values.tolist() == rows["bytes" if name == "size" else name]
+    assert (checked.reason, checked.format) == (rows["reason"], rows["format"])
+    assert f"{len(index)} images: " in summary(index, checked)
+
+
+def test_bytes_do_not_depend_on_the_workers(odd):
+    index = load(odd)
+    module._CHUNK, chunk = 5, module._CHUNK
+    try:
+        for workers in (1, 4):
+            check(index, workers=workers, progress=False, path=str(odd.parent / f"{workers}.parquet"))
+    finally:
+        module._CHUNK = chunk
+    assert (odd.parent / "1.parquet").read_bytes() == (odd.parent / "4.parquet").read_bytes()
+
+
+def test_only_what_changed_is_read_again(odd):
+    first = check(load(odd), workers=1, progress=False)
+    content = Path(first.path).read_bytes()
+    again = check(load(odd), workers=1, progress=False)
+    assert again.read == 1  # the missing one: it may be there by now
+    assert Path(first.path).read_bytes() == content
+    # Another size at the same time.
+    same_time = (odd.parent / "images/progressive.jpg").stat().st_mtime_ns
+    with (odd.parent / "images/progressive.jpg").open("ab") as file:
+        file.write(b"more")
+    os.utime(odd.parent / "images/progressive.jpg", ns=(same_time, same_time))
+    assert check(load(odd), workers=1, progress=False).read == 2
+    # Another time, another content, a new file; a line is removed, a label changed.
+    folder = odd.parent / "images"
+    os.utime(folder / "gray.jpg", ns=(1, 1))
+    (folder / "plain.jpg").write_bytes(odd_images()["cut.jpg"][0])
+    (folder / "missing.jpg").write_bytes(encoded(picture()))
+    lines = odd.read_text().splitlines()
+    removed = lines.pop(5)
+    lines[3] = f"{lines[3].split()[0]} 77"
+    odd.write_text("\n".join(reversed(lines)))
+    index = load(odd)
+    changed = check(index, workers=1, progress=False, forget=True)
+    assert changed.read == 3
+    rows = table(first.path)
+    assert rows["path"] == [line.split()[0] for line in reversed(lines)] and removed.split()[0] not in rows["path"]
+    assert rows["label"] == index.labels.tolist() and 77 in rows["label"]
+    at = rows["path"].index
+    assert rows["verdict"][at("images/plain.jpg")] == "tolerant" == VERDICTS[TOLERANT]
+    assert rows["verdict"][at("images/missing.jpg")] == "ok" and rows["mtime_ns"][at("images/gray.jpg")] == 1
+    fresh = check(index, workers=1, progress=False, path=str(odd.parent / "fresh.parquet"))
+    assert Path(fresh.path).read_bytes() == Path(first.path).read_bytes()
+
+
+def test_a_check_of_a_part_keeps_the_rest(odd):
+    whole = check(load(odd), workers=1, progress=False)
+    lines = odd.read_text().splitlines()
+    odd.write_text("\n".join(lines[:4]))
+    os.utime(odd.parent / "images/plain.jpg", ns=(1, 1))
+    assert check(load(odd), workers=1, progress=False).read == 1
+    odd.write_text("\n".join(lines))
+    assert check(load(odd), workers=1, progress=False).read == 1  # missing.jpg
+    assert sorted(table(whole.path)["path"]) == sorted(line.split()[0] for line in lines)
+
+
+def test_killed_twice_the_index_is_the_same(tmp_path):
+    folder = tmp_path / "data" / "class"
+    folder.mkdir(parents=True)
+    for i in range(300):
+        (folder / f"{i:03}.jpg").write_bytes(encoded(picture(150, 200, seed=i), progressive=True))
+    for name, (data, _) in odd_images().items():
+        (folder / name).write_bytes(data)
+    expected = tmp_path / "expected.parquet"
+    assert start("check", folder.parent, "--index", expected, "--workers", 2).wait() == 0
+    before = snapshot(tmp_path)
+    partial = tmp_path / "data" / f"{FILE}.partial"
+    rng, done, killed = random.Random(), 0, 0
+    for _ in range(2):
+        done += rng.randint(3_000, 12_000)  # of about 30 kB
+
+        def reached(done=done):
+            return partial.exists() and partial.stat().st_size >= done
+
+        killed += kill_when(start("check", folder.parent, "--workers", 2), reached)
+    assert killed == 2 and partial.stat().st_size >= done
+    with partial.open("a") as file:
+        file.write('["class/000.jpg", 1')  # as a line cut off by the end of the process
+    known = partial.read_bytes().count(b"\n")
+    index = load(folder.parent)
+    checked = check(index, workers=2, progress=False, forget=True)
+    assert checked.read == len(index) - known
+    assert (tmp_path / "data" / FILE).read_bytes() == expected.read_bytes()
+    (tmp_path / "data" / FILE).unlink()
+    assert snapshot(tmp_path) == before  # nothing temporary is left
+
+
+def test_killed_it_leaves_no_process(tmp_path):
+    (tmp_path / "class").mkdir()
+    for i in range(300):
+        (tmp_path / "class" / f"{i:03}.jpg").write_bytes(encoded(picture(200, 300, seed=i)))
+    mark = f"mopro-fast-test-{os.getpid()}-{time.time_ns()}"
+
+    def processes():
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if mark.encode() in (folder / "environ").read_bytes():
+                    found.append(folder.name)
+            except OSError:
+                pass
+        return found
+
+    partial = tmp_path / f"{FILE}.partial"
+    process = start("check", tmp_path, "--workers", 2, MARK=mark)
+    assert kill_when(process, lambda: partial.exists() and partial.stat().st_size > 500)
+    deadline = time.monotonic() + 10
+    while processes() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not processes()
+
+
+def test_interrupted_by_ctrl_c_it_says_so(tmp_path):
+    (tmp_path / "class").mkdir()
+    for i in range(300):
+        (tmp_path / "class" / f"{i:03}.jpg").write_bytes(encoded(picture(200, 300, seed=i)))
+    command = [sys.executable, "-m", "mopro_fast", "check", str(tmp_path), "--workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (tmp_path / f"{FILE}.partial").exists():
+        time.sleep(0.001)
+    time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: workers that it starts meanwhile get it, too
+    _, error = process.communicate()
+    assert process.returncode == 130 and "goes on where it stopped" in error and "Traceback" not in error
+    assert check(load(tmp_path), workers=1, progress=False).read <= 300
+
+
+def dying_reader(root, paths):
+    """As examine_files, but two files are more than the process can bear."""
+    for path in paths:
+        if "deadly" in path:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        yield from decode.examine_files(root, [path])
+
+
+def test_a_file_that_kills_its_reader_is_named(tmp_path, monkeypatch):
+    (tmp_path / "class").mkdir()
+    names = ["0.jpg", "1_deadly.jpg", "2_deadly.jpg", "3.jpg", "4.jpg", "5_deadly.jpg"]
+    for name in names:
+        (tmp_path / "class" / name).write_bytes(encoded(picture()))
+    monkeypatch.setattr(module, "examine_files", dying_reader)
+    checked = check(load(tmp_path), workers=2, progress=False)
+    assert [v == UNREADABLE for v in checked.verdict] == ["deadly" in name for name in names]
+    assert checked.reason[1] == "cannot be read: it ends the process that tries (signal 11)"
+
+
+def raising(number):
+    yield number
+    if number == 3:
+        raise UserError("three is too many")
+    if number == 4:
+        raise ValueError("a mistake in the program")
+
+
+def test_errors_of_workers_are_passed_on():
+    items = [(task[0], item) for task, item in workers.run(raising, deque([(1,), (2,)]), 2)]
+    assert sorted(items, key=str) == sorted([(1, 1), (1, workers.Done()), (2, 2), (2, workers.Done())], key=str)
+    for number, kind, text in ((3, UserError, "three is too many"), (4, RuntimeError, "a mistake in the program")):
+        with pytest.raises(kind, match=text):
+            list(workers.run(raising, deque([(number,)]), 1))
+    assert list(workers.run(raising, deque(), 2)) == []
+
+
+def test_a_place_that_cannot_be_written(odd, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("builtins.open", refusing(str(odd.parent / "list.txt.index")))
+    checked = check(load(odd), workers=1, progress=False)
+    assert checked.path.startswith(str(tmp_path / "cache" / "mopro_fast")) and checked.path in capsys.readouterr().out
+    assert check(load(odd), workers=1, progress=False).read == 1
+    assert len(list((tmp_path / "cache" / "mopro_fast").iterdir())) == 1
+
+
+def refusing(prefix, really=open):
+    def refuse(path, *args, **kwargs):
+        if str(path).startswith(prefix):
+            raise PermissionError(13, "Permission denied", str(path))
+        return really(path, *args, **kwargs)
+
+    return refuse
+
+
+def test_two_at_a_time(odd):
+    with module._open_partial(default_path(load(odd))), pytest.raises(UserError, match="another check"):
+        check(load(odd), workers=1, progress=False)
+
+
+def test_splits_and_places(tmp_path, run):
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            (tmp_path / split / name / "a.png").write_bytes(encoded(picture(), "PNG"))
+    status, out, _ = run("check", tmp_path, "--workers", 1)
+    assert status == 0 and "train: 2 images" in out and "val: 2 images" in out
+    assert all((tmp_path / split / FILE).is_file() for split in ("train", "val"))
+    status, out, _ = run("check", tmp_path, "--index", tmp_path / "here", "--workers", 1)
+    assert (tmp_path / "here").is_file() and (tmp_path / "here.val").is_file()
+
+
+def test_mistakes_end_in_one_line(tmp_path, odd, run):
+    (tmp_path / "bad.txt").write_text("images/empty.jpg 0\n")
+    for args, named in (
+        ([tmp_path / "nowhere"], ["no such file or folder", "nowhere"]),
+        ([odd, "--index", tmp_path / "no/such/folder/x"], ["no/such/folder/x", "--index"]),
+        ([odd, "--workers", "-1"], ["--workers", "-1"]),
+    ):
+        status, out, error = run("check", *args)
+        assert status == 2 and len(error.splitlines()) == 1 and all(text in error for text in named), error
+    status, out, _ = run("check", tmp_path / "bad.txt", "--workers", 1)
+    assert status == 1 and "empty file" in out
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no shared folder: set MOPRO_FAST_SHARED")
+def test_all_decode_cases(tmp_path, run):
+    files = decode_cases(tmp_path / "cases")
+    names = [str(file.relative_to(tmp_path)) for file in files]
+    (tmp_path / "list.txt").write_text("".join(f"{name} 0\n" for name in names), encoding="utf-8")
+    status, out, _ = run("check", tmp_path / "list.txt", "--workers", 2)
+    assert status == 0
+    rows = table(tmp_path / "list.txt.index.parquet")
+    assert rows["path"] == names and len(names) == 133
+    assert all(
+        bool(reason) == (verdict != "ok") for reason, verdict in zip(rows["reason"], rows["verdict"], strict=True)
+    )
+    assert "133 images: 99 as they are, 22 need converting, 5 damaged, read as far as they go, 7 cannot be read" in out
