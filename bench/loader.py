@@ -159,11 +159,10 @@ def ours(data: str, size: int, threads: int, batch: int, device: torch.device) -
 def official(data: str, size: int, workers: int, batch: int, kind: str) -> Iterator:
     files = [line.rsplit(maxsplit=1) for line in Path(data).read_text().splitlines()]
     views = torchvision_views(size) if kind == TORCHVISION else (PillowView(size, False), PillowView(size, True))
-    loader = torch.utils.data.DataLoader(
-        Images(files, views), batch, shuffle=True, num_workers=workers, pin_memory=False, drop_last=True
-    )
-    while True:
-        yield from loader
+    images = Images(files, views)
+    # One endless epoch: its workers never start anew. Real epochs are long, those of a small set are not.
+    endless = torch.utils.data.RandomSampler(images, replacement=True, num_samples=1 << 40)
+    yield from torch.utils.data.DataLoader(images, batch, sampler=endless, num_workers=workers)
 
 
 class Images(torch.utils.data.Dataset):
