@@ -31,34 +31,48 @@ def find_nvcc() -> tuple[str | None, str]:
     )
 
 
+def find_cxx() -> str | None:
+    """The C++ compiler that CMake will find."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
 class CMakeBuild(build_ext):
     def run(self):
         self.nvcc, reason = find_nvcc()
+        what_to_do = WHAT_TO_DO
+        has_cxx = find_cxx() is not None
+        if not has_cxx:
+            self.nvcc, reason = None, "no C++ compiler found: looked at CXX, and for c++, g++ and clang++."
+            what_to_do = f"Install one. {WHAT_TO_DO}"
+            print("mopro_fast: building without _views: on a CPU, PyTorch makes the views, slower.", file=sys.stderr)
         info = Path(self.build_lib, INFO)
         info.parent.mkdir(parents=True, exist_ok=True)
         if self.nvcc is None:
             if os.environ.get("MOPRO_FAST_REQUIRE_CUDA") == "1":
-                raise PlatformError(f"MOPRO_FAST_REQUIRE_CUDA=1, but {reason} {WHAT_TO_DO}")
-            print(f"mopro_fast: building without the CUDA extension. {reason} {WHAT_TO_DO}", file=sys.stderr)
-            self._remove_earlier_builds()
-            self.extensions = []
-            info.write_text(json.dumps({"cuda": False, "reason": reason, "what_to_do": WHAT_TO_DO}, indent=2))
+                raise PlatformError(f"MOPRO_FAST_REQUIRE_CUDA=1, but {reason} {what_to_do}")
+            print(f"mopro_fast: building without the CUDA extension. {reason} {what_to_do}", file=sys.stderr)
+            info.write_text(json.dumps({"cuda": False, "reason": reason, "what_to_do": what_to_do}, indent=2))
+        builds = {"mopro_fast._views": has_cxx, "mopro_fast._C": self.nvcc is not None}
+        self._remove_earlier_builds(ext for ext in self.extensions if not builds[ext.name])
+        self.extensions = [ext for ext in self.extensions if builds[ext.name]]
         super().run()
         if self.inplace:
             shutil.copyfile(info, ROOT / INFO)
 
-    def build_extension(self, ext):
+    def build_extensions(self):
+        """All of them in one run of CMake."""
         import cmake
         import ninja
         import pybind11
 
         command = Path(cmake.CMAKE_BIN_DIR, "cmake")
-        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        output = Path(self.build_lib, "mopro_fast").resolve()
         configure = [
             # --fresh: an isolated build finds ninja and pybind11 in another temporary folder every time.
             *(command, "--fresh", "-G", "Ninja", "-S", ROOT, "-B", self.build_temp),
             f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR, 'ninja')}",
-            f"-DCMAKE_CUDA_COMPILER={self.nvcc}",
+            *([f"-DCMAKE_CUDA_COMPILER={self.nvcc}"] if self.nvcc else ["-DMOPRO_FAST_CUDA=OFF"]),
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DMOPRO_FAST_OUTPUT={output}",
@@ -68,12 +82,12 @@ class CMakeBuild(build_ext):
             subprocess.run([command, "--build", self.build_temp], check=True)
         except subprocess.CalledProcessError as error:
             raise CompileError(
-                f"the CUDA extension did not build with {self.nvcc}; the reason is in CMake's output above"
+                f"the extensions did not build (nvcc: {self.nvcc}); the reason is in CMake's output above"
             ) from error
 
-    def _remove_earlier_builds(self):
+    def _remove_earlier_builds(self, extensions):
         """A binary of other sources must not be packaged or imported beside these."""
-        for ext in self.extensions:
+        for ext in extensions:
             name = self.get_ext_filename(ext.name)
             Path(self.build_lib, name).unlink(missing_ok=True)
             if self.inplace:
@@ -83,6 +97,6 @@ class CMakeBuild(build_ext):
 setup(
     packages=[*find_packages(include=["mopro_fast", "mopro_fast.*"]), "mopro_fast.kernels"],
     package_dir={"mopro_fast.kernels": "kernels"},
-    ext_modules=[Extension("mopro_fast._C", sources=[])],
+    ext_modules=[Extension("mopro_fast._C", sources=[]), Extension("mopro_fast._views", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -30,6 +30,7 @@ def collect() -> dict[str, Any]:
         "gpus": _gpus,
         "driver": _driver,
         "extension": _extension,
+        "views": _views,
         "backends": _backends,
     }
     return {name: _try(part) for name, part in parts.items()}
@@ -122,6 +123,15 @@ def _extension() -> dict[str, Any]:
         what_to_do = f'Install again with MOPRO_FAST_CUDA_ARCHS="{";".join(sorted(capabilities))}".'
         return {"usable": False, **info, "reason": reason, "what_to_do": what_to_do}
     return {"usable": True, **info}
+
+
+def _views() -> str:
+    """Who makes the views on a CPU."""
+    try:
+        importlib.import_module("mopro_fast._views")
+    except ImportError as error:
+        return f"PyTorch, slower than C++ ({error}): install again where there is a C++ compiler"
+    return "C++"
 
 
 def covers(archs: Sequence[str], capability: str) -> bool:

@@ -56,6 +56,13 @@ def test_extension_not_built(build_info, capsys):
     assert "not usable: nvcc not found." in out and "Get it." in out
 
 
+def test_views(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mopro_fast._views", object())
+    assert environment.collect()["views"] == "C++"
+    monkeypatch.setitem(sys.modules, "mopro_fast._views", None)
+    assert "install again where there is a C++ compiler" in environment.collect()["views"]
+
+
 def test_extension_does_not_load(build_info, monkeypatch):
     build_info.write_text(json.dumps({"cuda": True, "archs": ["90"], "nvcc": "13.0", "compiler": "GNU 12"}))
     monkeypatch.setitem(sys.modules, "mopro_fast._C", None)

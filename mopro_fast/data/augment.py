@@ -5,15 +5,12 @@ Source: DataLoader/dataloader.py of salesforce/MoPro; the arithmetic is that of 
 Pillow images, down to the rounding to 8 bits after every operation.
 """
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from mopro_fast.data import colors
 from mopro_fast.errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -21,7 +18,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 ATTEMPTS = 10  # boxes that RandomResizedCrop tries before it takes the central one
 WIDEST = 4 / 3  # a crop's width over its height lies between the inverse of this and this
-BRIGHTNESS, CONTRAST, SATURATION, HUE = colors.BRIGHTNESS, colors.CONTRAST, colors.SATURATION, colors.HUE
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 _PER_CROP = 2 * ATTEMPTS + 3
 _PER_ROW = 2 * _PER_CROP + 9  # uniforms of one row: both views' crops and flips, grayscale, 4 factors, 4 order keys
 
@@ -142,42 +139,15 @@ def crop_boxes(shapes: np.ndarray, crops: Crops) -> np.ndarray:
 def color_jitter(images: torch.Tensor, jitter: Jitter) -> torch.Tensor:
     """Grayscale, then the colour operations, each image with its own factors and order.
 
-    images: uint8 [N, H, W, 3] on any device; -> a new tensor of the same kind. What each operation takes is known
-    on the host, and everything the device needs goes there in one copy: nothing waits for the device.
+    images: uint8 [N, H, W, 3] on any device; -> a new tensor of the same kind. All images at once, in as few launches
+    as the operations' order allows. What each operation takes is known on the host, and everything the device needs
+    goes there in one copy: nothing waits for the device.
     """
     n = len(images)
     if n != len(jitter):
         raise ValueError(f"jitter has {len(jitter)} rows, images has {n}")
     if not jitter.gray.any() and not jitter.order.size:
         return images.clone()
-    if images.device.type != "cpu":
-        return _jitter(images, jitter)
-    out = images.clone()
-    with _one_thread():
-        colors.jitter_(out, jitter)
-    return out
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Run torch's CPU operations on this thread alone.
-
-    A second thread made color_jitter 1.4 times as fast on idle cores, but ten times slower on busy ones, and
-    while it works the cores are busy: with decoding.
-    """
-    threads = torch.get_num_threads()
-    if threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _jitter(images: torch.Tensor, jitter: Jitter) -> torch.Tensor:
-    """For a GPU: all images at once, in as few launches as the operations' order allows."""
     # 1. The plan. Hue costs most, so it runs once, with the rows' sequences aligned at it. Sorted by how many
     #    operations precede hue, the rows that take part in a step lie side by side: a prefix, after hue a suffix.
     n, operations = jitter.order.shape

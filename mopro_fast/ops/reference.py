@@ -4,6 +4,9 @@ No function here waits for the device: there is no ``.item()``, no boolean index
 Arithmetic is float32 (float64 for float64 inputs) whatever the storage type.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -182,7 +185,7 @@ def two_views(
     n, views = flips.shape
     out = pixels.new_zeros(views, n, size, size, 3)
     numbers = zip(images.tolist(), boxes.tolist(), flips.tolist(), strict=True)
-    with augment._one_thread():
+    with _one_thread():
         for row, ((offset, height, width), row_boxes, row_flips) in enumerate(numbers):
             small = max(height, width) <= largest_side(size) and 3 * height * width < 2**31
             if not (small and min(height, width) > 0 and 0 <= offset <= len(pixels) - 3 * height * width):
@@ -193,6 +196,17 @@ def two_views(
     if views > 1 and n:
         out[1] = augment.color_jitter(out[1], augment.Jitter(*(x.cpu().numpy() for x in (gray, factors, order))))
     return out
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Operations of microseconds on a CPU: threads would wait for each other longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _crop(out: Tensor, image: Tensor, box: list[int], flip: bool) -> None:
