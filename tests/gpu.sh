@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU. `make test-gpu` runs all of it; naming parts runs those, in the order given.
-#   tests/gpu.sh [build] [test] [sanitize] [bench] [accuracy]
+#   tests/gpu.sh [build] [test] [sanitize] [bench] [throughput] [accuracy]
 # A part that fails does not stop the next; the exit status is 1 if any failed. Each part but accuracy is meant to end
 # within ten minutes; build must have run once before the others.
 #   PYTHON   the python to use (default python3)
 #   OUT      where JSON results go (default bench/results)
+#   OFFICIAL a clone of salesforce/MoPro, timed beside ours in throughput
 #   CIFAR10N an unpacked CIFAR-10N folder (see bench/cifar10n.py); without it, or without DALI, accuracy is skipped
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -28,7 +29,7 @@ build() {
 
 test_() {
   run "op tests" "$python" -m pytest -q tests/test_ops.py tests/test_*_cuda.py
-  local others=(tests/test_optim.py tests/test_augment.py)
+  local others=(tests/test_optim.py tests/test_augment.py tests/test_train_step.py)
   if "$python" -c 'import nvidia.dali' 2>/dev/null; then others+=(tests/test_pipeline.py); fi
   run "other GPU tests" "$python" -m pytest -q -m gpu "${others[@]}"
 }
@@ -54,6 +55,10 @@ bench() {
   run "bench/ops.py" "$python" bench/ops.py --results "$out"
 }
 
+throughput() {
+  run "bench/throughput.py" "$python" bench/throughput.py --results "$out" ${OFFICIAL:+--official "$OFFICIAL"}
+}
+
 accuracy() {
   if [ -z "${CIFAR10N:-}" ]; then
     results+=("accuracy: skipped (CIFAR10N is not set)")
@@ -65,11 +70,11 @@ accuracy() {
 }
 
 parts=("$@")
-[ $# -gt 0 ] || parts=(build test sanitize bench accuracy)
+[ $# -gt 0 ] || parts=(build test sanitize bench throughput accuracy)
 for part in "${parts[@]}"; do
   case $part in
-    build | test | sanitize | bench | accuracy) ;;
-    *) echo "tests/gpu.sh: no part $part: choose build, test, sanitize, bench or accuracy" >&2 && exit 2 ;;
+    build | test | sanitize | bench | throughput | accuracy) ;;
+    *) echo "tests/gpu.sh: no part $part: choose build, test, sanitize, bench, throughput or accuracy" >&2 && exit 2 ;;
   esac
 done
 if ! "$python" -c 'import torch; assert torch.cuda.is_available()'; then
@@ -80,6 +85,6 @@ for part in "${parts[@]}"; do
   [ "$part" = test ] && part=test_
   "$part"
 done
-"$python" bench/tables.py --print ops ops_requirements cifar10n --results "$out"
+"$python" bench/tables.py --print ops ops_requirements throughput_gpu throughput_requirements cifar10n --results "$out"
 printf '%s\n' "${results[@]}"
 ! printf '%s\n' "${results[@]}" | grep -q FAILED
