@@ -139,6 +139,8 @@ class RunConfig:
     """Autocast type of the encoders; auto: bf16 on a GPU, fp32 on a CPU. Masters are always float32."""
     deterministic: bool = False
     """Only deterministic cuDNN kernels, so that runs on a GPU repeat bit for bit; slower."""
+    compile: bool = False
+    """Run the encoders through torch.compile."""
     cuda_graph: bool = True
     """On a GPU: replay a step as one CUDA graph."""
     bf16_weights: bool = True

@@ -230,6 +230,7 @@ def variants(case: Case, clone: Path | None, everything: bool) -> dict[str, Call
         if case.device == "cuda":
             made |= {
                 "ours, no CUDA graph": lambda c: ours(c, cuda_graph=False),
+                "ours, encoders under torch.compile": lambda c: ours(c, compile=True),
                 "ours, weights cast in every step": lambda c: ours(c, bf16_weights=False),
                 "ours, ops in plain PyTorch": without_fused_ops,
                 "ours, float32": lambda c: ours(c, precision="fp32"),
