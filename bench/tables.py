@@ -161,13 +161,24 @@ def loader(result: dict) -> str:
 def throughput(result: dict) -> str:
     c, s = result["conditions"], result["settings"]
     blocks = [report.table(result)]
-    if s["device"] == "cuda" and (s["arch"], s["image_size"]) == ("resnet50", 224):
-        blocks.append(report.limits(result))
+    moved = read("traffic", HERE / "results")
+    if s["device"] == "cuda" and (s["arch"], s["image_size"]) == ("resnet50", moved["settings"]["image_size"]):
+        blocks.append(report.shares(result, {row["scheme"]: row["limit"] for row in moved["rows"]}))
     net = f"{s['arch']}, width {s['width']:g}, {s['image_size']} px, Q={s['queue_size']}"
     note = f"{net}; synthetic images; {c['gpu'] or c['cpu']}; PyTorch {c['torch']}; commit {c['commit']}."
     if result["not_reached"]:
         note += f" Not measured, for want of time: {', '.join(result['not_reached'])}."
     return "\n\n".join([*blocks, note])
+
+
+def traffic(result: dict) -> str:
+    head = "| how activations move | MB per image, both forwards and backward | of it the key encoder | limit, img/s |"
+    rows = [
+        f"| {r['scheme']} | {r['mb_query'] + r['mb_key']:.0f} | {r['mb_key']:.0f} | {r['limit']:.0f} |"
+        for r in result["rows"]
+    ]
+    note = f"Counted, not measured (`python bench/traffic.py`), at {result['settings']['bandwidth'] / 1e12:g} TB/s; "
+    return "\n".join([head, "|---|---|---|---|", *rows, "", note + f"commit {result['conditions']['commit']}."])
 
 
 def numerics(result: dict) -> str:
@@ -207,6 +218,7 @@ TABLES = {
     "throughput_cpu": ("throughput_cpu", throughput),
     "throughput_requirements": ("throughput_gpu", requirements),
     "throughput_figure": ("throughput_gpu", lambda _: "![Images a second by batch size](throughput.svg)"),
+    "traffic": ("traffic", traffic),
     "numerics": ("numerics", numerics),
     "numerics_figure": ("numerics", lambda _: "![Loss by step, float32 and bfloat16](numerics.svg)"),
 }

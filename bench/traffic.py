@@ -26,7 +26,7 @@ SCHEMES = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--bandwidth", type=float, default=4.3e12, help="bytes/s of a copy; default: one H200, measured"
+        "--bandwidth", type=float, default=4.3e12, help="bytes/s of a copy; default: what one H200 was measured at"
     )
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--results", default=record.RESULTS)
