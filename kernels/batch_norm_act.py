@@ -5,7 +5,7 @@
 
 Mean and rstd are batch_norm_stats.py's (two launches), the rest is one launch. Backward: sums per split, combined in
 their order by a second launch, then dx. Nothing is atomic.
-Values moved per element, statistics + forward + backward: 1 + 2 + 5 (x alone tells where y > 0), with a residual 1 + 3 + 7.
+Values moved per element, forward with statistics + backward: 3 + 5 (x alone tells where y > 0), with a residual 4 + 7.
 BatchNorm, add and ReLU as kernels of their own, in place where they can be, move 5 + 8 and 8 + 8.
 Source: Ioffe and Szegedy 2015 (arXiv 1502.03167); groups are the ranks of a run that does not share statistics.
 """

@@ -5,7 +5,6 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
 from test_ops import BF16, DEVICE, F16, F32, ROUNDING, rms_error
 
 from mopro_fast import ops
