@@ -15,7 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mopro_fast.kernels.batch_norm_stats import FINISH, channels_last, load, new, split_of, split_rows, tile, tiling
+from mopro_fast.kernels.batch_norm_stats import (
+    channels_last,
+    finish_tiling,
+    group_tile,
+    load,
+    new,
+    split_of,
+    split_tile,
+    tile,
+    tiling,
+)
 
 
 @triton.jit
@@ -73,24 +83,25 @@ def batch_norm_act_bwd_sums_kernel(
 def batch_norm_act_bwd_finish_kernel(
     split_g_ptr, split_gx_ptr, g_ptr, gx_ptr, dweight_ptr, dbias_ptr,
     groups, splits, channels,
-    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Grid (channel blocks): both sums per group [groups, C], and over the groups the gradients of weight and bias."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     dbias = tl.zeros([BLOCK_C], tl.float32)
     dweight = tl.zeros([BLOCK_C], tl.float32)
-    for group in range(groups):
-        g = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
-        gx = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
+    for first_group in range(0, groups, BLOCK_G):
+        g = tl.zeros([BLOCK_G, BLOCK_S, BLOCK_C], tl.float32)
+        gx = tl.zeros([BLOCK_G, BLOCK_S, BLOCK_C], tl.float32)
         for first in range(0, splits, BLOCK_S):
-            at, ok = split_rows(group, first, splits, c, channels, BLOCK_S)
+            at, ok = split_tile(first_group, groups, first, splits, c, channels, BLOCK_G, BLOCK_S)
             g += tl.load(split_g_ptr + at, ok, 0.0)
             gx += tl.load(split_gx_ptr + at, ok, 0.0)
-        g_group, gx_group = tl.sum(g, 0), tl.sum(gx, 0)
-        tl.store(g_ptr + group * channels + c, g_group, c < channels)
-        tl.store(gx_ptr + group * channels + c, gx_group, c < channels)
-        dbias += g_group
-        dweight += gx_group
+        g_groups, gx_groups = tl.sum(g, 1), tl.sum(gx, 1)
+        at, ok = group_tile(first_group, groups, c, channels, BLOCK_G)
+        tl.store(g_ptr + at, g_groups, ok)
+        tl.store(gx_ptr + at, gx_groups, ok)
+        dbias += tl.sum(g_groups, 0)
+        dweight += tl.sum(gx_groups, 0)
     tl.store(dbias_ptr + c, dbias, c < channels)
     tl.store(dweight_ptr + c, dweight, c < channels)
 
@@ -163,8 +174,9 @@ def batch_norm_act_backward(
         RELU=relu, RESIDUAL=y is not None, **t.blocks, num_warps=8,
     )  # fmt: skip
     g_sum, gx_sum = new(x, groups, channels), new(x, groups, channels)
-    batch_norm_act_bwd_finish_kernel[(triton.cdiv(channels, FINISH["BLOCK_C"]),)](
-        split_g, split_gx, g_sum, gx_sum, dweight, dbias, groups, t.splits, channels, **FINISH
+    grid, blocks = finish_tiling(groups, t.splits, channels)
+    batch_norm_act_bwd_finish_kernel[grid](
+        split_g, split_gx, g_sum, gx_sum, dweight, dbias, groups, t.splits, channels, **blocks
     )
     t = tiling(x, groups, reduce=False)
     batch_norm_act_bwd_kernel[t.grid](

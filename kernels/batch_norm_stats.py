@@ -40,7 +40,7 @@ def batch_norm_stats_fwd_kernel(
         mean += delta * (1.0 / seen)
         m2 += delta * (x - mean)
     seen_by_row = (tl.maximum(count - rows, 0) + BLOCK_P - 1) // BLOCK_P
-    _, mean, m2 = pool(seen_by_row.to(tl.float32), mean, m2)
+    _, mean, m2 = pool(seen_by_row.to(tl.float32)[:, None], mean, m2, 0)
     out = tl.program_id(0).to(tl.int64) * channels + c
     tl.store(split_mean_ptr + out, mean, c < channels)
     tl.store(split_m2_ptr + out, m2, c < channels)
@@ -50,33 +50,35 @@ def batch_norm_stats_fwd_kernel(
 def batch_norm_stats_finish_kernel(
     split_mean_ptr, split_m2_ptr, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr,
     groups, positions, split_positions, splits, channels, momentum, eps,
-    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Grid (channel blocks): mean and 1/√(var + eps) [groups, C]; one step of the running statistics to their mean."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mean_sum = tl.zeros([BLOCK_C], tl.float32)
     var_sum = tl.zeros([BLOCK_C], tl.float32)
-    for group in range(groups):
-        count = 0.0
-        mean = tl.zeros([BLOCK_C], tl.float32)
-        m2 = tl.zeros([BLOCK_C], tl.float32)
+    for first_group in range(0, groups, BLOCK_G):
+        count = tl.zeros([1, 1], tl.float32)
+        mean = tl.zeros([BLOCK_G, BLOCK_C], tl.float32)
+        m2 = tl.zeros([BLOCK_G, BLOCK_C], tl.float32)
         for first in range(0, splits, BLOCK_S):
-            at, ok = split_rows(group, first, splits, c, channels, BLOCK_S)
+            at, ok = split_tile(first_group, groups, first, splits, c, channels, BLOCK_G, BLOCK_S)
             left = positions - (first + tl.arange(0, BLOCK_S)).to(tl.int64) * split_positions
             more, more_mean, more_m2 = pool(
-                tl.minimum(tl.maximum(left, 0), split_positions).to(tl.float32),
+                tl.minimum(tl.maximum(left, 0), split_positions).to(tl.float32)[None, :, None],
                 tl.load(split_mean_ptr + at, ok, 0.0),
                 tl.load(split_m2_ptr + at, ok, 0.0),
+                1,
             )
             share = more / (count + more)
             delta = more_mean - mean
             mean += delta * share
             m2 += more_m2 + delta * delta * (count * share)
             count += more
-        tl.store(mean_ptr + group * channels + c, mean, c < channels)
-        tl.store(rstd_ptr + group * channels + c, 1.0 / tl.sqrt(m2 / count + eps), c < channels)
-        mean_sum += mean
-        var_sum += m2 / (count - 1.0)  # unbiased, as PyTorch's running variance
+        at, ok = group_tile(first_group, groups, c, channels, BLOCK_G)
+        tl.store(mean_ptr + at, mean, ok)
+        tl.store(rstd_ptr + at, 1.0 / tl.sqrt(m2 / count + eps), ok)
+        mean_sum += tl.sum(mean, 0)
+        var_sum += tl.sum(m2 / (count - 1.0), 0)  # unbiased, as PyTorch's running variance
     old_mean = tl.load(running_mean_ptr + c, c < channels)
     old_var = tl.load(running_var_ptr + c, c < channels)
     tl.store(running_mean_ptr + c, old_mean + momentum * (mean_sum / groups - old_mean), c < channels)
@@ -105,20 +107,31 @@ def load(ptr, ok):
 
 
 @triton.jit
-def split_rows(group, first, splits, c, channels, BLOCK_S: tl.constexpr):
-    """Offsets into [groups, splits, C] of BLOCK_S splits, and which of them exist."""
-    s = first + tl.arange(0, BLOCK_S)
-    at = (group * splits + s).to(tl.int64)[:, None] * channels + c[None, :]
-    return at, (s < splits)[:, None] & (c < channels)[None, :]
+def group_tile(first_group, groups, c, channels, BLOCK_G: tl.constexpr):
+    """Offsets into [groups, C], and which of them exist."""
+    g = first_group + tl.arange(0, BLOCK_G)
+    return g.to(tl.int64)[:, None] * channels + c[None, :], (g < groups)[:, None] & (c < channels)[None, :]
 
 
 @triton.jit
-def pool(count, mean, m2):
-    """Count, mean and M2 of all rows of [rows], [rows, C], [rows, C]; the first row's count is above 0."""
-    total = tl.sum(count, 0)
-    pooled = tl.sum(mean * count[:, None], 0) / total
-    apart = mean - pooled[None, :]
-    return total, pooled, tl.sum(m2 + apart * apart * count[:, None], 0)
+def split_tile(
+    first_group, groups, first, splits, c, channels, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr
+):  # fmt: skip
+    """Offsets into [groups, splits, C], and which of them exist."""
+    g = first_group + tl.arange(0, BLOCK_G)
+    s = first + tl.arange(0, BLOCK_S)
+    row = g.to(tl.int64)[:, None] * splits + s[None, :]
+    ok = (g < groups)[:, None] & (s < splits)[None, :]
+    return row[:, :, None] * channels + c[None, None, :], ok[:, :, None] & (c < channels)[None, None, :]
+
+
+@triton.jit
+def pool(count, mean, m2, AXIS: tl.constexpr):
+    """Count, mean and M2 of everything along an axis; its first count is above 0."""
+    total = tl.sum(count, AXIS)
+    pooled = tl.sum(mean * count, AXIS) / total
+    apart = mean - tl.expand_dims(pooled, AXIS)
+    return total, pooled, tl.sum(m2 + apart * apart * count, AXIS)
 
 
 class Tiling(NamedTuple):
@@ -149,7 +162,12 @@ def tiling(x: Tensor, groups: int, reduce: bool, values: int = 4096) -> Tiling:
     return Tiling((groups * splits, channel_blocks), (positions, split_positions, splits, channels), blocks)
 
 
-FINISH = {"BLOCK_S": 64, "BLOCK_C": 16}  # 64 bytes of a split; C/16 programs. Not measured.
+def finish_tiling(groups: int, splits: int, channels: int) -> tuple[tuple[int], dict[str, int]]:
+    """-> grid, blocks of the launches that combine splits: several groups at a time where these have few."""
+    block_s = min(64, triton.next_power_of_2(splits))
+    block_g = min(64 // block_s, triton.next_power_of_2(groups))
+    block_c = 16  # 64 bytes of a split; not measured
+    return (triton.cdiv(channels, block_c),), {"BLOCK_G": block_g, "BLOCK_S": block_s, "BLOCK_C": block_c}
 
 
 def batch_norm_stats_(
@@ -174,10 +192,10 @@ def finish_stats(
     groups, _, channels = split_mean.shape
     mean, rstd = new(split_mean, groups, channels), new(split_mean, groups, channels)
     running = running_mean.contiguous(), running_var.contiguous()
-    batch_norm_stats_finish_kernel[(triton.cdiv(channels, FINISH["BLOCK_C"]),)](
-        split_mean, split_m2, mean, rstd, *running,
-        groups, *t.integers, momentum, eps, **FINISH,
-    )  # fmt: skip
+    grid, blocks = finish_tiling(groups, t.splits, channels)
+    batch_norm_stats_finish_kernel[grid](
+        split_mean, split_m2, mean, rstd, *running, groups, *t.integers, momentum, eps, **blocks
+    )
     for given, own in zip((running_mean, running_var), running, strict=True):
         if given is not own:
             given.copy_(own)

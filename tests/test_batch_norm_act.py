@@ -18,7 +18,7 @@ SHAPES = [
     (4, 1, 3, 3, 2), (6, 3, 7, 7, 2), (5, 65, 1, 1, 0), (64, 3, 1, 1, 32), (33, 16, 7, 7, 0), (0, 3, 2, 2, 0),
     (0, 3, 2, 2, 2),
 ]  # fmt: skip
-LARGE_SHAPES = [(64, 64, 3, 5, 32), (2, 2048, 7, 7, 0), (16, 2048, 1, 1, 8)]
+LARGE = [((64, 64, 3, 5, 32), F32, True), ((2, 2048, 7, 7, 0), BF16, True), ((16, 2048, 1, 1, 8), F32, False)]
 EPS, MOMENTUM = 1e-5, 0.3
 
 
@@ -90,10 +90,9 @@ def test_batch_norm_act(shape, dtype, relu, residual, backend):
     check(*shape, dtype, relu, residual)
 
 
-@pytest.mark.parametrize("dtype, relu, residual", [(F32, True, False), (BF16, True, True)])
-@pytest.mark.parametrize("shape", LARGE_SHAPES)
-def test_of_many_channels(shape, dtype, relu, residual, backend):
-    check(*shape, dtype, relu, residual)
+@pytest.mark.parametrize("shape, dtype, residual", LARGE)
+def test_of_many_channels(shape, dtype, residual, backend):
+    check(*shape, dtype, True, residual)
 
 
 @pytest.mark.parametrize("group", [0, 10])
@@ -102,6 +101,10 @@ def test_many_splits(group, backend, monkeypatch):
     check(20, 40, 13, 17, group, F32, True, True)
     monkeypatch.setattr(batch_norm_stats, "programs", lambda device: 200)
     check(20, 40, 13, 17, group, F32, True, False)
+
+
+def test_more_groups_than_are_combined_at_a_time(backend):
+    check(200, 5, 2, 1, 2, F32, True, True)
 
 
 @pytest.mark.parametrize("lay_out", [torch.Tensor.contiguous, lambda x: torch.cat([x, x], 3)[:, :, :, ::2]])
@@ -235,9 +238,8 @@ def test_the_fused_encoder_is_the_plain_one(arch, bn_group):
         assert a.dtype == b.dtype and (a.dtype != torch.int64 or a == 1)
 
 
-@pytest.mark.parametrize("bn_group", [0, 4])
-def test_the_kernels_give_the_plain_encoder_too(bn_group):
-    encoder = small_encoder("resnet18", bn_group)
+def test_the_kernels_give_the_plain_encoder_too():
+    encoder = small_encoder("resnet18", 4)
     x = images()
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         plain_encoder = encoder_step(encoder, "off", x)
@@ -273,14 +275,10 @@ def test_where_no_kernel_runs_the_plain_path_does():
 def test_a_compiled_encoder_has_no_graph_break():
     torch.use_deterministic_algorithms(False)
     encoder = small_encoder("resnet18", 4)
-    x = images()
-    for fused in ("auto", "on"):
-        for m in encoder.modules():
-            if isinstance(m, GroupedBatchNorm2d):
-                m.fused = fused
-        torch._dynamo.reset()
-        compiled = torch.compile(copy.deepcopy(encoder), fullgraph=True, backend="aot_eager")
-        for a, b in zip(compiled(x), copy.deepcopy(encoder)(x), strict=True):
+    x = images()[:, :, :8, :8]
+    compiled = torch.compile(copy.deepcopy(encoder), fullgraph=True, backend="aot_eager")
+    with ops.use_backend("triton"), torch.no_grad():  # "auto" as it decides on a GPU
+        for a, b in zip(compiled(x), encoder(x), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
