@@ -17,7 +17,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "autocast": torc
 
 @dataclass(frozen=True)
 class Shape:
-    """N rows, C classes, Q queue slots, M gathered rows (0: N), D dimensions; or a model's parameters."""
+    """N rows, C classes, Q queue slots, M gathered rows (0: N), D dimensions; or a model's parameters; or feature maps
+    [N, C, side, side]."""
 
     N: int = 0
     C: int = 0
@@ -27,6 +28,12 @@ class Shape:
     dtype: str = "float32"
     model: str = ""
     shadows: bool = False
+    side: int = 0
+
+    @property
+    def kind(self) -> str:
+        """The field that says which ops the shape is for: "model", "side" or none."""
+        return "model" if self.model else "side" if self.side else ""
 
     @property
     def rows(self) -> int:
@@ -55,6 +62,7 @@ FIELDS = {
     "correct_labels": ("N", "C"),
     "prototype_contrast": ("N", "C"),
     "prototype_update_": ("M", "C"),
+    "batch_norm_act": ("N", "C", "side"),
     "mopro_loss": ("N", "C", "Q"),
     "head": ("N", "C", "Q", "M"),
 }
@@ -77,8 +85,7 @@ class Case:
 
     def state(self, device: str) -> SimpleNamespace:
         """The inputs: random, the same for every variant of a case."""
-        model = bool(self.shape.model)
-        return (model_state if model else head_state)(self.shape, device)
+        return {"model": model_state, "side": map_state, "": head_state}[self.shape.kind](self.shape, device)
 
     def cost(self) -> floor.Cost:
         s = self.shape
@@ -90,6 +97,7 @@ class Case:
             "correct_labels": (s.N, s.C, s.D, s.size),
             "prototype_contrast": (s.N, s.C, s.D, s.size),
             "prototype_update_": (s.rows, s.C, s.D, s.size),
+            "batch_norm_act": (s.N, s.C, s.side, s.size),
             "mopro_loss": (s.N, s.C, s.Q, s.D, s.size, s.size, s.logits_dtype.itemsize),
             "head": (s.N, s.C, s.Q, s.D, s.rows, s.size, s.logits_dtype.itemsize),
         }
@@ -115,6 +123,24 @@ def model_state(shape: Shape, device: str) -> SimpleNamespace:
     s = SimpleNamespace(params=tensors(), grads=tensors(0.01), buffers=tensors(0.01), targets=tensors())
     for name in ("param_shadows", "target_shadows"):
         setattr(s, name, [torch.empty_like(t, dtype=torch.bfloat16) for t in s.targets] if shape.shadows else None)
+    return s
+
+
+def map_state(shape: Shape, device: str) -> SimpleNamespace:
+    """No gradient arrives where the ReLU's argument is nearly 0: rounding would decide whether it passes."""
+    g = torch.Generator(device).manual_seed(0)
+
+    def maps() -> Tensor:
+        size = (shape.N, shape.side, shape.side, shape.C)
+        return torch.randn(size, generator=g, device=device).permute(0, 3, 1, 2).to(DTYPES[shape.dtype])
+
+    def channel() -> Tensor:
+        return torch.rand(shape.C, generator=g, device=device) + 0.5
+
+    s = SimpleNamespace(x=maps().mul_(2).add_(1), residual=maps(), dy=maps(), weight=channel(), bias=channel())
+    s.running_mean, s.running_var = channel(), channel()
+    z = F.batch_norm(s.x.float(), None, None, s.weight, s.bias, training=True).add_(s.residual)
+    s.dy.masked_fill_(z.abs_() < 1e-3, 0)
     return s
 
 
@@ -179,6 +205,8 @@ PAPER = Shape(N=256, C=1000, Q=8192)
 LARGE = Shape(N=1024, C=5000, Q=65536)
 GATHERED = 2048
 MODELS = (Shape(model="resnet50"), Shape(model="resnet50", shadows=True))
+STAGES = tuple(Shape(N=256, C=c, side=side) for c, side in ((256, 56), (512, 28), (1024, 14), (2048, 7)))  # ResNet-50
+QUICK_MAPS = (Shape(N=6, C=24, side=9), Shape(N=33, C=3, side=1))
 QUICK = (Shape(N=33, C=57, Q=198, M=66), Shape(N=7, C=10, Q=21, D=32))
 
 
@@ -186,7 +214,7 @@ def full() -> list[Case]:
     """Every op, the settings that the documentation shows first: peers that compile are given up when time is spent."""
     found = []
     others = [replace(bank, N=n) for bank in (PAPER, LARGE) for n in (32, 256, 1024, 4096)]
-    for shape in (PAPER, replace(PAPER, M=GATHERED), LARGE, *MODELS, *others):
+    for shape in (PAPER, replace(PAPER, M=GATHERED), LARGE, *MODELS, *STAGES, *others):
         for dtype in DTYPES if shape.N else ("float32",):
             found += [Case(op, replace(shape, dtype=dtype)) for op in ops_of(shape, dtype)]
     return _distinct(found)
@@ -195,16 +223,20 @@ def full() -> list[Case]:
 def quick() -> list[Case]:
     """Two small shapes that divide no tile: for smoke tests and the sanitizers."""
     found = []
-    for shape in (*(replace(m, model="few") for m in MODELS), *QUICK):
+    for shape in (*(replace(m, model="few") for m in MODELS), *QUICK_MAPS, *QUICK):
         for dtype in DTYPES if shape.N else ("float32",):
             found += [Case(op, replace(shape, dtype=dtype)) for op in ops_of(shape, dtype)]
     return _distinct(found)
 
 
 def ops_of(shape: Shape, dtype: str) -> list[str]:
-    if dtype == "autocast":
-        return ["mopro_loss", "head"]
-    return [op for op, fields in FIELDS.items() if ("model" in fields) == bool(shape.model)]
+    found = [op for op, fields in FIELDS.items() if kind_of(fields) == shape.kind]
+    return [op for op in found if dtype != "autocast" or op in ("mopro_loss", "head")]
+
+
+def kind_of(fields: tuple[str, ...]) -> str:
+    """Of the shapes that an op with these fields takes."""
+    return next((kind for kind in ("model", "side") if kind in fields), "")
 
 
 def _distinct(found: list[Case]) -> list[Case]:

@@ -38,7 +38,7 @@ from mopro_fast.ops import backends
 STATE = 1e-6  # float32 state after one update: a few roundings
 FLOAT32 = 1e-5  # losses and gradients from float32 inputs: sums of up to 10^5 terms
 PEER = 1e-3  # a float32 peer beyond this computes something else
-IN_PLACE = ("targets", "params", "buffers", "prototypes", "queue", "queue_master")
+IN_PLACE = ("targets", "params", "buffers", "prototypes", "queue", "queue_master", *variants.RUNNING)
 
 
 # What the ops must reach on a GPU.

@@ -14,8 +14,10 @@ import variants
 from cases import Case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPE, MODEL = (cases.PAPER, "resnet50") if DEVICE == "cuda" else (cases.QUICK[0], "few")
-CASES = [Case(op, cases.Shape(model=MODEL) if "model" in f else SHAPE) for op, f in cases.FIELDS.items()]
+GPU = {"": cases.PAPER, "model": cases.MODELS[0], "side": cases.STAGES[0]}
+CPU = {"": cases.QUICK[0], "model": cases.Shape(model="few"), "side": cases.QUICK_MAPS[0]}
+SHAPES = GPU if DEVICE == "cuda" else CPU
+CASES = [Case(op, SHAPES[cases.kind_of(fields)]) for op, fields in cases.FIELDS.items()]
 
 
 @pytest.mark.parametrize("variant", ["ours", "official"])

@@ -80,6 +80,23 @@ def queue_enqueue_(function: Callable, s: SimpleNamespace) -> Call:
     return call
 
 
+def batch_norm_act(function: Callable, s: SimpleNamespace, layout: torch.memory_format = torch.channels_last) -> Call:
+    """Forward and backward: gradients of x, weight, bias and residual."""
+    x, residual, dy = (t.contiguous(memory_format=layout) for t in (s.x, s.residual, s.dy))
+    inputs = [t.requires_grad_() for t in (x, s.weight, s.bias, residual)]
+
+    def call():
+        y = function(x, s.weight, s.bias, s.running_mean, s.running_var, residual)
+        grads = torch.autograd.grad(y, inputs, dy)
+        names = ("grad_x", "grad_weight", "grad_bias", "grad_residual")
+        return {"y": y, **dict(zip(names, grads, strict=True)), **{n: getattr(s, n) for n in RUNNING}}
+
+    return call
+
+
+RUNNING = ("running_mean", "running_var")
+
+
 def mopro_loss(function: Callable, s: SimpleNamespace, in_head: bool = False) -> Call:
     """Forward and backward: gradients of logits and q. In the head the prototypes are the float32 masters."""
     prototypes = s.prototypes if in_head else s.bank
@@ -274,6 +291,12 @@ OPS = {
     "correct_labels": _plain(correct_labels, "correct_labels"),
     "prototype_contrast": _plain(prototype_contrast, "prototype_contrast"),
     "prototype_update_": replace(_plain(prototype_update_, "prototype_update_"), compiled=UNROLLED),
+    "batch_norm_act": Op(
+        ours=lambda s: batch_norm_act(ops.batch_norm_act, s),
+        official=lambda s: batch_norm_act(official.batch_norm_act, s, torch.contiguous_format),
+        compiled=lambda s: batch_norm_act(compiled(official.batch_norm_act), s),  # in channels_last
+        others={"official, channels_last": lambda s: batch_norm_act(official.batch_norm_act, s)},
+    ),
     "mopro_loss": _plain(mopro_loss, "mopro_loss"),
     "head": Op(
         ours=lambda s: head(ops.mopro_loss, ops.queue_enqueue_, _ours_update, s),

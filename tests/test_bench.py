@@ -164,6 +164,8 @@ def test_floors_are_those_worked_out_by_hand():
         assert us(rest._replace(bytes=rest.bytes + logits)) == pytest.approx(want, abs=0.1)
     # One number each: 4 + 4 + 8 + 1 + 1 + 4 bytes would be logits, q, labels, kept; and C·D prototypes.
     assert floor.correct_labels(1, 1, 1, 4) == floor.Cost(4 + 4 + 4 + 8 + 8 + 1, 2)
+    # x, residual, y and three gradients; weight, bias, both running statistics; these two and two gradients written
+    assert floor.batch_norm_act(1, 1, 1, 4).bytes == 6 * 4 + 8 * 4
     assert floor.mopro_loss(1, 1, 1, 1, 4, 4, 4).bytes == 4 * 4 + 2 * 4 + 4 + 4 + 17 + 36 - 4
 
 

@@ -5,27 +5,46 @@ projection (features → 2048, ReLU → embedding) both sit on the pooled featur
 """
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mopro_fast import ops
+
 
 class GroupedBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm whose training statistics are those of consecutive groups of ``group`` rows.
+    """BatchNorm, then the residual and the ReLU behind it, in training with the statistics of groups of ``group`` rows.
 
     One device with 256 rows in groups of 32 normalises as eight devices with 32 rows each do. The running
     statistics move once per step, towards the mean over the groups. ``group=0``: all rows are one group.
-    Parameters and buffers are those of BatchNorm2d.
+    Parameters and buffers are those of BatchNorm2d; they stay float32 whatever x is.
+
+    fused: "auto" runs ``ops.batch_norm_act`` where it has a kernel, "on" everywhere, "off" nowhere.
     """
 
     group: int = 0
+    fused: Literal["auto", "on", "off"] = "auto"
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.group in (0, len(x)):
-            return super().forward(x)
-        if len(x) % self.group:
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        if self.training and self.group and len(x) % self.group:
             raise ValueError(f"the batch of {len(x)} rows is not a multiple of bn_group={self.group}")
+        if self.training and self._is_fused(x.device.type):
+            self.num_batches_tracked.add_(1)
+            return ops.batch_norm_act(
+                x, self.weight, self.bias, self.running_mean, self.running_var, residual,
+                relu=relu, group=self.group, momentum=self.momentum, eps=self.eps,
+            )  # fmt: skip
+        x = self._by_groups(x) if self.training and self.group not in (0, len(x)) else super().forward(x)
+        if residual is not None:
+            x = x.add_(residual)
+        return F.relu(x, inplace=True) if relu else x
+
+    def _is_fused(self, device: str) -> bool:
+        return self.fused == "on" or self.fused == "auto" and ops.backends.is_fused("batch_norm_act", device)
+
+    def _by_groups(self, x: Tensor) -> Tensor:
         parts, means, variances = [], [], []
         for rows in x.split(self.group):
             mean, var = self.running_mean.clone(), self.running_var.clone()
@@ -51,9 +70,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         residual = x if self.downsample is None else self.downsample(x)
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        x = self.bn2(self.conv2(x))
-        return F.relu(x.add_(residual), inplace=True)
+        x = self.bn1(self.conv1(x), relu=True)
+        return self.bn2(self.conv2(x), residual, relu=True)
 
 
 class Bottleneck(nn.Module):
@@ -71,10 +89,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         residual = x if self.downsample is None else self.downsample(x)
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
-        x = self.bn3(self.conv3(x))
-        return F.relu(x.add_(residual), inplace=True)
+        x = self.bn1(self.conv1(x), relu=True)
+        x = self.bn2(self.conv2(x), relu=True)
+        return self.bn3(self.conv3(x), residual, relu=True)
 
 
 LAYERS: dict[str, tuple[type[nn.Module], tuple[int, int, int, int]]] = {
@@ -140,7 +157,7 @@ class ResNet(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """images [N, 3, H, W] → pooled features [N, feature_dim]; any H and W."""
-        x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
+        x = self.maxpool(self.bn1(self.conv1(x), relu=True))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return x.mean((2, 3))
 
