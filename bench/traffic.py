@@ -70,8 +70,7 @@ def layer_values(scheme: str, read: int, written: int, relu: bool, add: bool, ba
         back = (3 * x if relu else 0) + 5 * x + (3 * x if add else 0)
     elif scheme == "fused":
         forward = read + x + 3 * x + (x if add else 0)
-        mask = x if relu else 0  # y, for the ReLU's mask, in both passes
-        back = 5 * x + 2 * mask + (x if add else 0)
+        back = 5 * x + (2 * x if add else 0)  # x tells where the ReLU let through, but with an add y and g move too
     else:
         # What the next convolution reads is raw; where an add follows, its result is written and read back.
         forward = read + x + (3 * x if add else 0)

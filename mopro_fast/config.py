@@ -139,6 +139,8 @@ class RunConfig:
     """Autocast type of the encoders; auto: bf16 on a GPU, fp32 on a CPU. Masters are always float32."""
     deterministic: bool = False
     """Only deterministic cuDNN kernels, so that runs on a GPU repeat bit for bit; slower."""
+    recompute: bool = False
+    """Activation checkpointing: keep only what goes into each residual block, compute the rest again when needed."""
     compile: bool = False
     """Run the encoders through torch.compile."""
     cuda_graph: bool = True

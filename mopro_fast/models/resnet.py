@@ -4,12 +4,15 @@ He et al., "Deep residual learning for image recognition" (2016); heads as in Mo
 projection (features → 2048, ReLU → embedding) both sit on the pooled feature.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mopro_fast import ops
 
@@ -109,7 +112,10 @@ class ResNet(nn.Module):
     width:     multiplies the channels of the four stages (2 and 4 are the paper's wide models).
     stem:      "imagenet" (7×7 stride 2, max-pooling) or "small" (3×3 stride 1) for images of 16–112 px.
     bn_group:  rows per BatchNorm group, 0 for all (see GroupedBatchNorm2d).
+    recompute: keep only what goes into each block and compute the rest again in the backward pass, to save memory.
     """
+
+    recompute: bool = False
 
     def __init__(
         self,
@@ -158,7 +164,8 @@ class ResNet(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         """images [N, 3, H, W] → pooled features [N, feature_dim]; any H and W."""
         x = self.maxpool(self.bn1(self.conv1(x), relu=True))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        for block in (*self.layer1, *self.layer2, *self.layer3, *self.layer4):
+            x = _recomputed(block, x) if self.recompute and torch.is_grad_enabled() else block(x)
         return x.mean((2, 3))
 
     def project(self, features: Tensor) -> Tensor:
@@ -168,3 +175,23 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         features = self.features(x)
         return self.classifier(features), self.project(features)
+
+
+def _recomputed(block: nn.Module, x: Tensor) -> Tensor:
+    contexts = contextlib.nullcontext(), _statistics_at_rest(block)
+    return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: contexts)
+
+
+@contextlib.contextmanager
+def _statistics_at_rest(block: nn.Module) -> Iterator[None]:
+    """The running statistics have moved in the forward pass already."""
+    norms = [m for m in block.modules() if isinstance(m, GroupedBatchNorm2d)]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, (momentum, tracked) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(tracked)

@@ -30,7 +30,7 @@ from mopro_fast.training.step import UNSEEN, Shuffle, TrainStep
 FREE = {"data.path", "data.root", "data.val", "data.layout", "data.extra_val", "data.threads", "data.max_broken"}
 FREE |= {"data.hw_decoder_load"}
 FREE |= {f"run.{name}" for name in ("out", "device", "log_every", "checkpoint_every", "keep")}
-FREE |= {f"run.{name}" for name in ("resume", "init", "tensorboard", "cuda_graph", "compile")}
+FREE |= {f"run.{name}" for name in ("resume", "init", "tensorboard", "cuda_graph", "compile", "recompute")}
 
 
 class Trainer:
