@@ -155,6 +155,24 @@ def loader(result: dict) -> str:
     return "\n".join([*rows, "", *note])
 
 
+def memory(result: dict) -> str:
+    cases, a = result["cases"], result["assumptions"]
+    rows = [
+        "| GB, per GPU | " + " | ".join(f"N={c['N']}, C={c['C']}" for c in cases) + " |",
+        "|---" * (1 + len(cases)) + "|",
+    ]
+    for name in cases[0]["parts"]:
+        rows.append(f"| {name} | " + " | ".join(f"{c['parts'][name] / 1e9:.2f}" for c in cases) + " |")
+    rows.append("| **peak, predicted** | " + " | ".join(f"**{c['total'] / 1e9:.1f}**" for c in cases) + " |")
+    shares = " | ".join(f"{100 * c['total'] / 1e9 / a['budget_gb']:.0f}" for c in cases)
+    rows.append(f"| % of {a['budget_gb']:g} GB | {shares} |")
+    note = (
+        f"Counted without a GPU (`python bench/memory.py`), not measured; 10⁹ bytes; ResNet-50, {a['px']} px, bf16; "
+        f"{a['batches']} batches of two views, gaps {100 * a['slack']:g} %; commit {result['conditions']['commit']}."
+    )
+    return "\n".join([*rows, "", note])
+
+
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.0f}" if value >= 100 or value == int(value) else f"{value:.2f}"
 
@@ -222,6 +240,10 @@ TABLES = {
     "ops": ("ops_gpu", ops),
     "launches": ("launches", launches),
     "loader": ("loader", loader),
+    "memory": ("memory", memory),
+    "scaling_bytes": ("scaling", scaling_bytes),
+    "scaling_speed": ("scaling", scaling_speed),
+    "scaling_assumptions": ("scaling", scaling_assumptions),
     "ops_requirements": ("ops_gpu", requirements),
     "ops_figure": ("ops_gpu", figure),
 }
