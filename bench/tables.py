@@ -173,6 +173,58 @@ def memory(result: dict) -> str:
     return "\n".join([*rows, "", note])
 
 
+def scaling_bytes(result: dict) -> str:
+    few, many = result["cases"][0]["collectives"][0]["sent"]
+    rows = [
+        f"| | collective | type | calls | MB a rank hands over | MB leaving a GPU by NVLink: W={few} | W={many} "
+        f"| by InfiniBand: W={many} |",
+        "|---" * 8 + "|",
+    ]
+    for case in result["cases"]:
+        for c in case["collectives"]:
+            name = c["name"] + (f", C={case['C']}" if c["name"][:7] in ("gradien", "buffers") else "")
+            if case is not result["cases"][0] and name == c["name"]:
+                continue  # does not depend on C
+            links = [c["sent"][few]["nvlink"], c["sent"][many]["nvlink"], c["sent"][many]["infiniband"]]
+            cells = [_megabytes(c["bytes"]), *("–" if c["on_cpu"] else _megabytes(x) for x in links)]
+            rows.append(f"| {name} | {c['kind']} | {c['dtypes']} | {len(c['sizes'])} | {' | '.join(cells)} |")
+    a = result["assumptions"]
+    note = (
+        f"Counted from the model's parameters (`python bench/scaling.py`): ResNet-50, N={a['rows']} rows per GPU, "
+        f"{a['px']} px, bf16; 10⁶ bytes; commit {result['conditions']['commit']}."
+    )
+    return "\n".join([*rows, "", note])
+
+
+def scaling_speed(result: dict) -> str:
+    head = ["GPUs"]
+    for case in result["cases"]:
+        head += [f"C={case['C']}: communication, ms", "not hidden, ms", "img/s", "efficiency, %"]
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for same in zip(*(case["speeds"] for case in result["cases"]), strict=True):
+        cells = [str(same[0]["gpus"])]
+        for s in same:
+            cells += [f"{s['communication_ms']:.2f}", f"{s['exposed_ms']:.2f}"]
+            cells += [f"{s['images_per_second']:,.0f}", f"{100 * s['efficiency']:.1f}"]
+        rows.append(f"| {' | '.join(cells)} |")
+    a = result["assumptions"]
+    step = 1e3 * a["rows"] / a["images_per_second"]
+    note = f"Predicted, not measured. One GPU's step of {step:.1f} ms is an assumption too."
+    return "\n".join([*rows, "", f"{note} Commit {result['conditions']['commit']}."])
+
+
+def scaling_assumptions(result: dict) -> str:
+    rows = ["| argument | value | what, and its source |", "|---|---|---|"]
+    for name, value in result["assumptions"].items():
+        shown = " ".join(f"{x:g}" for x in value) if isinstance(value, list) else f"{value:,}"
+        rows.append(f"| `--{name.replace('_', '-')}` | {shown} | {result['sources'][name]} |")
+    return "\n".join(rows)
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:.2f}" if size >= 1e4 else f"{size / 1e6:.6f}".rstrip("0").rstrip(".")
+
+
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.0f}" if value >= 100 or value == int(value) else f"{value:.2f}"
 
