@@ -125,7 +125,7 @@ class OptimConfig:
     """Nesterov momentum."""
     sgd: Literal["fused", "torch", "apex"] = "fused"
     """fused: SGD and the momentum encoder's update in one pass. The others take several: PyTorch's SGD, or FusedSGD of
-    NVIDIA's apex, which needs --no-cuda-graph. Their checkpoints are interchangeable."""
+    NVIDIA's apex, which needs --cuda-graph False. Their checkpoints are interchangeable."""
 
 
 @dataclass
@@ -220,7 +220,7 @@ class TrainConfig:
         _require(not (o.nesterov and o.momentum == 0), "--nesterov needs --momentum above 0")
         _require(
             o.sgd != "apex" or not r.cuda_graph,
-            "--sgd apex takes its learning rate from the host, where a CUDA graph cannot read it: add --no-cuda-graph",
+            "--sgd apex takes its learning rate from the host, which a CUDA graph cannot read: set --cuda-graph False",
         )
 
     def to_json(self) -> str:

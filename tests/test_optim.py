@@ -378,7 +378,7 @@ def test_apex_is_refused_where_it_cannot_be_used(apex_folder):
 def test_apex_and_a_graph_are_refused_together():
     config = TrainConfig(optim=OptimConfig(sgd="apex"))
     config.data.path = config.run.out = "x"
-    with pytest.raises(UserError, match="--sgd apex .*add --no-cuda-graph"):
+    with pytest.raises(UserError, match="--sgd apex .*set --cuda-graph False"):
         config.validate()
     config.run.cuda_graph = False
     config.validate()

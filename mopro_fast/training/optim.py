@@ -12,6 +12,9 @@ from mopro_fast.config import OptimConfig
 from mopro_fast.errors import UserError
 from mopro_fast.ops import checks
 
+_OWN = ("targets", "ema_momentum", "param_shadows", "target_shadows")
+_HOW = ("foreach", "fused")  # options of torch.optim.SGD that do not change what is computed
+
 
 class _WithTargets:
     """What every SGD here adds to its base class: a momentum encoder, 16-bit copies, and how state is loaded.
@@ -68,10 +71,6 @@ class _WithTargets:
                 buffer = self.state[p].get("momentum_buffer") if p in self.state else None
                 if buffer is not None and buffer.stride() != p.stride():
                     self.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(buffer)
-
-
-_OWN = ("targets", "ema_momentum", "param_shadows", "target_shadows")
-_HOW = ("foreach", "fused")  # options of torch.optim.SGD that do not change what is computed
 
 
 class SGDEMA(_WithTargets, torch.optim.SGD):
@@ -203,7 +202,7 @@ class _ThenEMA(_WithTargets):
     ) -> None:
         """As SGDEMA. Without targets it is the base class alone, which gets the options."""
         super().__init__(params, **options)
-        self._take(targets, ema_momentum or 0.0, param_shadows, target_shadows)
+        self._take(targets, 0.0 if targets is None else ema_momentum, param_shadows, target_shadows)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = None
