@@ -123,6 +123,9 @@ class OptimConfig:
     """Weight decay, on all parameters as in the official code."""
     nesterov: bool = False
     """Nesterov momentum."""
+    sgd: Literal["fused", "torch", "apex"] = "fused"
+    """fused: SGD and the momentum encoder's update in one pass. The others take several: PyTorch's SGD, or FusedSGD of
+    NVIDIA's apex, which needs --cuda-graph False. Their checkpoints are interchangeable."""
 
 
 @dataclass
@@ -219,6 +222,10 @@ class TrainConfig:
         taken = {"train", "epoch", "val", "speed"} & d.extra_val.keys()
         _require(not taken, f"--extra-val {' '.join(taken)}: the log uses this name itself, choose another")
         _require(not (o.nesterov and o.momentum == 0), "--nesterov needs --momentum above 0")
+        _require(
+            o.sgd != "apex" or not r.cuda_graph,
+            "--sgd apex takes its learning rate from the host, which a CUDA graph cannot read: set --cuda-graph False",
+        )
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
