@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
+import apex_peers
 import torch
 from torch import Tensor
 
@@ -95,6 +96,13 @@ def batch_norm_act(function: Callable, s: SimpleNamespace, layout: torch.memory_
 
 
 RUNNING = ("running_mean", "running_var")
+
+
+def apex_batch_norm_act(s: SimpleNamespace) -> Call:
+    """In float16, the only type that it takes; as many bytes as bfloat16."""
+    norm = apex_peers.batch_norm_act(s.weight, s.bias, s.running_mean, s.running_var, 0.1, 1e-5, relu=True)
+    half = {n: getattr(s, n).half() for n in ("x", "residual", "dy")} | {"weight": norm.weight, "bias": norm.bias}
+    return batch_norm_act(lambda x, *rest: norm(x, rest[-1]), SimpleNamespace(**vars(s) | half))
 
 
 def mopro_loss(function: Callable, s: SimpleNamespace, in_head: bool = False) -> Call:
@@ -295,7 +303,10 @@ OPS = {
         ours=lambda s: batch_norm_act(ops.batch_norm_act, s),
         official=lambda s: batch_norm_act(official.batch_norm_act, s, torch.contiguous_format),
         compiled=lambda s: batch_norm_act(compiled(official.batch_norm_act), s),  # in channels_last
-        others={"official, channels_last": lambda s: batch_norm_act(official.batch_norm_act, s)},
+        others={
+            "official, channels_last": lambda s: batch_norm_act(official.batch_norm_act, s),
+            "apex, float16": apex_peers.missing() or apex_batch_norm_act,
+        },
     ),
     "mopro_loss": _plain(mopro_loss, "mopro_loss"),
     "head": Op(
