@@ -10,6 +10,7 @@ COMMANDS = {
     "train": ("mopro_fast.training.command", "train a model: mopro-fast train RECIPE --data PATH --out FOLDER"),
     "check": ("mopro_fast.data.check", "read every image once: which are odd or broken, and why"),
     "pack": ("mopro_fast.data.pack", "write the images into shards that train fast: mopro-fast pack DATA OUT"),
+    "report": ("mopro_fast.report.command", "one HTML page about a run: curves, corrected labels, images, prototypes"),
     "env": ("mopro_fast.environment", "what this installation has: versions, GPU, extension, backends"),
 }
 
