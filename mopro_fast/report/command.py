@@ -45,14 +45,15 @@ def main(argv: list[str]) -> int:
     if not 16 <= options.thumb <= 512:
         raise UserError(f"--thumb must lie in [16, 512] px, got {options.thumb}")
     out = Path(options.out or Path(options.run) / "report.html")
-    if out.is_dir() or not out.parent.is_dir() and options.out:
-        raise UserError(f"--out {out} is {'a folder' if out.is_dir() else 'in no folder'}: name a file")
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder: name a file")
     from mopro_fast.report import page
 
     contents = page.collect(options)
     size = page.write(contents, out)
     for name, why in contents["missing"].items():
         print(f"not in the report: {name}: {why}", file=sys.stderr)
-    print(f"{size / 1e6:.1f} MB, {len(contents['images'])} images", file=sys.stderr)
+    unread = f", {len(contents['unread'])} could not be read" if contents["unread"] else ""
+    print(f"{size / 1e6:.1f} MB, {len(contents['images'])} images{unread}", file=sys.stderr)
     print(out)
     return 0

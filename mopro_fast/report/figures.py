@@ -19,7 +19,7 @@ def thin(x: np.ndarray, y: np.ndarray, points: int = POINTS) -> dict[str, list]:
     """
     edges = np.linspace(0, len(x), min(len(x), points) + 1).astype(int)
     parts = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
-    curve = {"x": numbers([x[p].mean() for p in parts]), "y": numbers([y[p].mean() for p in parts])}
+    curve = {"x": numbers([x[p].mean() for p in parts], 6), "y": numbers([y[p].mean() for p in parts])}
     if len(x) > points:
         curve |= {"low": numbers([y[p].min() for p in parts]), "high": numbers([y[p].max() for p in parts])}
     return curve

@@ -92,7 +92,9 @@ def load_model(config: TrainConfig, state: dict[str, Any], device: str) -> tuple
     encoder = build_encoder(config)
     own = {f"encoder_q.{name}": w for name, w in encoder.state_dict().items()}
     theirs = {name: w for name, w in weights.items() if name.startswith("encoder_q.")}
-    checkpoint.check_fits(own, theirs, "in the run's folder")
+    if "prototypes" in weights:
+        own["prototypes"] = torch.empty(config.data.num_classes, config.model.embed_dim)
+    checkpoint.check_fits(own, theirs | {n: w for n, w in weights.items() if n == "prototypes"}, "in the run's folder")
     encoder.load_state_dict({name.partition(".")[2]: w for name, w in theirs.items()})
     prototypes = weights.get("prototypes")
     return encoder.to(device).eval(), None if prototypes is None else prototypes.to(device)
@@ -148,7 +150,9 @@ def cards(
                     unread[labels.path(row)] = result
                     continue
                 card = {"path": labels.path(row), "given": int(labels.given[row]), "new": int(labels.new[row])}
-                card |= {"jpeg": result[0], "scores": _table_scores(labels, row)}
+                card |= {"jpeg": result[0], "scores": {}}
+                if model is None:
+                    card["scores"] = _finite({name: column[row].as_py() for name, column in labels.scores.items()})
                 found.append(card)
                 crops.append(result[1])
             if model is not None and crops:
@@ -174,13 +178,10 @@ def _score(found: list[dict[str, Any]], crops: torch.Tensor, model: tuple, confi
     best_score, best = t.max(1)
     columns = (t.cpu(), now.tolist(), best.tolist(), best_score.tolist())
     for card, own, label, guess, score in zip(found, *columns, strict=True):
-        for name in ("given", "new"):
-            if card[name] >= 0:
-                card["scores"][name] = round(float(own[card[name]]), 4)
-        card["scores"]["best"] = round(score, 4)
         card |= {"best": guess, "now": label}
+        values = {name: float(own[card[name]]) for name in ("given", "new") if 0 <= card[name] < len(own)}
+        card["scores"] = _finite(values | {"best": score})
 
 
-def _table_scores(labels: Labels, row: int) -> dict[str, float]:
-    values = {name: column[int(row)].as_py() for name, column in labels.scores.items()}
+def _finite(values: dict[str, float | None]) -> dict[str, float]:
     return {name: round(v, 4) for name, v in values.items() if v is not None and np.isfinite(v)}

@@ -31,9 +31,10 @@ function className(c) {
   return data.names && data.names[c] !== String(c) ? `${c} ${data.names[c]}` : String(c);
 }
 
-function absent(section, ...names) {
-  const reasons = names.filter(name => name in data.missing).map(name => data.missing[name]);
-  const text = `Not shown: ${reasons.join("; ") || "the run has nothing of it"}.`;
+function absent(section, otherwise, ...names) {
+  // The section's place is taken by the first reason there is among data.missing[names].
+  const name = names.find(one => one in data.missing);
+  const text = `Not shown: ${name ? data.missing[name] : otherwise}.`;
   for (const node of [...$(section).children].slice(1)) node.hidden = true;
   $(section).append(make("p", {className: "note", textContent: text}));
 }
@@ -68,18 +69,11 @@ function chart(spec) {
   svg.setAttribute("aria-label", `${spec.title}, chart over epochs; arrow keys read its values`);
   spec.lines.forEach((line, i) => {
     line.color = spec.stacked ? `var(--${line.name})` : color(i);
-    const item = make(spec.lines.length > 1 && !spec.stacked ? "button" : "span", {textContent: line.name});
-    if (item.tagName === "BUTTON") {
-      item.type = "button";
-      item.setAttribute("aria-pressed", "true");
-      item.onclick = () => { shown[i] = !shown[i]; item.setAttribute("aria-pressed", shown[i]); redraw(); };
-    } else if (spec.stacked) {
-      const button = make("button", {type: "button", textContent: line.name, disabled: true});
-      button.style.setProperty("--color", line.color);
-      legend.append(button);
-      return;
-    }
+    if (spec.lines.length === 1) return;
+    const item = make("button", {type: "button", textContent: line.name, disabled: Boolean(spec.stacked)});
     item.style.setProperty("--color", line.color);
+    item.setAttribute("aria-pressed", "true");
+    item.onclick = () => { shown[i] = !shown[i]; item.setAttribute("aria-pressed", shown[i]); redraw(); };
     legend.append(item);
   });
   const figure = make("figure", {}, make("h3", {textContent: spec.title}),
@@ -96,7 +90,7 @@ function chart(spec) {
 
   function redraw() {
     const width = svg.clientWidth || 400, height = svg.clientHeight || 240;
-    const left = 46, right = 8, top = 12, bottom = 26;
+    const left = 46, right = 8, top = 18, bottom = 26;
     svg.replaceChildren();
     svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     let low = 0, high = 100;
@@ -104,26 +98,23 @@ function chart(spec) {
       const values = spec.lines.flatMap((line, i) => shown[i] ? [...line.y, ...(line.low || []), ...(line.high || [])] : []);
       const finite = values.filter(v => v !== null);
       [low, high] = finite.length ? [Math.min(...finite), Math.max(...finite)] : [0, 1];
-      if (low > 0 && low < high / 2) low = 0;
-      if (low === high) [low, high] = low ? [low - Math.abs(low) / 10, low + Math.abs(low) / 10] : [0, 1];
-      const room = (high - low) / 20;
-      if (low !== 0) low -= room;
-      high = unit === " %" ? Math.min(high + room, Math.max(100, high)) : high + room;
+      [low, high] = [Math.min(0, low), Math.max(0, high)];
+      if (low === high) high = 1;
+      high = unit === " %" && high > 90 ? 100 : high + (high - low) / 20;
     }
     const sx = x => left + (x - x0) / (x1 - x0) * (width - left - right);
     const sy = y => height - bottom - (y - low) / (high - low) * (height - top - bottom);
     scale = {left, right, width, sx, sy};
     for (const y of ticks(low, high, 4)) {
       draw(svg, "line", {class: "grid", x1: left, x2: width - right, y1: sy(y), y2: sy(y)});
-      draw(svg, "text", {x: left - 6, y: sy(y) + 4, "text-anchor": "end"}, number(y));
+      draw(svg, "text", {x: left - 6, y: sy(y) + 4, "text-anchor": "end"}, number(y) + unit.trim());
     }
-    for (const x of ticks(x0, x1, Math.max(2, width / 110)))
-      draw(svg, "text", {x: sx(x), y: height - 8, "text-anchor": "middle"}, number(x));
-    draw(svg, "text", {x: left, y: height - 8, "text-anchor": "end"}, "epoch ");
+    ticks(x0, x1, Math.max(2, width / 110)).forEach((x, i) =>
+      draw(svg, "text", {x: sx(x), y: height - 8, "text-anchor": "middle"}, i ? number(x) : `epoch ${number(x)}`));
     if (spec.mark !== undefined && spec.mark > x0 && spec.mark < x1) {
       draw(svg, "line", {class: "mark", x1: sx(spec.mark), x2: sx(spec.mark), y1: top, y2: height - bottom});
       const end = sx(spec.mark) > width * 0.6;
-      draw(svg, "text", {x: sx(spec.mark) + (end ? -4 : 4), y: top - 2, "text-anchor": end ? "end" : "start"}, "correction begins");
+      draw(svg, "text", {x: sx(spec.mark) + (end ? -4 : 4), y: top - 4, "text-anchor": end ? "end" : "start"}, "correction begins");
     }
     spec.lines.forEach((line, i) => {
       if (!shown[i]) return;
@@ -151,7 +142,7 @@ function chart(spec) {
     at = Math.max(0, Math.min(xs.length - 1, i));
     cursor.replaceChildren();
     const parts = [];
-    draw(cursor, "line", {class: "mark", x1: scale.sx(xs[at]), x2: scale.sx(xs[at]), y1: 12, y2: svg.clientHeight - 26});
+    draw(cursor, "line", {class: "mark", x1: scale.sx(xs[at]), x2: scale.sx(xs[at]), y1: 18, y2: svg.clientHeight - 26});
     spec.lines.forEach((line, k) => {
       if (!shown[k]) return;
       const j = nearest(line.x, xs[at]);
@@ -176,9 +167,9 @@ function chart(spec) {
   return figure;
 }
 
-function showCharts(section, ...missing) {
+function showCharts(section, name) {
   const specs = data.charts.filter(spec => spec.group === section);
-  if (!specs.length) return absent(section, ...missing);
+  if (!specs.length) return absent(section, "nothing was logged yet", name);
   for (const spec of specs) {
     if (data.summary.start_clean !== null && section !== "speed") spec.mark = data.summary.start_clean;
     $(section).querySelector(".charts").append(chart(spec));
@@ -209,10 +200,20 @@ function fill(body, rows) {
   }
 }
 
-function bar(parts, whole, label) {
+function pages(button, first) {
+  // How many to show: `first`, until the button asks for all. -> limit(found, redraw)
+  let all = false;
+  return (found, redraw) => {
+    button.hidden = all || found <= first;
+    button.textContent = `Show all ${count(found)}`;
+    button.onclick = () => { all = true; redraw(); };
+    return all ? Infinity : first;
+  };
+}
+
+function bar(parts, whole) {  // the numbers stand beside it
   const box = make("div", {className: "bar"});
-  box.setAttribute("role", "img");
-  box.setAttribute("aria-label", label);
+  box.setAttribute("aria-hidden", "true");
   for (const [verdict, n] of parts) {
     const part = box.appendChild(make("i"));
     part.style.width = `${100 * n / whole}%`;
@@ -222,14 +223,14 @@ function bar(parts, whole, label) {
 }
 
 function classTable() {
-  const c = data.labels.classes, table = $("class-table"), shown = {limit: 50, column: 5, down: true};
+  const c = data.labels.classes, table = $("class-table"), shown = {column: 1, down: true}, limit = pages($("class-more"), 25);
   const rows = c.images.map((images, i) => {
     const noisy = c.relabelled[i] + c.removed[i];
     return {i, images, text: className(i).toLowerCase(),
-      sort: [i, images, c.relabelled[i] / images, c.removed[i] / images, noisy / images, noisy / images, c.joined[i]]};
+      sort: [i, noisy / images, null, images, c.relabelled[i] / images, c.removed[i] / images, c.joined[i]]};
   });
-  const cells = head(table, [["class", true], ["images", false], ["relabelled", false], ["removed", false], ["", true],
-    ["noise rate", false], ["joined from others", false], ["", true]], column => {
+  const cells = head(table, [["class", true], ["noise rate", false], ["", true], ["images", false], ["relabelled", false],
+    ["removed", false], ["joined from others", false], ["", true]], column => {
     shown.down = column === shown.column ? !shown.down : column !== 0;
     shown.column = column;
     update();
@@ -243,29 +244,31 @@ function classTable() {
     [...cells].forEach((cell, i) => i === shown.column
       ? cell.setAttribute("aria-sort", shown.down ? "descending" : "ascending") : cell.removeAttribute("aria-sort"));
     body.replaceChildren();
-    fill(body, found.slice(0, shown.limit).map(({i, images}) => [
-      className(i), count(images), percent(c.relabelled[i], images), percent(c.removed[i], images),
-      images ? bar([["relabelled", c.relabelled[i]], ["removed", c.removed[i]]], images, "") : "",
-      percent(c.relabelled[i] + c.removed[i], images), count(c.joined[i]), showButton({given: i})]));
+    fill(body, found.slice(0, limit(found.length, update)).map(({i, images}) => [
+      className(i), percent(c.relabelled[i] + c.removed[i], images),
+      images ? bar([["relabelled", c.relabelled[i]], ["removed", c.removed[i]]], images) : "",
+      count(images), percent(c.relabelled[i], images), percent(c.removed[i], images), count(c.joined[i]), showButton({given: i})]));
     $("class-count").textContent = found.length === rows.length ? `${count(rows.length)} classes`
       : `${count(found.length)} of ${count(rows.length)} classes`;
-    $("class-more").hidden = found.length <= shown.limit;
-    $("class-more").textContent = `Show all ${count(found.length)}`;
   }
   $("class-search").oninput = update;
-  $("class-more").onclick = () => { shown.limit = Infinity; update(); };
   update();
 }
 
 function pairTable() {
   const {pairs, classes} = data.labels, table = $("pair-table");
-  if (!pairs.length) return absent("relabellings");
+  if (!pairs.length) return absent("relabellings", "no label was changed");
   head(table, [["given label", true], ["new label", true], ["images", false], ["of the given class", false], ["", true], ["", true]]);
-  fill(table.createTBody(), pairs.map(([given, now, n]) => {
-    const whole = given < 0 ? data.labels.unlabelled : classes.images[given];
-    return [className(given), className(now), count(n), percent(n, whole), bar([["relabelled", n]], pairs[0][2], ""),
-      showButton({given, new: now})];
-  }));
+  const body = table.createTBody(), limit = pages($("pair-more"), 15);
+  function update() {
+    body.replaceChildren();
+    fill(body, pairs.slice(0, limit(pairs.length, update)).map(([given, now, n]) => {
+      const whole = given < 0 ? data.labels.unlabelled : classes.images[given];
+      return [className(given), className(now), count(n), percent(n, whole),
+        bar([["relabelled", n]], pairs[0][2]), showButton({given, new: now})];
+    }));
+  }
+  update();
 }
 
 // Images.
@@ -297,28 +300,28 @@ function card(one) {
   const given = className(one.given);
   if (verdict === "relabelled") title.append(make("del", {textContent: given}), ` → ${className(one.new)}`);
   else title.append(given);
-  const lines = [verdict];
+  const lines = [];
   if ("best" in one) {
     const s = one.scores;
-    if ("given" in s) lines.push(`given label: ${s.given.toFixed(3)}`);
-    if (verdict === "relabelled" && "new" in s) lines.push(`new label: ${s.new.toFixed(3)}`);
-    if (one.best !== one.given && one.best !== one.new) lines.push(`best: ${className(one.best)}, ${s.best.toFixed(3)}`);
-    if (one.now !== one.new) lines.push(`now: ${one.now === -1 ? "removed" : className(one.now)}`);
+    if ("given" in s) lines.push(`given label scores ${s.given.toFixed(3)}`);
+    if (verdict === "relabelled" && "new" in s) lines.push(`new label scores ${s.new.toFixed(3)}`);
+    if (one.best !== one.given && one.best !== one.new) lines.push(`${className(one.best)} scores ${number(s.best ?? null)}`);
+    if (one.now !== one.new) lines.push(one.now === -1 ? "would be removed now" : `would get ${className(one.now)} now`);
   } else {
     for (const [name, value] of Object.entries(one.scores)) lines.push(`${name.replaceAll("_", " ")}: ${value.toFixed(3)}`);
   }
-  const image = make("img", {alt: "", loading: "lazy", src: `data:image/jpeg;base64,${one.jpeg}`});
+  const image = make("img", {alt: "", src: `data:image/jpeg;base64,${one.jpeg}`});
   image.onload = () => image.classList.toggle("tiny", Math.max(image.naturalWidth, image.naturalHeight) < data.thumb);
   const node = make("figure", {className: `verdict-${verdict}`}, image,
-    make("figcaption", {}, title, ...lines.map(text => make("small", {textContent: text})), make("small", {textContent: one.path})));
+    make("figcaption", {}, title, make("b", {textContent: verdict}), ...lines.map(text => make("small", {textContent: text})), make("small", {textContent: one.path})));
   node.dataset.verdict = verdict;
   return node;
 }
 
 function gallery() {
-  const nodes = data.images.map(one => ({one, node: card(one), verdict: verdictOf(one),
+  const nodes = data.images.map(one => ({one, node: null, verdict: verdictOf(one),
     text: `${one.path}\n${className(one.given)}\n${className(one.new)}`.toLowerCase()}));
-  const box = $("gallery");
+  const box = $("gallery"), limit = pages($("image-more"), 60);
   box.style.setProperty("--thumb", `${data.thumb}px`);
   box.style.setProperty("--card-width", `${Math.max(data.thumb + 16, 140)}px`);
   for (const verdict of VERDICTS) {
@@ -343,17 +346,15 @@ function gallery() {
   function update() {
     for (const name of Object.keys(filters)) filters[name] = $(name).value;
     const wanted = filters.search.trim().toLowerCase();
-    let visible = 0;
-    for (const {one, node, verdict, text} of nodes) {
-      node.hidden = !(text.includes(wanted) && (!filters.verdict || verdict === filters.verdict)
-        && ["given", "new"].every(name => filters[name] === "" || String(one[name]) === filters[name]));
-      visible += !node.hidden;
-    }
+    const found = nodes.filter(({one, verdict, text}) => text.includes(wanted)
+      && (!filters.verdict || verdict === filters.verdict)
+      && ["given", "new"].every(name => filters[name] === "" || String(one[name]) === filters[name]));
     const key = filters.order.slice(1), sign = filters.order[0] === "+" ? 1 : -1;
-    const value = item => item.one.scores[key] ?? sign * Infinity;
-    const order = filters.order ? [...nodes].sort((a, b) => sign * (value(a) - value(b)) || 0) : nodes;
-    box.append(...order.map(item => item.node));
-    $("image-count").textContent = visible === nodes.length ? plural(visible, "image") : `${count(visible)} of ${plural(nodes.length, "image")}`;
+    const value = item => item.one.scores[key] ?? sign * 2;  // without this score: last
+    if (key) found.sort((a, b) => sign * (value(a) - value(b)));
+    box.replaceChildren(...found.slice(0, limit(found.length, update)).map(item => item.node ??= card(item.one)));
+    $("image-count").textContent = found.length === nodes.length ? plural(found.length, "image")
+      : `${count(found.length)} of ${plural(nodes.length, "image")}`;
   }
   document.querySelector("#images .controls").addEventListener("input", update);
   $("reset").onclick = () => { resetFilters(); update(); };
@@ -367,7 +368,7 @@ function imagesAbout() {
   $("images-about").textContent = `A random sample of ${plural(data.images.length, "image")} out of ${count(all)}, all verdicts and classes in turn. `
     + `The verdict is that of ${data.labels.source}. `
     + (scored ? "The scores are the mixture of classifier and prototypes that decides, by the newest checkpoint and on the central crop; "
-      + "training saw random crops, so it may have decided otherwise: then “now” says what the checkpoint would do." : "");
+      + "training saw random crops, so it may have decided otherwise: then the card says what the checkpoint would do now. " : "") + "More of a class: mopro-fast report --only CLASS.";
   if (!unread.length) return;
   const list = make("ul", {}, ...unread.slice(0, 50).map(([path, why]) => make("li", {textContent: `${path}: ${why}`})));
   $("images-about").after(make("details", {}, make("summary", {textContent: `${plural(unread.length, "sampled image")} could not be read`}), list));
@@ -430,10 +431,19 @@ function prototypes() {
   paint(scale, 64, 1, i => i / 63);
   const map = document.querySelector("#prototypes .map");
   if (n <= 40) map.append(make("ol", {}, ...[...Array(n).keys()].map(i => make("li", {textContent: rowName(i), title: rowName(i)}))));
-  map.append(canvas, make("div", {className: "scale"}, (low / 127).toFixed(2), scale, `${(high / 127).toFixed(2)}`), readout);
+  if (n <= 20) {
+    const below = make("ol", {className: "below"}, ...[...Array(n).keys()].map(i => make("li", {textContent: p.order[i]})));
+    map.append(canvas, below);
+  } else map.append(canvas);
+  map.append(make("div", {className: "scale"}, (low / 127).toFixed(2), scale, `${(high / 127).toFixed(2)}`), readout);
   if (!p.pairs.length) return;
   head($("similar-table"), [["most similar", true], ["", true], ["cosine", false]]);
-  fill($("similar-table").createTBody(), p.pairs.map(([a, b, cosine]) => [className(a), className(b), cosine.toFixed(3)]));
+  const body = $("similar-table").createTBody(), limit = pages($("similar-more"), 10);
+  function update() {
+    body.replaceChildren();
+    fill(body, p.pairs.slice(0, limit(p.pairs.length, update)).map(([a, b, cosine]) => [className(a), className(b), cosine.toFixed(3)]));
+  }
+  update();
 }
 
 // The rest.
@@ -488,16 +498,19 @@ function unreadableFiles() {
 
 function settings() {
   const entries = Object.entries(data.config);
-  if (!entries.length) return absent("settings", "the settings");
-  head($("settings-table"), [["setting", true], ["value", true]]);
-  fill($("settings-table").createTBody(), entries);
+  if (!entries.length) return absent("settings", "there are none", "the settings");
+  head($("settings-table"), [["setting", true], ["value", true], ["default, where it differs", true]]);
+  fill($("settings-table").createTBody(), entries.map(([name, value]) => {
+    const usual = data.defaults[name];
+    return usual === undefined || usual === value ? [name, value, ""] : [make("strong", {textContent: name}), value, usual];
+  }));
 }
 
 function labels() {
   showCharts("labels", "the curves");
   if (!data.labels) {
     for (const section of ["classes", "relabellings", "images"])
-      absent(section, "the corrected labels", "the images", "the settings", "what needs the settings");
+      absent(section, "the run has no labels yet", "the corrected labels", "the images", "the settings");
     return;
   }
   const {counts, unlabelled, source} = data.labels, begin = data.summary.start_clean;
@@ -506,16 +519,21 @@ function labels() {
     + (unlabelled ? ` ${plural(unlabelled, "image")} came without a label.` : "");
   classTable();
   pairTable();
-  if (!data.images.length) return absent("images", "the images");
-  imagesAbout();
-  gallery();
+  if (data.images.length) {
+    imagesAbout();
+    gallery();
+    return;
+  }
+  const unread = Object.entries(data.unread);
+  absent("images", unread.length ? `none of ${plural(unread.length, "sampled image")} could be read, such as ${unread[0].join(": ")}`
+    : "the sample is empty", "the images", "the settings");
 }
 
 tiles();
 missing();
 showCharts("training", "the curves");
 labels();
-if (data.prototypes) prototypes(); else absent("prototypes", "prototypes", "scores and prototypes");
+if (data.prototypes) prototypes(); else absent("prototypes", "there are none", "prototypes", "scores and prototypes");
 showCharts("speed", "the speed");
 unreadableFiles();
 settings();

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mopro_fast.config import TrainConfig
 from mopro_fast.data.shards import replacing
 from mopro_fast.errors import UserError
 from mopro_fast.ops import METRICS
@@ -40,6 +41,7 @@ def collect(options: "Report") -> dict[str, Any]:
     contents = {
         "summary": _summary(run),
         "config": _flat(run.raw_config),
+        "defaults": _flat(json.loads(TrainConfig().to_json())),
         "charts": _curves(run, steps) + _speed(run, steps),
         "names": names,
         "labels": None if labels is None else _label_numbers(labels, classes),
@@ -123,7 +125,7 @@ def _steps_per_epoch(run: Run) -> int:
     """Of a first epoch in progress: from the number of images, or as far as it got."""
     ended = [e["step"] for e in run.log if e.get("split") == "epoch"]
     if not ended and run.index is not None and run.state is not None:
-        ended = [(len(run.index) - len(run.state["left_out"])) // run.config.optim.batch_size]
+        ended = [(len(run.index) - len(run.state.get("left_out", ()))) // run.config.optim.batch_size]
     return max(1, ended[-1] if ended else max((e["step"] for e in run.log), default=1))
 
 
@@ -132,7 +134,7 @@ def _summary(run: Run) -> dict[str, Any]:
     ended = [e for e in run.log if e.get("split") == "epoch"]
     best = {}
     for entry in run.log:
-        if isinstance(entry.get("top1"), (int, float)):
+        if np.isfinite(entry.get("top1", np.nan)):
             first = best.setdefault(entry["split"], {"last": 0, "best": 0, "epoch": 0})
             first["last"] = round(entry["top1"], 2)
             if first["last"] > first["best"]:
@@ -167,12 +169,7 @@ def _curves(run: Run, steps: int) -> list[dict[str, Any]]:
         return {"title": title, "about": about, "lines": [one for one in lines if one], "group": "training"} | more
 
     shares = [
-        {
-            **e,
-            "relabelled": e.get("relabelled", 0),
-            "as given": e["kept"] - e.get("relabelled", 0),
-            "out": 1 - e["kept"],
-        }
+        {"relabelled": 0} | e | {"as given": e["kept"] - e.get("relabelled", 0), "out": 1 - e["kept"]}
         for e in ended
         if isinstance(e.get("kept"), (int, float))
     ]

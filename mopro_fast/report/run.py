@@ -15,6 +15,7 @@ import torch
 from mopro_fast.config import TrainConfig, load
 from mopro_fast.data.index import Index, load_index
 from mopro_fast.errors import UserError
+from mopro_fast.report.figures import UNSEEN
 from mopro_fast.training import checkpoint, inputs
 
 ROWS = 200  # of left_out.csv and of replaced.csv that are shown
@@ -56,7 +57,7 @@ class Run:
         try:
             return load(self.folder / "config.json")
         except UserError as error:
-            self.missing["what needs the settings"] = str(error)
+            self.missing["the settings"] = str(error)
             return None
 
     @cached_property
@@ -95,30 +96,31 @@ class Run:
             index = load_index(self.data or d.path, "train", layout=d.layout, root=self.root or d.root, **options)
         except UserError as error:
             self.missing["the images"] = f"{error}; if the data has moved: --data"
-            if not kept.is_file():
-                return None
-            index = load_index(kept, "train", layout="list", **options)
-            names = {y: path.partition("/")[0] for path, y in zip(index.paths, index.labels.tolist(), strict=True)}
-            index = dataclasses.replace(index, classes=[names.get(c, str(c)) for c in range(d.num_classes)])
-        if self.state is not None:
-            digest = self.state.get("data_digest", "")
-            index = inputs.as_begun(index, kept, digest)
-            if index.digest() != digest:
-                self.missing["the images"] = f"the paths or labels of {index.source} are not those of the run"
-                return None
-        return index
+            index = _as_listed(kept, options)
+        if index is None or self.state is None:
+            return index
+        digest = self.state.get("data_digest", "")
+        index = inputs.as_begun(index, kept, digest)
+        if index.digest() == digest:
+            return index
+        self.missing["the images"] = f"the paths or labels of {index.source} are not those of the run"
+        return None
 
     @cached_property
     def labels(self) -> tuple[np.ndarray, str] | None:
         """int64 [images], −1 removed, −2 not shown; and whose labels they are."""
+        if self.raw_config.get("method") == "ce":
+            self.missing["the corrected labels"] = "plain cross-entropy corrects none"
+            return None
         path = self.folder / "labels.pt"
         try:
             labels = torch.load(path, weights_only=True).numpy().astype(np.int64).reshape(-1)
             return labels, "the last finished epoch of training"
         except Exception as error:  # whatever a broken file makes the unpickler raise
             why = "no epoch is finished yet" if not path.exists() else f"cannot read labels.pt ({_why(error)})"
-        if self.state is not None and bool((self.state["assigned"] != -2).any()):
-            return self.state["assigned"].numpy().astype(np.int64), "the epoch in progress, as far as it was saved"
+        assigned = (self.state or {}).get("assigned")
+        if assigned is not None and bool((assigned != UNSEEN).any()):
+            return assigned.numpy().astype(np.int64), "the epoch in progress, as far as it was saved"
         self.missing["the corrected labels"] = why
         return None
 
@@ -181,6 +183,16 @@ class Run:
         if broken:
             self.missing[f"a part of {what}"] = f"{broken} lines of {name} cannot be read"
         return entries
+
+
+def _as_listed(path: Path, options: dict[str, Any]) -> Index | None:
+    """What a run noted of its class folders, which may be gone."""
+    try:
+        index = load_index(path, "train", layout="list", **options)
+    except UserError:
+        return None
+    names = {label: name.partition("/")[0] for name, label in zip(index.paths, index.labels.tolist(), strict=True)}
+    return dataclasses.replace(index, classes=[names.get(c, str(c)) for c in range(options["num_classes"])])
 
 
 def _why(error: Exception) -> str:
