@@ -167,9 +167,9 @@ function chart(spec) {
   return figure;
 }
 
-function showCharts(section, name) {
+function showCharts(section, ...names) {
   const specs = data.charts.filter(spec => spec.group === section);
-  if (!specs.length) return absent(section, "nothing was logged yet", name);
+  if (!specs.length) return absent(section, "nothing was logged yet", ...names);
   for (const spec of specs) {
     if (data.summary.start_clean !== null && section !== "speed") spec.mark = data.summary.start_clean;
     $(section).querySelector(".charts").append(chart(spec));
@@ -507,7 +507,7 @@ function settings() {
 }
 
 function labels() {
-  showCharts("labels", "the curves");
+  showCharts("labels", "the curves", "the corrected labels");
   if (!data.labels) {
     for (const section of ["classes", "relabellings", "images"])
       absent(section, "the run has no labels yet", "the corrected labels", "the images", "the settings");

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mopro_fast.report.command import Report
 
 LOSSES = {"loss": "sum", "loss_cls": "classification", "loss_proto": "prototypes", "loss_inst": "instances"}
-ACCURACIES = {"acc_cls": "classifier, on the labels it is trained with", "acc_inst": "own key beats the queue"}
+ACCURACIES = {"acc_cls": "classifier", "acc_inst": "instance contrast"}
 NOT_CURVES = {"split", "epoch", "step", "lr", "images", "replaced"}
 
 
@@ -169,9 +169,9 @@ def _curves(run: Run, steps: int) -> list[dict[str, Any]]:
         return {"title": title, "about": about, "lines": [one for one in lines if one], "group": "training"} | more
 
     shares = [
-        {"relabelled": 0} | e | {"as given": e["kept"] - e.get("relabelled", 0), "out": 1 - e["kept"]}
+        e | {"as given": e["kept"] - e["relabelled"], "out": 1 - e["kept"]}
         for e in ended
-        if isinstance(e.get("kept"), (int, float))
+        if isinstance(e.get("kept"), (int, float)) and "relabelled" in e
     ]
     other = [k for k in dict.fromkeys(k for e in train for k in e) if k not in NOT_CURVES | {*METRICS}]
     charts = [
@@ -188,7 +188,7 @@ def _curves(run: Run, steps: int) -> list[dict[str, Any]]:
         chart("Losses", "Their sum is minimised.", [line(train, k, name) for k, name in LOSSES.items()]),
         chart(
             "Accuracy on training batches",
-            "Of the classifier on the labels as corrected, and of the instance contrast.",
+            "Classifier: its first guess is the label it trains with. Contrast: the other view beats the queue.",
             [line(train, k, name, 100) for k, name in ACCURACIES.items()],
             unit=" %",
         ),
