@@ -373,6 +373,12 @@ def test_the_table_of_clean_replaces_the_labels_of_training(run, tmp_path):
     cards = {card["path"]: card for card in contents["images"]}
     first = cards[f"{sorted(CLASSES)[0]}/{FILE.format(0)}"]
     assert (first["given"], first["new"], first["scores"]) == (0, 2, {"score": 0.0})
+    order = np.random.default_rng(0).permutation(49)  # of other rows than the data's, the paths tell
+    table = pq.read_table(tmp_path / "t.parquet").take(order)
+    pq.write_table(table, tmp_path / "shuffled.parquet")
+    shuffled = collect(run, table=str(tmp_path / "shuffled.parquet"))
+    assert shuffled["labels"] == contents["labels"] | {"source": shuffled["labels"]["source"]}
+    assert all(cards[card["path"]] == card for card in shuffled["images"]) and len(shuffled["images"]) == 48
     without = collect(run, table=str(clean_table(run, tmp_path / "u.parquet", score=None)))["images"]
     assert all("best" in card for card in without)  # then the newest checkpoint scores them
 

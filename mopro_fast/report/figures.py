@@ -57,9 +57,10 @@ def by_class(given: np.ndarray, new: np.ndarray, classes: int) -> dict[str, np.n
 def relabellings(given: np.ndarray, new: np.ndarray, most: int = 100) -> list[list[int]]:
     """The most frequent [given, new, images]; given −1: no label was given."""
     rows = verdicts(given, new) == 1
-    pairs, counts = np.unique(np.stack([given[rows], new[rows]], axis=1), axis=0, return_counts=True)
+    width = int(new.max(initial=0)) + 1
+    keys, counts = np.unique((given[rows] + 1) * width + new[rows], return_counts=True)
     order = np.argsort(-counts, kind="stable")[:most]
-    return np.column_stack([pairs, counts])[order].tolist()
+    return np.column_stack([keys[order] // width - 1, keys[order] % width, counts[order]]).tolist()
 
 
 def sample(given: np.ndarray, new: np.ndarray, count: int, seed: int, only: np.ndarray | None = None) -> np.ndarray:

@@ -77,11 +77,13 @@ def read_table(path: str) -> Labels:
     return Labels(given, new, f"the table {path}", column("path"), scores)
 
 
-def rows_of(paths: list[str], index: Index) -> np.ndarray:
-    """int64 [n]: the index's rows of these paths, −1 where it has none."""
+def rows_of(paths: list[str], index: Index, likely: np.ndarray) -> np.ndarray:
+    """int64 [n]: the index's rows of these paths, −1 where it has none. likely: tried first, millions take seconds."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    if likely.max(initial=0) < len(index) and index.paths[likely].tolist() == paths:
+        return likely
     found = pc.index_in(pa.array(paths, pa.string()), value_set=pa.array(index.paths.tolist(), pa.string()))
     return pc.fill_null(found, -1).to_numpy().astype(np.int64)
 
@@ -136,7 +138,7 @@ def cards(
         return thumbnail(pixels, thumb), None if model is None else _central(pixels, resize, d.image_size)
 
     found, unread = [], {}
-    at = dict(zip(rows.tolist(), rows_of([labels.path(r) for r in rows], index).tolist(), strict=True))
+    at = dict(zip(rows.tolist(), rows_of([labels.path(r) for r in rows], index, rows).tolist(), strict=True))
     threads = inputs.threads(d)
     with tqdm(total=len(rows), desc="images", unit="img", disable=None, leave=False, file=sys.stderr) as bar:
         for first in range(0, len(rows), BATCH):
