@@ -353,34 +353,42 @@ def test_data_that_moved_is_gone_or_is_not_the_run_s(run, tmp_path):
 
 
 def clean_table(run: Path, path: Path, **columns) -> Path:
+    """As `mopro-fast clean` writes it; a column of None is left out."""
     names = [line.rpartition(" ")[0] for line in (run / "images.txt").read_text().splitlines()]
-    n = len(names)
+    n, rows = len(names), np.arange(len(names))
     table = {
-        "id": range(n),
+        "id": rows,
         "path": names,
-        "given_label": given_labels(),
-        "new_label": np.where(np.arange(n) < 6, 2, given_labels()),
-        "score": np.linspace(0, 1, n),
-        "verdict": ["relabelled"] * 6 + ["out-of-distribution"] * 5 + ["kept"] * (n - 11),
+        "given": given_labels(),
+        "label": np.select([rows < 6, rows < 12], [2, -1], given_labels()),
+        "verdict": ["relabelled"] * 6 + ["removed"] * 5 + ["unreadable"] + ["kept"] * (n - 12),
+        "best": np.where(rows == 11, -1, 2),
+        "score_given": [None if i == 11 else i / n for i in range(n)],
+        "score_best": [None if i == 11 else 1 - i / n for i in range(n)],
+        "classifier_best": [0.25] * n,
     }
+    path.parent.mkdir(exist_ok=True)
     pq.write_table(pa.table({k: v for k, v in (table | columns).items() if v is not None}), path)
     return path
 
 
 def test_the_table_of_clean_replaces_the_labels_of_training(run, tmp_path):
-    contents = collect(run, table=str(clean_table(run, tmp_path / "t.parquet")))
-    assert contents["labels"]["counts"] == {"kept": 38, "relabelled": 6, "removed": 5}
+    clean_table(run, tmp_path / "cleaned" / images.TABLE)
+    contents = collect(run, table=str(tmp_path / "cleaned"))
+    assert contents["labels"]["counts"] == {"kept": 37, "relabelled": 6, "removed": 5}
+    assert contents["labels"]["unseen"] == 1
     cards = {card["path"]: card for card in contents["images"]}
-    first = cards[f"{sorted(CLASSES)[0]}/{FILE.format(0)}"]
-    assert (first["given"], first["new"], first["scores"]) == (0, 2, {"score": 0.0})
+    first, seventh = (cards[f"{sorted(CLASSES)[0]}/{FILE.format(i)}"] for i in (0, 6))
+    assert (first["given"], first["new"], first["best"]) == (0, 2, 2)
+    assert first["scores"] == {"given": 0, "best": 1, "new": 1, "classifier_best": 0.25}
+    assert (seventh["new"], seventh["scores"]["given"]) == (-1, pytest.approx(6 / 49, abs=1e-4))
     order = np.random.default_rng(0).permutation(49)  # of other rows than the data's, the paths tell
-    table = pq.read_table(tmp_path / "t.parquet").take(order)
-    pq.write_table(table, tmp_path / "shuffled.parquet")
+    pq.write_table(pq.read_table(tmp_path / "cleaned" / images.TABLE).take(order), tmp_path / "shuffled.parquet")
     shuffled = collect(run, table=str(tmp_path / "shuffled.parquet"))
     assert shuffled["labels"] == contents["labels"] | {"source": shuffled["labels"]["source"]}
-    assert all(cards[card["path"]] == card for card in shuffled["images"]) and len(shuffled["images"]) == 48
-    without = collect(run, table=str(clean_table(run, tmp_path / "u.parquet", score=None)))["images"]
-    assert all("best" in card for card in without)  # then the newest checkpoint scores them
+    assert all(cards[card["path"]] == card for card in shuffled["images"]) and len(shuffled["images"]) == 47
+    bare = clean_table(run, tmp_path / "bare", best=None, score_given=None, score_best=None, classifier_best=None)
+    assert all("now" in card for card in collect(run, table=str(bare))["images"])  # the newest checkpoint scores them
 
 
 def test_a_wrong_table_is_one_line(run, tmp_path):
@@ -388,8 +396,9 @@ def test_a_wrong_table_is_one_line(run, tmp_path):
     for path, message in (
         (tmp_path / "none", "cannot read --table"),
         (tmp_path / "text", "cannot read --table"),
+        (tmp_path, "cannot read --table .*cleaned.parquet"),
         (clean_table(run, tmp_path / "a", verdict=None), "no column verdict"),
-        (clean_table(run, tmp_path / "b", new_label=["cat"] * 49), "not integers"),
+        (clean_table(run, tmp_path / "b", label=["cat"] * 49), "another type"),
     ):
         with pytest.raises(UserError, match=message) as error:
             collect(run, table=str(path))
@@ -483,6 +492,16 @@ def test_in_chromium_search_and_filters_change_the_visible_cards(opened):
     ask(SET.format("order"), "-given")
     scores = [re.search(r"given label scores (\S+)", text)[1] for _, text in ask(CARDS)]
     assert len(scores) == 44 and scores == sorted(scores, key=float, reverse=True) and scores[0] != scores[-1]
+
+
+def test_in_chromium_the_table_of_clean(opened, run, tmp_path):
+    ask = opened(table=str(clean_table(run, tmp_path / "table")))
+    ask(SET.format("search"), FILE.format(0))
+    assert any("new label scores 1.000" in text and "classifier best 0.250" in text for _, text in ask(CARDS))
+    ask("$('reset').click()")
+    ask(SET.format("order"), "+given")
+    scores = [float(re.search(r"given label scores (\S+)", text)[1]) for _, text in ask(CARDS)]
+    assert len(scores) == 47 and scores == sorted(scores)
 
 
 def test_in_chromium_tables_charts_and_map_answer(opened, browser):

@@ -19,7 +19,7 @@ class Report:
     out: str | None = None
     """The page (default: RUN/report.html)."""
     table: str | None = None
-    """Parquet table of `mopro-fast clean`: its labels and scores are shown instead of those of training."""
+    """What `mopro-fast clean` wrote, the folder or its table: shown instead of the labels and scores of training."""
     images: int = 400
     """Images shown: a sample over verdicts and classes. Each adds about 4 kB at the default --thumb."""
     thumb: int = 96

@@ -4,6 +4,7 @@ import base64
 import io
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,12 @@ from mopro_fast.data.cache import _central, _decoded
 from mopro_fast.data.index import Index
 from mopro_fast.errors import UserError
 from mopro_fast.models.build import build_encoder
-from mopro_fast.report.figures import REMOVED
+from mopro_fast.report.figures import REMOVED, UNSEEN, VERDICTS
 from mopro_fast.training import checkpoint, inputs
 
 BATCH = 64
 JPEG_QUALITY = 80
-_GIVEN = ("given", "given_label", "label", "old_label")
-_NEW = ("new", "new_label", "corrected", "pseudo_label")
+TABLE = "cleaned.parquet"  # in the folder that `mopro-fast clean` writes
 
 
 @dataclass
@@ -39,42 +39,37 @@ class Labels:
     paths: Any
     """[n], as given in the index or in the table; numpy or pyarrow."""
     scores: dict[str, Any] = field(default_factory=dict)
-    """Columns [n] of the table."""
+    """Columns [n] of the table: floats by name, and perhaps ``best``, the class of the highest score."""
 
     def path(self, row: int) -> str:
         value = self.paths[int(row)]
         return str(value.as_py() if hasattr(value, "as_py") else value)
 
 
-def read_table(path: str) -> Labels:
-    """The table that `mopro-fast clean` writes, or one like it: path, given and new label, verdict, any scores."""
+def read_table(path: Path) -> Labels:
+    """The table that `mopro-fast clean` writes, or its folder. Needed are path, given, label and verdict."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    path = path / TABLE if path.is_dir() else path
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
         why = str(error).partition("\n")[0]
-        raise UserError(f"cannot read --table {path}: {why}; it is the Parquet file of `mopro-fast clean`") from None
-
-    def column(*names: str) -> pa.ChunkedArray:
-        for name in table.column_names:
-            if name.lower().replace(" ", "_") in names:
-                return table[name]
-        raise UserError(f"--table {path} has no column {' or '.join(names)}; it has {', '.join(table.column_names)}")
-
-    def labels(*names: str) -> np.ndarray:
-        try:
-            return column(*names).cast(pa.int64()).fill_null(-1).to_numpy().copy()
-        except (pa.ArrowException, NotImplementedError) as error:
-            raise UserError(f"--table {path}: {names[0]} labels are not integers: {error}") from None
-
-    given, new = labels(*_GIVEN), labels(*_NEW)
-    words = column("verdict").cast(pa.string()).combine_chunks().dictionary_encode()
-    removed = [i for i, word in enumerate(words.dictionary.to_pylist()) if word.lower() not in ("kept", "relabelled")]
-    new[np.isin(words.indices.fill_null(-1).to_numpy(), removed)] = REMOVED
-    scores = {n: table[n] for n in table.column_names if pa.types.is_floating(table.schema.field(n).type)}
-    return Labels(given, new, f"the table {path}", column("path"), scores)
+        raise UserError(f"cannot read --table {path}: {why}; name the {TABLE} of `mopro-fast clean`") from None
+    for name in ("path", "given", "label", "verdict"):
+        if name not in table.column_names:
+            raise UserError(f"--table {path} has no column {name}: it is not the {TABLE} of `mopro-fast clean`")
+    try:
+        given, new = (table[name].cast(pa.int64()).fill_null(-1).to_numpy().copy() for name in ("given", "label"))
+        verdict = table["verdict"].cast(pa.string()).fill_null("").to_numpy()
+    except (pa.ArrowException, NotImplementedError) as error:
+        raise UserError(f"--table {path}: its labels or verdicts are of another type: {error}") from None
+    new[verdict == "removed"] = REMOVED
+    new[~np.isin(verdict, VERDICTS)] = UNSEEN  # the image could not be read
+    floats = [f.name for f in table.schema if pa.types.is_floating(f.type)]
+    scores = {name: table[name] for name in (*floats, *({"best"} & {*table.column_names}))}
+    return Labels(given, new, f"the table {path}", table["path"], scores)
 
 
 def rows_of(paths: list[str], index: Index, likely: np.ndarray) -> np.ndarray:
@@ -154,7 +149,7 @@ def cards(
                 card = {"path": labels.path(row), "given": int(labels.given[row]), "new": int(labels.new[row])}
                 card |= {"jpeg": result[0], "scores": {}}
                 if model is None:
-                    card["scores"] = _finite({name: column[row].as_py() for name, column in labels.scores.items()})
+                    card |= _of_table(labels, row)
                 found.append(card)
                 crops.append(result[1])
             if model is not None and crops:
@@ -183,6 +178,16 @@ def _score(found: list[dict[str, Any]], crops: torch.Tensor, model: tuple, confi
         card |= {"best": guess, "now": label}
         values = {name: float(own[card[name]]) for name in ("given", "new") if 0 <= card[name] < len(own)}
         card["scores"] = _finite(values | {"best": score})
+
+
+def _of_table(labels: Labels, row: int) -> dict[str, Any]:
+    """As _score does, from the table's columns; score_given and score_best under the names used there."""
+    values = {name: column[row].as_py() for name, column in labels.scores.items()}
+    best = values.pop("best", None)
+    renamed = {name.removeprefix("score_"): v for name, v in values.items()}
+    if best is not None and best == labels.new[row]:
+        renamed["new"] = renamed.get("best")
+    return {"scores": _finite(renamed)} | ({} if best is None else {"best": int(best)})
 
 
 def _finite(values: dict[str, float | None]) -> dict[str, float]:

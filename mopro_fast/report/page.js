@@ -300,16 +300,13 @@ function card(one) {
   const given = className(one.given);
   if (verdict === "relabelled") title.append(make("del", {textContent: given}), ` → ${className(one.new)}`);
   else title.append(given);
-  const lines = [];
-  if ("best" in one) {
-    const s = one.scores;
-    if ("given" in s) lines.push(`given label scores ${s.given.toFixed(3)}`);
-    if (verdict === "relabelled" && "new" in s) lines.push(`new label scores ${s.new.toFixed(3)}`);
-    if (one.best !== one.given && one.best !== one.new) lines.push(`${className(one.best)} scores ${number(s.best ?? null)}`);
-    if (one.now !== one.new) lines.push(one.now === -1 ? "would be removed now" : `would get ${className(one.now)} now`);
-  } else {
-    for (const [name, value] of Object.entries(one.scores)) lines.push(`${name.replaceAll("_", " ")}: ${value.toFixed(3)}`);
-  }
+  const {given: own, new: now, best, ...others} = one.scores, lines = [];
+  if (own !== undefined) lines.push(`given label scores ${own.toFixed(3)}`);
+  if (verdict === "relabelled" && now !== undefined) lines.push(`new label scores ${now.toFixed(3)}`);
+  if (best !== undefined && "best" in one && one.best !== one.given && one.best !== one.new)
+    lines.push(`${className(one.best)} scores ${best.toFixed(3)}`);
+  for (const [name, value] of Object.entries(others)) lines.push(`${name.replaceAll("_", " ")} ${value.toFixed(3)}`);
+  if ("now" in one && one.now !== one.new) lines.push(one.now === -1 ? "would be removed now" : `would get ${className(one.now)} now`);
   const image = make("img", {alt: "", src: `data:image/jpeg;base64,${one.jpeg}`});
   image.onload = () => image.classList.toggle("tiny", Math.max(image.naturalWidth, image.naturalHeight) < data.thumb);
   const node = make("figure", {className: `verdict-${verdict}`}, image,
@@ -339,7 +336,7 @@ function gallery() {
   const names = [...new Set(data.images.flatMap(one => Object.keys(one.scores)))];
   $("order").append(make("option", {value: "", textContent: "as sampled"}));
   for (const name of names) {
-    const words = "best" in (data.images[0] || {}) ? `score of the ${name} label` : name.replaceAll("_", " ");
+    const words = ["given", "new", "best"].includes(name) ? `score of the ${name} label` : name.replaceAll("_", " ");
     for (const [sign, way] of [["-", "highest"], ["+", "lowest"]])
       $("order").append(make("option", {value: sign + name, textContent: `${words}, ${way} first`}));
   }
@@ -362,7 +359,7 @@ function gallery() {
 }
 
 function imagesAbout() {
-  const scored = data.images.some(one => "best" in one);
+  const scored = data.images.some(one => "now" in one);
   const unread = Object.entries(data.unread);
   const all = Object.values(data.labels.counts).reduce((a, b) => a + b, 0);
   $("images-about").textContent = `A random sample of ${plural(data.images.length, "image")} out of ${count(all)}, all verdicts and classes in turn. `
@@ -459,7 +456,7 @@ function tiles() {
     tile(percent(counts.relabelled + counts.removed, all), "estimated noise: labels changed or removed");
     for (const verdict of VERDICTS)
       tile(percent(counts[verdict], all), `${verdict}: ${plural(counts[verdict], "image")}`);
-    if (unseen) tile(count(unseen), "images not shown in that epoch");
+    if (unseen) tile(count(unseen), "images not judged");
   }
   for (const spec of data.charts.filter(one => one.group === "speed")) {
     const values = spec.lines[0].y.filter(v => v !== null).sort((a, b) => a - b);

@@ -91,7 +91,7 @@ def _hash(text: str) -> str:
 
 def _labels(run: Run, table: str | None) -> Labels | None:
     if table is not None:
-        return read_table(table)
+        return read_table(Path(table))
     if run.index is None or run.labels is None:
         return None
     new, source = run.labels
