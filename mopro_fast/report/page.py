@@ -46,7 +46,6 @@ def collect(options: "Report") -> dict[str, Any]:
         "names": names,
         "labels": None if labels is None else _label_numbers(labels, classes),
         "images": [],
-        "sampled": 0,
         "unread": {},
         "thumb": options.thumb,
         "prototypes": _prototypes(run),
@@ -56,7 +55,7 @@ def collect(options: "Report") -> dict[str, Any]:
         rows = figures.sample(labels.given, labels.new, options.images, options.seed, only)
         model = None if labels.scores else _model(run, options.device)
         shown = cards(labels, rows, run.index, model, run.config, options.thumb, options.device)
-        contents |= dict(zip(("images", "unread"), shown, strict=True)) | {"sampled": len(rows)}
+        contents |= dict(zip(("images", "unread"), shown, strict=True))
     return contents | {"missing": run.missing}
 
 
