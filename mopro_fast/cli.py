@@ -14,6 +14,7 @@ COMMANDS = {
         "mopro_fast.benchmark.command",
         "time a training step here: ours, the official code's, plain training",
     ),
+    "report": ("mopro_fast.report.command", "one HTML page about a run: curves, corrected labels, images, prototypes"),
     "env": ("mopro_fast.environment", "what this installation has: versions, GPU, extension, backends"),
 }
 

@@ -42,6 +42,7 @@ def main(argv: list[str]) -> int:
     print(table(results))
     draw(out, out / "demo.png")
     print(f"\nfigure: {out / 'demo.png'}    numbers: {out / 'results.json'}    TensorBoard: tensorboard --logdir {out}")
+    print(f"what MoPro did, image by image: mopro-fast report {out / 'mopro'}")
     return 0
 
 

@@ -1,0 +1,1 @@
+"""``mopro-fast report``: one HTML page that shows what a run did."""

@@ -1,0 +1,130 @@
+"""The numbers of the report: thinned curves, noise per class, relabellings, the sample, similar prototypes."""
+
+import base64
+from typing import Any
+
+import numpy as np
+
+REMOVED, UNSEEN = -1, -2  # as in labels.pt
+VERDICTS = ("kept", "relabelled", "removed")
+SHARES = (0.15, 0.45, 0.4)  # of the sample
+POINTS = 300  # per curve
+CELLS = 128  # per side of the similarity map
+
+
+def thin(x: np.ndarray, y: np.ndarray, points: int = POINTS) -> dict[str, list]:
+    """A curve of at most ``points`` points: means of neighbours, with the least and largest of what they stand for.
+
+    Values that are not finite become None.
+    """
+    edges = np.linspace(0, len(x), min(len(x), points) + 1).astype(int)
+    parts = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    curve = {"x": numbers([x[p].mean() for p in parts], 6), "y": numbers([y[p].mean() for p in parts])}
+    if len(x) > points:
+        curve |= {"low": numbers([y[p].min() for p in parts]), "high": numbers([y[p].max() for p in parts])}
+    return curve
+
+
+def numbers(values: Any, digits: int = 4) -> list[float | None]:
+    """Plain floats of so many significant digits; None where not finite."""
+    return [float(f"{v:.{digits}g}") if np.isfinite(v) else None for v in values]
+
+
+def verdicts(given: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """int8 [n]: index into VERDICTS, −1 where the image was not shown."""
+    verdict = np.where(new == REMOVED, 2, np.where(new == given, 0, 1)).astype(np.int8)
+    return np.where(new == UNSEEN, np.int8(-1), verdict)
+
+
+def by_class(given: np.ndarray, new: np.ndarray, classes: int) -> dict[str, np.ndarray]:
+    """Per given class, int64 [C]: images shown, relabelled and removed of them, and others' images relabelled to it.
+
+    The estimated noise rate is (relabelled + removed) / images.
+    """
+    verdict = verdicts(given, new)
+
+    def count(labels: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        return np.bincount(labels[mask & (labels >= 0)], minlength=classes)
+
+    return {
+        "images": count(given, verdict >= 0),
+        "relabelled": count(given, verdict == 1),
+        "removed": count(given, verdict == 2),
+        "joined": count(new, verdict == 1),
+    }
+
+
+def relabellings(given: np.ndarray, new: np.ndarray, most: int = 100) -> list[list[int]]:
+    """The most frequent [given, new, images]; given −1: no label was given."""
+    rows = verdicts(given, new) == 1
+    width = int(new.max(initial=0)) + 1
+    keys, counts = np.unique((given[rows] + 1) * width + new[rows], return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:most]
+    return np.column_stack([keys[order] // width - 1, keys[order] % width, counts[order]]).tolist()
+
+
+def sample(given: np.ndarray, new: np.ndarray, count: int, seed: int, only: np.ndarray | None = None) -> np.ndarray:
+    """int64: at most ``count`` images, all verdicts, and in each the given classes in turn; sorted.
+
+    Slots that a verdict cannot fill go to the others. only: classes that an image must have or get.
+    """
+    rng = np.random.default_rng(seed)
+    verdict = verdicts(given, new)
+    if only is not None:
+        verdict[~(np.isin(given, only) | np.isin(new, only))] = -1
+    wanted = [rng.permutation(np.flatnonzero(verdict == v)) for v in range(len(VERDICTS))]
+    wanted = [rows[np.argsort(_turns(given[rows]), kind="stable")] for rows in wanted]
+    slots = [int(count * share) for share in SHARES]
+    slots[1] += count - sum(slots)
+    taken = [rows[:n] for rows, n in zip(wanted, slots, strict=True)]
+    for v in (1, 2, 0):
+        room = count - sum(map(len, taken))
+        taken[v] = wanted[v][: len(taken[v]) + room]
+    return np.sort(np.concatenate(taken))
+
+
+def _turns(labels: np.ndarray) -> np.ndarray:
+    """int64 [n]: how many of the same label come earlier."""
+    order = np.argsort(labels, kind="stable")
+    turns = np.empty(len(labels), np.int64)
+    turns[order] = np.arange(len(labels)) - np.searchsorted(labels[order], labels[order])
+    return turns
+
+
+def similarity(prototypes: np.ndarray, cells: int = CELLS, pairs: int = 30) -> dict[str, Any]:
+    """Cosines of the prototypes [C, D] that are not zero, similar classes side by side.
+
+    ``order``: classes along both sides; ``edges``: where the map's rows begin in it, if C is above ``cells``: then a
+    cell is the mean over its classes, without those of a prototype with itself. ``cosines``: base64 of int8 [rows,
+    rows], 127 is 1. ``pairs``: the most similar [class, class, cosine].
+    """
+    from scipy.cluster.hierarchy import leaves_list, linkage
+
+    norms = np.linalg.norm(prototypes, axis=1)
+    usable = np.flatnonzero((norms > 0) & np.isfinite(norms))
+    unit = prototypes[usable] / norms[usable, None]
+    order = np.arange(len(usable))
+    if len(usable) > 2:
+        order = leaves_list(linkage(unit, "average", optimal_ordering=len(usable) <= 1000))
+    unit, order = unit[order], usable[order]
+    cosines = (unit @ unit.T).clip(-1, 1)
+
+    n = len(order)
+    edges = np.linspace(0, n, min(n, cells) + 1).astype(int)
+    starts, sizes = edges[:-1], np.diff(edges)
+    own = sizes * (sizes > 1)  # a prototype with itself counts only where it is alone
+    sums = np.add.reduceat(np.add.reduceat(cosines, starts, 0), starts, 1) - np.diag(own) if n else cosines
+    means = sums / np.maximum(np.outer(sizes, sizes) - np.diag(own), 1)
+
+    upper = np.triu(np.ones((n, n), bool), 1)
+    flat = np.where(upper, cosines, -2).ravel()
+    top = np.argpartition(-flat, min(pairs, flat.size - 1))[:pairs] if n > 1 else np.empty(0, int)
+    top = top[flat[top] > -2]
+    top = top[np.argsort(-flat[top], kind="stable")]
+    return {
+        "order": order.tolist(),
+        "edges": edges.tolist(),
+        "cosines": base64.b64encode(np.rint(127 * means).astype(np.int8).tobytes()).decode(),
+        "pairs": [[int(order[i // n]), int(order[i % n]), round(float(flat[i]), 3)] for i in top],
+        "unused": len(prototypes) - n,
+    }

@@ -1,0 +1,194 @@
+"""The images of the report: which labels they have, how they look small, and their scores."""
+
+import base64
+import io
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from mopro_fast import ops
+from mopro_fast.config import TrainConfig
+from mopro_fast.data.cache import _central, _decoded
+from mopro_fast.data.index import Index
+from mopro_fast.errors import UserError
+from mopro_fast.models.build import build_encoder
+from mopro_fast.report.figures import REMOVED, UNSEEN, VERDICTS
+from mopro_fast.training import checkpoint, inputs
+
+BATCH = 64
+JPEG_QUALITY = 80
+TABLE = "cleaned.parquet"  # in the folder that `mopro-fast clean` writes
+
+
+@dataclass
+class Labels:
+    """Given and corrected labels of all images."""
+
+    given: np.ndarray
+    """int64 [n]; −1: none."""
+    new: np.ndarray
+    """int64 [n]; −1 removed, −2 not shown."""
+    source: str
+    """Whose the corrections are, for the reader."""
+    paths: Any
+    """[n], as given in the index or in the table; numpy or pyarrow."""
+    scores: dict[str, Any] = field(default_factory=dict)
+    """Columns [n] of the table: floats by name, and perhaps ``best``, the class of the highest score."""
+
+    def path(self, row: int) -> str:
+        value = self.paths[int(row)]
+        return str(value.as_py() if hasattr(value, "as_py") else value)
+
+
+def read_table(path: Path) -> Labels:
+    """The table that `mopro-fast clean` writes, or its folder. Needed are path, given, label and verdict."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = path / TABLE if path.is_dir() else path
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        why = str(error).partition("\n")[0]
+        raise UserError(f"cannot read --table {path}: {why}; name the {TABLE} of `mopro-fast clean`") from None
+    for name in ("path", "given", "label", "verdict"):
+        if name not in table.column_names:
+            raise UserError(f"--table {path} has no column {name}: it is not the {TABLE} of `mopro-fast clean`")
+    try:
+        given, new = (table[name].cast(pa.int64()).fill_null(-1).to_numpy().copy() for name in ("given", "label"))
+        verdict = table["verdict"].cast(pa.string()).fill_null("").to_numpy()
+    except (pa.ArrowException, NotImplementedError) as error:
+        raise UserError(f"--table {path}: its labels or verdicts are of another type: {error}") from None
+    new[verdict == "removed"] = REMOVED
+    new[~np.isin(verdict, VERDICTS)] = UNSEEN  # the image could not be read
+    floats = [f.name for f in table.schema if pa.types.is_floating(f.type)]
+    scores = {name: table[name] for name in (*floats, *({"best"} & {*table.column_names}))}
+    return Labels(given, new, f"the table {path}", table["path"], scores)
+
+
+def rows_of(paths: list[str], index: Index, likely: np.ndarray) -> np.ndarray:
+    """int64 [n]: the index's rows of these paths, −1 where it has none. likely: tried first, millions take seconds."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if likely.max(initial=0) < len(index) and index.paths[likely].tolist() == paths:
+        return likely
+    found = pc.index_in(pa.array(paths, pa.string()), value_set=pa.array(index.paths.tolist(), pa.string()))
+    return pc.fill_null(found, -1).to_numpy().astype(np.int64)
+
+
+def load_model(config: TrainConfig, state: dict[str, Any], device: str) -> tuple[torch.nn.Module, torch.Tensor | None]:
+    """The query encoder, ready to evaluate, and the prototypes, None if there are none. Raises UserError."""
+    weights = state["model"]
+    encoder = build_encoder(config)
+    own = {f"encoder_q.{name}": w for name, w in encoder.state_dict().items()}
+    theirs = {name: w for name, w in weights.items() if name.startswith("encoder_q.")}
+    if "prototypes" in weights:
+        own["prototypes"] = torch.empty(config.data.num_classes, config.model.embed_dim)
+    checkpoint.check_fits(own, theirs | {n: w for n, w in weights.items() if n == "prototypes"}, "in the run's folder")
+    encoder.load_state_dict({name.partition(".")[2]: w for name, w in theirs.items()})
+    prototypes = weights.get("prototypes")
+    return encoder.to(device).eval(), None if prototypes is None else prototypes.to(device)
+
+
+@torch.no_grad()
+def scores(
+    encoder: torch.nn.Module,
+    prototypes: torch.Tensor | None,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    c: TrainConfig,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Step 6 of the method for images uint8 [N, S, S, 3] and labels int64 [N].
+
+    -> t float32 [N, C], the classifier's alone without prototypes; int64 [N]: the label now, −1 if removed.
+    """
+    m = c.mopro
+    logits, q = encoder(ops.normalize(images))
+    if prototypes is None:
+        return logits.float().softmax(1), labels
+    mixing = {"alpha": m.alpha, "temperature": m.temperature}
+    t = m.alpha * logits.float().softmax(1) + (1 - m.alpha) * (q @ prototypes.T / m.temperature).softmax(1)
+    now, kept = ops.correct_labels(logits, q, prototypes, labels, threshold=m.threshold, **mixing)
+    return t, torch.where(kept, now, REMOVED)
+
+
+def cards(
+    labels: Labels, rows: np.ndarray, index: Index, model: tuple | None, config: TrainConfig, thumb: int, device: str
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """-> for each of these rows its labels, thumbnail and scores; the paths that could not be read, and why.
+
+    model: what load_model returns, to score the images; None: the table's scores are taken, if there are any.
+    """
+    d = config.data
+    resize = d.eval_resize or round(d.image_size * 256 / 224)
+
+    def small(pixels: np.ndarray) -> tuple[str, np.ndarray | None]:
+        return thumbnail(pixels, thumb), None if model is None else _central(pixels, resize, d.image_size)
+
+    found, unread = [], {}
+    at = dict(zip(rows.tolist(), rows_of([labels.path(r) for r in rows], index, rows).tolist(), strict=True))
+    threads = inputs.threads(d)
+    with tqdm(total=len(rows), desc="images", unit="img", disable=None, leave=False, file=sys.stderr) as bar:
+        for first in range(0, len(rows), BATCH):
+            chunk, crops = rows[first : first + BATCH].tolist(), []
+            there = [r for r in chunk if at[r] >= 0]
+            unread |= {labels.path(r): "not in the training data" for r in chunk if at[r] < 0}
+            begin = len(found)
+            read = _decoded(index, np.array([at[r] for r in there], np.int64), threads, False, small)
+            for row, result in zip(there, read, strict=True):
+                if isinstance(result, str):
+                    unread[labels.path(row)] = result
+                    continue
+                card = {"path": labels.path(row), "given": int(labels.given[row]), "new": int(labels.new[row])}
+                card |= {"jpeg": result[0], "scores": {}}
+                if model is None:
+                    card |= _of_table(labels, row)
+                found.append(card)
+                crops.append(result[1])
+            if model is not None and crops:
+                _score(found[begin:], torch.from_numpy(np.stack(crops)).to(device), model, config)
+            bar.update(len(chunk))
+    return found, unread
+
+
+def thumbnail(pixels: np.ndarray, side: int) -> str:
+    """base64 of a JPEG whose longer side is at most ``side``."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=JPEG_QUALITY, optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _score(found: list[dict[str, Any]], crops: torch.Tensor, model: tuple, config: TrainConfig) -> None:
+    """Put the scores of a batch into its cards: t of the given label and of the new one, the best, the verdict now."""
+    encoder, prototypes = model
+    given = torch.tensor([card["given"] for card in found], device=crops.device)
+    t, now = scores(encoder, prototypes, crops, given, config)
+    best_score, best = t.max(1)
+    columns = (t.cpu(), now.tolist(), best.tolist(), best_score.tolist())
+    for card, own, label, guess, score in zip(found, *columns, strict=True):
+        card |= {"best": guess, "now": label}
+        values = {name: float(own[card[name]]) for name in ("given", "new") if 0 <= card[name] < len(own)}
+        card["scores"] = _finite(values | {"best": score})
+
+
+def _of_table(labels: Labels, row: int) -> dict[str, Any]:
+    """As _score does, from the table's columns; score_given and score_best under the names used there."""
+    values = {name: column[row].as_py() for name, column in labels.scores.items()}
+    best = values.pop("best", None)
+    renamed = {name.removeprefix("score_"): v for name, v in values.items()}
+    if best is not None and best == labels.new[row]:
+        renamed["new"] = renamed.get("best")
+    return {"scores": _finite(renamed)} | ({} if best is None else {"best": int(best)})
+
+
+def _finite(values: dict[str, float | None]) -> dict[str, float]:
+    return {name: round(v, 4) for name, v in values.items() if v is not None and np.isfinite(v)}

@@ -1,0 +1,275 @@
+"""The page: its contents as plain values, which page.js shows, and the one HTML file around them."""
+
+import base64
+import hashlib
+import html
+import json
+import os
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mopro_fast.config import TrainConfig
+from mopro_fast.data.shards import replacing
+from mopro_fast.errors import UserError
+from mopro_fast.ops import METRICS
+from mopro_fast.report import figures
+from mopro_fast.report.images import Labels, cards, load_model, read_table
+from mopro_fast.report.run import Run
+
+if TYPE_CHECKING:
+    from mopro_fast.report.command import Report
+
+LOSSES = {"loss": "sum", "loss_cls": "classification", "loss_proto": "prototypes", "loss_inst": "instances"}
+ACCURACIES = {"acc_cls": "classifier", "acc_inst": "instance contrast"}
+NOT_CURVES = {"split", "epoch", "step", "lr", "images", "replaced"}
+
+
+def collect(options: "Report") -> dict[str, Any]:
+    """Everything the page shows, as JSON values. Only wrong options raise; what the run lacks is in ``missing``."""
+    run = Run(Path(options.run), options.data, options.root)
+    labels = _labels(run, options.table)
+    classes = _class_count(run, labels)
+    names = run.class_names(options.names, classes)
+    only = _class_numbers(options.only, names, classes)
+    steps = _steps_per_epoch(run)
+    contents = {
+        "summary": _summary(run),
+        "config": _flat(run.raw_config),
+        "defaults": _flat(json.loads(TrainConfig().to_json())),
+        "charts": _curves(run, steps) + _speed(run, steps),
+        "names": names,
+        "labels": None if labels is None else _label_numbers(labels, classes),
+        "images": [],
+        "unread": {},
+        "thumb": options.thumb,
+        "prototypes": _prototypes(run),
+        "files": {name: run.listed(f"{name}.csv") for name in ("left_out", "replaced")},
+    }
+    if labels is not None and run.index is not None:
+        rows = figures.sample(labels.given, labels.new, options.images, options.seed, only)
+        model = None if labels.scores else _model(run, options.device)
+        shown = cards(labels, rows, run.index, model, run.config, options.thumb, options.device)
+        contents |= dict(zip(("images", "unread"), shown, strict=True))
+    return contents | {"missing": run.missing}
+
+
+def write(contents: dict[str, Any], out: Path) -> int:
+    """Write the page, all of it or nothing; -> its bytes."""
+    page = render(contents).encode()
+    try:
+        with replacing(os.fspath(out)) as file:
+            file.write(page)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}; name another file with --out") from None
+    return len(page)
+
+
+def render(contents: dict[str, Any]) -> str:
+    """One HTML file that loads nothing. Its policy lets the browser run page.js alone, whatever the strings hold."""
+    html_, css, js = (files(__package__).joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
+    parts = {
+        "policy": f"default-src 'none'; img-src data:; style-src {_hash(css)}; script-src {_hash(js)}",
+        "title": html.escape(contents["summary"]["run"]),
+        "css": css,
+        "js": js,
+        # In a script element only "<" can end it or begin a comment.
+        "data": json.dumps(contents, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], html_)
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _labels(run: Run, table: str | None) -> Labels | None:
+    if table is not None:
+        return read_table(Path(table))
+    if run.index is None or run.labels is None:
+        return None
+    new, source = run.labels
+    if len(new) != len(run.index):
+        run.missing["the corrected labels"] = f"there are {len(new)} labels, but {len(run.index)} images"
+        return None
+    return Labels(run.index.labels, new, source, run.index.paths)
+
+
+def _class_count(run: Run, labels: Labels | None) -> int:
+    used = [0] if labels is None else [int(a.max(initial=-1)) + 1 for a in (labels.given, labels.new)]
+    return max(run.config.data.num_classes if run.config else 0, *used)
+
+
+def _class_numbers(wanted: Iterable[str], names: list[str] | None, classes: int) -> np.ndarray | None:
+    """Of --only: numbers or names."""
+    numbers = []
+    for name in wanted:
+        if names and name in names:
+            numbers.append(names.index(name))
+        elif name.isdecimal() and int(name) < classes:
+            numbers.append(int(name))
+        else:
+            close = get_close_matches(name, names or [], n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"give its name, or a number below {classes}"
+            raise UserError(f"--only {name}: no such class: {hint}")
+    return np.array(numbers) if numbers else None
+
+
+def _steps_per_epoch(run: Run) -> int:
+    """Of a first epoch in progress: from the number of images, or as far as it got."""
+    ended = [e["step"] for e in run.log if e.get("split") == "epoch"]
+    if not ended and run.index is not None and run.state is not None:
+        ended = [(len(run.index) - len(run.state.get("left_out", ()))) // run.config.optim.batch_size]
+    return max(1, ended[-1] if ended else max((e["step"] for e in run.log), default=1))
+
+
+def _summary(run: Run) -> dict[str, Any]:
+    c = run.config
+    ended = [e for e in run.log if e.get("split") == "epoch"]
+    best = {}
+    for entry in run.log:
+        if np.isfinite(entry.get("top1", np.nan)):
+            first = best.setdefault(entry["split"], {"last": 0, "best": 0, "epoch": 0})
+            first["last"] = round(entry["top1"], 2)
+            if first["last"] > first["best"]:
+                first |= {"best": first["last"], "epoch": entry["epoch"] + 1}
+    return {
+        "run": str(run.folder),
+        "method": c.method if c else "",
+        "data": c.data.path if c else "",
+        "arch": c.model.arch if c else "",
+        "epochs": c.optim.epochs if c else None,
+        "ended": ended[-1]["epoch"] + 1 if ended else 0,
+        "start_clean": c.mopro.start_clean if c and c.method == "mopro" else None,
+        "top1": best,
+        "replaced": sum(int(e.get("replaced") or 0) for e in ended),
+    }
+
+
+def _curves(run: Run, steps: int) -> list[dict[str, Any]]:
+    """Charts of log.jsonl. x counts epochs: an entry of step s of epoch e (from 0) is at e + s/steps."""
+    train = [e for e in run.log if e.get("split") == "train"]
+    ended = [e for e in run.log if e.get("split") == "epoch"]
+    splits = dict.fromkeys(e.get("split") for e in run.log if "top1" in e)
+
+    def line(entries: list[dict], key: str, name: str, factor: float = 1) -> dict[str, Any] | None:
+        points = [(e["epoch"] + e["step"] / steps, e[key]) for e in entries if isinstance(e.get(key), (int, float))]
+        if not points:
+            return None
+        x, y = np.array(points, np.float64).T
+        return {"name": name} | figures.thin(x, factor * y)
+
+    def chart(title: str, about: str, lines: Iterable[dict | None], **more: Any) -> dict[str, Any]:
+        return {"title": title, "about": about, "lines": [one for one in lines if one], "group": "training"} | more
+
+    shares = [
+        e | {"as given": e["kept"] - e["relabelled"], "out": 1 - e["kept"]}
+        for e in ended
+        if isinstance(e.get("kept"), (int, float)) and "relabelled" in e
+    ]
+    other = [k for k in dict.fromkeys(k for e in train for k in e) if k not in NOT_CURVES | {*METRICS}]
+    charts = [
+        chart(
+            "Accuracy",
+            "On the evaluation data, with the labels it came with.",
+            [
+                line([e for e in run.log if e.get("split") == name], key, f"{name} top-{key[3:]}")
+                for name in splits
+                for key in ("top1", "top5")
+            ],
+            unit=" %",
+        ),
+        chart("Losses", "Their sum is minimised.", [line(train, k, name) for k, name in LOSSES.items()]),
+        chart(
+            "Accuracy on training batches",
+            "Classifier: its first guess is the label it trains with. Contrast: the other view beats the queue.",
+            [line(train, k, name, 100) for k, name in ACCURACIES.items()],
+            unit=" %",
+        ),
+        chart("Learning rate", "", [line(train, "lr", "learning rate")]),
+        chart(
+            "Share of the training images",
+            "Over each epoch: trained with the given label, with another one, or kept out of the losses.",
+            [
+                line(shares, "as given", "kept", 100),
+                line(shares, "relabelled", "relabelled", 100),
+                line(shares, "out", "removed", 100),
+            ],
+            unit=" %",
+            stacked=True,
+            group="labels",
+        ),
+        chart("Other values", "", [line(train, k, k) for k in other]),
+    ]
+    return [c for c in charts if c["lines"]]
+
+
+def _speed(run: Run, steps: int) -> list[dict[str, Any]]:
+    """Charts of timing.jsonl."""
+    charts = []
+    for key, title, about, unit, factor in (
+        ("images_per_second", "Images per second", "Of all ranks together.", "", 1),
+        ("data_wait", "Waiting for images", "Share of the time in which no batch was ready.", " %", 100),
+    ):
+        points = [(e["epoch"] + e["step"] / steps, e[key]) for e in run.timing if isinstance(e.get(key), (int, float))]
+        if points:
+            x, y = np.array(points, np.float64).T
+            line = {"name": title.lower()} | figures.thin(x, factor * y)
+            charts.append({"title": title, "about": about, "unit": unit, "lines": [line], "group": "speed"})
+    return charts
+
+
+def _label_numbers(labels: Labels, classes: int) -> dict[str, Any]:
+    verdict = figures.verdicts(labels.given, labels.new)
+    counts = np.bincount(verdict[verdict >= 0], minlength=len(figures.VERDICTS)).tolist()
+    return {
+        "source": labels.source,
+        "counts": dict(zip(figures.VERDICTS, counts, strict=True)),
+        "unseen": int((verdict < 0).sum()),
+        "unlabelled": int((labels.given < 0).sum()),
+        "classes": {k: v.tolist() for k, v in figures.by_class(labels.given, labels.new, classes).items()},
+        "pairs": figures.relabellings(labels.given, labels.new),
+    }
+
+
+def _model(run: Run, device: str) -> tuple | None:
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no GPU here: leave it out")
+    if run.state is None:
+        return None
+    try:
+        return load_model(run.config, run.state, device)
+    except UserError as error:
+        run.missing["scores of the images"] = str(error)
+        return None
+
+
+def _prototypes(run: Run) -> dict[str, Any] | None:
+    prototypes = run.state["model"].get("prototypes") if run.state else None
+    if prototypes is None:
+        if run.state:
+            run.missing["prototypes"] = "a run with plain cross-entropy has none"
+        return None
+    found = figures.similarity(prototypes.float().numpy())
+    if not found["order"]:
+        run.missing["prototypes"] = "they are still zeros"
+        return None
+    return found
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Settings by dotted name."""
+    flat: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value if isinstance(value, str) else json.dumps(value)
+    return flat

@@ -1,0 +1,199 @@
+"""What is in a run's folder. Whatever cannot be read is named in ``Run.missing``; nothing here ends the report."""
+
+import csv
+import dataclasses
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mopro_fast.config import TrainConfig, load
+from mopro_fast.data.index import Index, load_index
+from mopro_fast.errors import UserError
+from mopro_fast.report.figures import UNSEEN
+from mopro_fast.training import checkpoint, inputs
+
+ROWS = 200  # of left_out.csv and of replaced.csv that are shown
+
+
+@dataclass
+class Run:
+    """One run. Properties are read when first asked for; None or empty if they are not there."""
+
+    folder: Path
+    data: str | None = None
+    """Where the training data is now; None: as the config says."""
+    root: str | None = None
+    missing: dict[str, str] = field(default_factory=dict)
+    """What could not be read, and why."""
+
+    def __post_init__(self) -> None:
+        if not self.folder.is_dir():
+            raise UserError(f"no run at {self.folder}: name the --out folder of a training")
+        if not any((self.folder / name).exists() for name in ("config.json", "log.jsonl", "checkpoints")):
+            inner = sorted(p.parent.name for p in self.folder.glob("*/config.json"))
+            hint = f"it holds runs: {', '.join(inner)}; name one of them" if inner else "name the --out of a training"
+            raise UserError(f"{self.folder} is not a run (no config.json, log.jsonl or checkpoints): {hint}")
+
+    @cached_property
+    def raw_config(self) -> dict[str, Any]:
+        """config.json as it is, also where this version does not know its settings."""
+        try:
+            values = json.loads((self.folder / "config.json").read_text())
+            return values if isinstance(values, dict) else {}
+        except (OSError, ValueError) as error:
+            self.missing["the settings"] = f"cannot read config.json ({_why(error)})"
+            return {}
+
+    @cached_property
+    def config(self) -> TrainConfig | None:
+        if not self.raw_config:
+            return None
+        try:
+            return load(self.folder / "config.json")
+        except UserError as error:
+            self.missing["the settings"] = str(error)
+            return None
+
+    @cached_property
+    def log(self) -> list[dict[str, Any]]:
+        return self._entries("log.jsonl", "the curves")
+
+    @cached_property
+    def timing(self) -> list[dict[str, Any]]:
+        """The latest entry of every step: an interrupted run takes some steps twice."""
+        entries = self._entries("timing.jsonl", "the speed")
+        latest = {(e.get("epoch"), e.get("step")): e for e in entries}
+        return [latest[key] for key in sorted(k for k in latest if None not in k)]
+
+    @cached_property
+    def state(self) -> dict[str, Any] | None:
+        """The newest checkpoint that can be read."""
+        paths = checkpoint.all_of(self.folder / "checkpoints")
+        why = "there is no checkpoint yet"
+        for path in reversed(paths):
+            try:
+                return checkpoint.load(path)
+            except UserError as error:
+                why = str(error)
+        self.missing["scores and prototypes"] = why
+        return None
+
+    @cached_property
+    def index(self) -> Index | None:
+        """The training data's, if it is the data of the run."""
+        if self.config is None:
+            return None
+        d = self.config.data
+        options = {"num_classes": d.num_classes, "keep_classes": d.keep_classes, "missing": True}
+        kept = self.folder / "images.txt"  # class folders have no list of their own
+        try:
+            index = load_index(self.data or d.path, "train", layout=d.layout, root=self.root or d.root, **options)
+        except UserError as error:
+            self.missing["the images"] = f"{error}; if the data has moved: --data"
+            index = _as_listed(kept, options)
+        if index is None or self.state is None:
+            return index
+        digest = self.state.get("data_digest", "")
+        index = inputs.as_begun(index, kept, digest)
+        if index.digest() == digest:
+            return index
+        self.missing["the images"] = f"the paths or labels of {index.source} are not those of the run"
+        return None
+
+    @cached_property
+    def labels(self) -> tuple[np.ndarray, str] | None:
+        """int64 [images], −1 removed, −2 not shown; and whose labels they are."""
+        if self.raw_config.get("method") == "ce":
+            self.missing["the corrected labels"] = "plain cross-entropy corrects none"
+            return None
+        path = self.folder / "labels.pt"
+        try:
+            labels = torch.load(path, weights_only=True).numpy().astype(np.int64).reshape(-1)
+            return labels, "the last finished epoch of training"
+        except Exception as error:  # whatever a broken file makes the unpickler raise
+            why = "no epoch is finished yet" if not path.exists() else f"cannot read labels.pt ({_why(error)})"
+        assigned = (self.state or {}).get("assigned")
+        if assigned is not None and bool((assigned != UNSEEN).any()):
+            return assigned.numpy().astype(np.int64), "the epoch in progress, as far as it was saved"
+        self.missing["the corrected labels"] = why
+        return None
+
+    def class_names(self, path: str | None, count: int) -> list[str] | None:
+        """From a file, one per line; else what the data brings."""
+        if path is not None:
+            try:
+                names = Path(path).read_text(encoding="utf-8-sig").splitlines()
+            except (OSError, ValueError) as error:
+                raise UserError(f"cannot read --names {path}: {_why(error)}") from None
+            if len(names) != count:
+                raise UserError(f"--names {path} has {len(names)} lines, the run {count} classes: one line per class")
+            return names
+        if self.index is None:
+            return None
+        if self.index.classes is not None:
+            return list(self.index.classes)
+        synsets = Path(self.index.root) / "info" / "synsets.txt"  # WebVision: "n01440764 tench, Tinca tinca"
+        try:
+            names = [line.partition(" ")[2] or line for line in synsets.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError):
+            return None
+        return names if len(names) == count else None
+
+    def listed(self, name: str) -> dict[str, Any] | None:
+        """A csv file's first rows, how many it has, and how many of each kind of reason; None if there is none."""
+        try:
+            with (self.folder / name).open(newline="", encoding="utf-8", errors="replace") as file:
+                rows = csv.DictReader(line.replace("\0", "") for line in file)
+                first, kinds = [], Counter()
+                for row in rows:
+                    kinds[(row.get("reason") or "").partition(":")[0]] += 1
+                    if len(first) < ROWS:
+                        first.append([row.get(column) or "" for column in rows.fieldnames or []])
+                return {
+                    "columns": list(rows.fieldnames or []),
+                    "rows": first,
+                    "count": kinds.total(),
+                    "kinds": kinds.most_common(10),
+                }
+        except FileNotFoundError:
+            return None
+        except (OSError, csv.Error) as error:
+            self.missing[name] = _why(error)
+            return None
+
+    def _entries(self, name: str, what: str) -> list[dict[str, Any]]:
+        try:
+            text = (self.folder / name).read_text(errors="replace")
+        except OSError as error:
+            self.missing[what] = f"cannot read {name} ({_why(error)})"
+            return []
+        entries, broken = [], 0
+        for line in text[: text.rfind("\n") + 1].splitlines():  # a run in progress may be writing the last one
+            try:
+                entry = json.loads(line)
+                entries.append(entry | {name: int(entry[name]) for name in ("epoch", "step")})
+            except (ValueError, TypeError, KeyError):
+                broken += 1
+        if broken:
+            self.missing[f"a part of {what}"] = f"{broken} lines of {name} cannot be read"
+        return entries
+
+
+def _as_listed(path: Path, options: dict[str, Any]) -> Index | None:
+    """What a run noted of its class folders, which may be gone."""
+    try:
+        index = load_index(path, "train", layout="list", **options)
+    except UserError:
+        return None
+    names = {label: name.partition("/")[0] for name, label in zip(index.paths, index.labels.tolist(), strict=True)}
+    return dataclasses.replace(index, classes=[names.get(c, str(c)) for c in range(options["num_classes"])])
+
+
+def _why(error: Exception) -> str:
+    return getattr(error, "strerror", None) or type(error).__name__
