@@ -168,7 +168,7 @@ def test_an_image_that_is_not_as_large_as_its_header_says(index, monkeypatch):
 
 def test_nothing_readable(index, monkeypatch):
     monkeypatch.setattr(cache.decode, "decode", lambda data: (_ for _ in ()).throw(OSError(19, "No such device")))
-    with pytest.raises(UserError, match=r"cannot read .*jpg \(No such device\), nor any of 5 images"):
+    with pytest.raises(UserError, match=r"cannot read .*jpg \(No such device\), nor any of 25 images"):
         next(on_device(index).epoch(0))
 
 

@@ -298,6 +298,16 @@ def test_a_file_that_breaks_is_replaced_and_named(photos, how, in_dali):
     assert equal(next(train.epoch(0, 1)), whole[1])  # repaired
 
 
+def test_a_broken_image_is_replaced_where_the_one_left_out_is_broken_too(photos):
+    order = pipeline.epoch_order(photos, 0, 0, 0)
+    for row in (order[0], order[-1]):  # 13 images are 3 batches of 4
+        damage(Path(photos.full_path(row)), "gone")
+    train = loader(photos, batch_size=4)
+    shown = rows_of(train, 0)
+    assert shown[1:] == order[1:12].tolist() and shown[0] in order[1:12]
+    assert [lost.row for _, _, lost in train.lost] == [order[0]]
+
+
 def test_a_changed_file_that_is_whole_is_shown(photos):
     Image.fromarray(picture(99, 70, 60)).save(photos.full_path(3))
     train = loader(photos, batch_size=13)
@@ -307,7 +317,7 @@ def test_a_changed_file_that_is_whole_is_shown(photos):
 def test_the_storage_is_gone(photos, tmp_path):
     (tmp_path / "c").rename(tmp_path / "d")
     train = loader(photos, batch_size=4)
-    with pytest.raises(UserError, match=r"cannot read .*jpg \(No such file.*nor any of 1 images .* is the storage"):
+    with pytest.raises(UserError, match=r"cannot read .*jpg \(No such file.*nor any of 21 images .* is the storage"):
         next(train.epoch(0))
     (tmp_path / "d").rename(tmp_path / "c")
     assert equal(next(train.epoch(0)), next(loader(photos, batch_size=4).epoch(0)))

@@ -32,6 +32,7 @@ from mopro_fast.data.shards import (
     FORMAT,
     MANIFEST,
     RECORDS,
+    STATE,
     VERSION,
     ShardJob,
     is_pack,
@@ -44,7 +45,6 @@ from mopro_fast.errors import UserError
 
 SKIPPED = "skipped.csv"
 LEAST_SIZE = 16  # px: the smallest image the recipes train on
-_STATE = ".packing.json"  # what a pack that is not complete is made of
 _SHARD_IMAGES = 500, 10_000  # fewest and most, where the user leaves it to us: then there are 64 shards
 _TABLE = pa.schema(
     [
@@ -218,13 +218,13 @@ def _state(out: str, made_of: dict[str, Any]) -> Iterator[None]:
         if is_pack(out):
             _compare(out, read_manifest(out), made_of)
         present = os.listdir(out)
-        if present and not {MANIFEST, _STATE} & set(present):
+        if present and not {MANIFEST, STATE} & set(present):
             raise UserError(f"{out} is not empty and holds no pack: name an empty folder")
-        open(os.path.join(out, _STATE), "ab").close()  # first: it marks the folder as ours
+        open(os.path.join(out, STATE), "ab").close()  # first: it marks the folder as ours
         os.makedirs(os.path.join(out, RECORDS), exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}: name another folder") from None
-    with open(os.path.join(out, _STATE), "a+b") as file:
+    with open(os.path.join(out, STATE), "a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -55,7 +55,7 @@ class TrainLoader:
     It works ahead, also across the end of an epoch: on ``prefetch`` batches in DALI (on a CPU, where these are whole
     images: one) and two more that are being read. Asking for another position than the next one drops what it has
     prepared. ``batch_size`` counts this rank's rows. An image that cannot be read when its turn comes is replaced by
-    one that the epoch leaves out: ``lost`` collects (epoch, step, Lost) until it is emptied.
+    one that the epoch leaves out, if there is any: ``lost`` collects (epoch, step, Lost) until it is emptied.
 
     shuffle_shards: see order.epoch_order. hw_decoder_load: share of the JPEGs for a GPU's own decoder.
     crop_in_dali: by default on a GPU only.

@@ -40,6 +40,7 @@ from mopro_fast.errors import UserError
 
 MANIFEST = "manifest.json"
 RECORDS = "records"
+STATE = ".packing.json"  # what a pack that is not complete is made of
 VERSION = 1
 FORMAT = "mopro_fast pack"
 _OPEN = 512  # files kept open per set: many systems allow a process 1024
