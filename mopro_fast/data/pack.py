@@ -5,7 +5,6 @@ number alone, and in the training split on a fixed shuffle, since data often com
 """
 
 import csv
-import fcntl
 import hashlib
 import io
 import json
@@ -13,7 +12,7 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -36,6 +35,7 @@ from mopro_fast.data.shards import (
     VERSION,
     ShardJob,
     is_pack,
+    locked,
     read_manifest,
     read_record,
     replacing,
@@ -224,27 +224,22 @@ def _state(out: str, made_of: dict[str, Any]) -> Iterator[None]:
         os.makedirs(os.path.join(out, RECORDS), exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}: name another folder") from None
-    with open(os.path.join(out, STATE), "a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another process packs into {out}: wait for it, or name another folder") from None
+    busy = f"another process packs into {out}: wait for it, or name another folder"
+    with locked(os.path.join(out, STATE), busy) as file:
         file.seek(0)
-        text = file.read()
-        with suppress(ValueError):  # cut short by an interruption: then nothing else was written
-            _compare(out, json.loads(text), made_of)
-        file.truncate(0)
         try:
-            file.write(json.dumps(made_of).encode())
-            file.flush()
-        except OSError as error:
-            raise UserError(f"cannot write {out}: {error.strerror}: make room there") from None
+            _compare(out, json.loads(file.read()), made_of)
+        except ValueError:  # new, or cut short by an interruption: then nothing else was written
+            file.truncate(0)
+            try:
+                file.write(json.dumps(made_of).encode())
+            except OSError as error:
+                raise UserError(f"cannot write {out}: {error.strerror}: make room there") from None
         try:
             yield
-            os.unlink(file.name)
         finally:
             for left in Path(out).rglob(".*.tmp"):  # of workers that were killed, or ended because of another's error
-                left.unlink()
+                left.unlink(missing_ok=True)
 
 
 def _compare(out: str, there: dict[str, Any], here: dict[str, Any]) -> None:
