@@ -4,7 +4,7 @@ import numpy as np
 
 from mopro_fast.data.index import Index
 
-_ORDER, _SUBSTITUTE = 0, 2  # first words of the generators' seeds; pipeline.py has 1
+_ORDER, _SUBSTITUTE = 0, 2  # first words of the generators' seeds; batches.py has 1
 _CANDIDATES = 20
 
 

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from mopro_fast.config import DataConfig, TrainConfig
+from mopro_fast.data.batches import TrainBatches, require_rows
 from mopro_fast.data.cache import DeviceEvalLoader, DeviceTrainLoader
 from mopro_fast.data.check import Checked, check
 from mopro_fast.data.decode import UNREADABLE, VERDICTS
 from mopro_fast.data.index import Index, load_index
-from mopro_fast.data.pipeline import EvalLoader, TrainLoader, require_rows
+from mopro_fast.data.pipeline import EvalLoader, TrainLoader
 from mopro_fast.data.shards import is_pack, read_manifest
 from mopro_fast.errors import UserError
 from mopro_fast.training.distributed import by_rank0, world
@@ -78,7 +79,7 @@ def readable(index: Index, name: str, workers: int, left_out: np.ndarray | None 
     return dataclasses.replace(index, checked=checked, left_out=left_out)
 
 
-def train_loader(c: TrainConfig, index: Index, device: torch.device) -> TrainLoader | DeviceTrainLoader:
+def train_loader(c: TrainConfig, index: Index, device: torch.device) -> TrainBatches:
     rank, ranks = world()
     options = dict(
         batch_size=c.optim.batch_size // ranks,
