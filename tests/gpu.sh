@@ -27,8 +27,8 @@ build() {
 }
 
 test_() {
-  run "op tests" "$python" -m pytest -q tests/test_ops.py tests/test_*_cuda.py
-  local others=(tests/test_optim.py tests/test_augment.py)
+  run "op tests" "$python" -m pytest -q tests/test_ops.py tests/test_{two_views,normalize}.py tests/test_*_cuda.py
+  local others=(tests/test_optim.py tests/test_augment.py tests/test_cache.py)
   if "$python" -c 'import nvidia.dali' 2>/dev/null; then others+=(tests/test_pipeline.py); fi
   run "other GPU tests" "$python" -m pytest -q -m gpu "${others[@]}"
 }

@@ -129,6 +129,9 @@ def test_wrong_colours_are_refused():
     images = np.zeros((2, 4, 4, 3), np.uint8)
     with pytest.raises(ValueError, match="order must hold operations 0 to 3"):
         views._views.color_jitter(images, **arguments | {"order": np.full((2, 1), 4)})
+    for factor in (np.nan, -np.inf, 1e9):
+        with pytest.raises(ValueError, match="factors must be numbers"):
+            views._views.color_jitter(images, **arguments | {"factors": np.full((2, 4), factor, np.float32)})
     with pytest.raises(ValueError, match="gray must be"):
         views._views.color_jitter(images, **arguments | {"gray": np.zeros(3, bool)})
     with pytest.raises(TypeError):  # a copy would take the changes
