@@ -11,11 +11,11 @@ import ops
 import pytest
 import torch
 import variants
-from cases import Case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPE, MODEL = (cases.PAPER, "resnet50") if DEVICE == "cuda" else (cases.QUICK[0], "few")
-CASES = [Case(op, cases.Shape(model=MODEL) if "model" in f else SHAPE) for op, f in cases.FIELDS.items()]
+LARGE, SMALL = (cases.PAPER, *cases.MODELS, *cases.IMAGES), (*cases.QUICK, cases.Shape(model="few"))
+ALL = [case for shape in (LARGE if DEVICE == "cuda" else SMALL) for case in cases.cases_of(shape)]
+CASES = [next(case for case in ALL if case.op == op) for op in cases.FIELDS]
 
 
 @pytest.mark.parametrize("variant", ["ours", "official"])
