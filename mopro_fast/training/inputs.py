@@ -45,7 +45,8 @@ def load(c: TrainConfig, resumed: bool) -> dict[str, Index]:
 def write_list(index: Index, path: Path) -> None:
     """For as_begun(): class folders have no list of their own."""
     if index.classes is not None and index.shards is None:
-        path.write_text("".join(f"{name} {label}\n" for name, label in zip(index.paths, index.labels, strict=True)))
+        lines = [f"{name} {label}\n" for name, label in zip(index.paths, index.labels, strict=True)]
+        path.write_text("".join(lines), encoding="utf-8")
 
 
 def as_begun(index: Index, path: Path, digest: str) -> Index:
@@ -131,7 +132,7 @@ def has_val_split(data: str) -> bool:
 
 def write_left_out(index: Index, path: Path) -> None:
     """A csv line, path and reason, for each image that the run does not show."""
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         rows = [(index.paths[i], index.checked.reason[i]) for i in index.left_out]
         csv.writer(file).writerows([("path", "reason"), *rows])
 
