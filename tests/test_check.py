@@ -273,6 +273,14 @@ def raising(number):
         raise ValueError("a mistake in the program")
 
 
+def test_a_worker_that_ends_while_it_waits_is_reported():
+    worker = workers._Worker(raising)
+    worker._process.kill()
+    worker._process.wait()
+    worker.start((1,))
+    assert worker.receive() == workers.Crashed("signal 9")
+
+
 def test_errors_of_workers_are_passed_on():
     items = [(task[0], item) for task, item in workers.run(raising, deque([(1,), (2,)]), 2)]
     assert sorted(items, key=str) == sorted([(1, 1), (1, workers.Done()), (2, 2), (2, workers.Done())], key=str)

@@ -1,6 +1,7 @@
 """Crops and colours on a CPU, by csrc/views.cpp and by PyTorch. Colours against Pillow: test_augment.py."""
 
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -93,6 +94,25 @@ def test_without_a_compiler_the_views_are_the_same_within_a_level(both, monkeypa
         again = ours[1].numpy().copy()
         views._color(again, jitter)
         assert (again == coloured[1].numpy()).all() and (again != ours[1].numpy()).any()
+
+
+def test_a_task_that_fails_is_reported_when_no_other_reads_the_images_any_more(monkeypatch):
+    n, ended = 3, []
+
+    def crop(images, boxes, flips, out):
+        if not images[0].any():
+            raise ValueError("the first one")
+        time.sleep(0.1)
+        ended.append(1)
+
+    monkeypatch.setattr(views, "_crop", crop)
+    cropper = views.Cropper(8, threads=n)
+    images = [np.full((9, 9, 3), i, np.uint8) for i in range(n)]
+    result = cropper.start(images, draw(generator(0), n, AugmentConfig()), both=False)
+    with pytest.raises(ValueError, match="the first one"):
+        result()
+    assert len(ended) == n - 1
+    cropper.close()
 
 
 @BUILT

@@ -91,8 +91,9 @@ def main(argv: list[str]) -> int:
             zero = "" if name == "quality" else "0 or "
             raise UserError(f"--{name.replace('_', '-')} must be {zero}from {low} to {high}, got {value}")
     workers = worker_count(options.workers)
-    if is_pack(options.data):
-        raise UserError(f"{options.data} is a pack already: give the data it was made of")
+    for given in (options.data, options.val):
+        if given and is_pack(given):
+            raise UserError(f"{given} is a pack already: give the data it was made of")
     print(pack(load_splits(options.data, options.layout, options.root, options.val), options, workers))
     return 0
 

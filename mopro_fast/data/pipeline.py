@@ -68,15 +68,16 @@ class TrainLoader(TrainBatches):
     def memory(self) -> str:
         """How far the loader works ahead and what that takes, for the log."""
         view = self._batch_size * (2 if self._two_views else 1) * self._image_size**2 * 3
-        decoding, checked = self._stream.depth, self._index.checked
+        decoding, checked, shards = self._stream.depth, self._index.checked, self._index.shards
         parts = {f"{decoding if self._cropper is None else 2} batches of views": view * decoding}
-        if checked is not None:
-            usable = self._index.usable
-            if self._cropper is not None:
-                pixels = np.mean(checked.width[usable].astype(np.int64) * checked.height[usable])
-                parts[f"{decoding} of whole images"] = decoding * self._batch_size * 3 * pixels
+        usable = self._index.usable
+        if checked is not None and self._cropper is not None:
+            pixels = np.mean(checked.width[usable].astype(np.int64) * checked.height[usable])
+            parts[f"{decoding} of whole images"] = decoding * self._batch_size * 3 * pixels
+        sizes = checked.size[usable] if checked is not None else shards and shards.size[self._index.in_shards]
+        if sizes is not None:
             files = (decoding + READ_AHEAD) * self._batch_size
-            parts[f"{decoding + READ_AHEAD} of files"] = files * checked.size[usable].mean()
+            parts[f"{decoding + READ_AHEAD} of files"] = files * sizes.mean()
         return "read and decoded ahead: " + ", ".join(f"{name} ({size / 1e6:.0f} MB)" for name, size in parts.items())
 
     def _batch(self, epoch: int, step: int) -> Batch:
