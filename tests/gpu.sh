@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU. `make test-gpu` runs all of it; naming parts runs those, in the order given.
-#   tests/gpu.sh [build] [test] [sanitize] [bench] [accuracy]
+#   tests/gpu.sh [build] [test] [sanitize] [bench] [loader] [accuracy]
 # A part that fails does not stop the next; the exit status is 1 if any failed. Each part but accuracy is meant to end
 # within ten minutes; build must have run once before the others.
 #   PYTHON   the python to use (default python3)
 #   OUT      where JSON results go (default bench/results)
+#   LOADER   the loader's sets, "NAME=LIST=PX ..." (see bench/loader.py); without it, or without DALI, loader is skipped
 #   CIFAR10N an unpacked CIFAR-10N folder (see bench/cifar10n.py); without it, or without DALI, accuracy is skipped
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -54,6 +55,17 @@ bench() {
   run "bench/ops.py" "$python" bench/ops.py --results "$out"
 }
 
+loader() {
+  if [ -z "${LOADER:-}" ]; then
+    results+=("loader: skipped (LOADER is not set)")
+  elif ! "$python" -c 'import nvidia.dali' 2>/dev/null; then
+    results+=("loader: skipped (DALI is not installed)")
+  else
+    read -ra sets <<<"$LOADER"
+    run loader "$python" bench/loader.py "${sets[@]}" --results "$out"
+  fi
+}
+
 accuracy() {
   if [ -z "${CIFAR10N:-}" ]; then
     results+=("accuracy: skipped (CIFAR10N is not set)")
@@ -65,11 +77,11 @@ accuracy() {
 }
 
 parts=("$@")
-[ $# -gt 0 ] || parts=(build test sanitize bench accuracy)
+[ $# -gt 0 ] || parts=(build test sanitize bench loader accuracy)
 for part in "${parts[@]}"; do
   case $part in
-    build | test | sanitize | bench | accuracy) ;;
-    *) echo "tests/gpu.sh: no part $part: choose build, test, sanitize, bench or accuracy" >&2 && exit 2 ;;
+    build | test | sanitize | bench | loader | accuracy) ;;
+    *) echo "tests/gpu.sh: no part $part: choose build, test, sanitize, bench, loader or accuracy" >&2 && exit 2 ;;
   esac
 done
 if ! "$python" -c 'import torch; assert torch.cuda.is_available()'; then
@@ -80,6 +92,6 @@ for part in "${parts[@]}"; do
   [ "$part" = test ] && part=test_
   "$part"
 done
-"$python" bench/tables.py --print ops ops_requirements cifar10n --results "$out"
+"$python" bench/tables.py --print ops ops_requirements loader cifar10n --results "$out"
 printf '%s\n' "${results[@]}"
 ! printf '%s\n' "${results[@]}" | grep -q FAILED
