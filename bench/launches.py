@@ -2,9 +2,9 @@
 
     python bench/launches.py [--results FOLDER] [--cache FOLDER]
 
-Official (bench/official.py): PyTorch operators that compute something, each at least one launch on a GPU; reads of a
-scalar and boolean indexing make the host wait. Ours: Triton launches intercepted at the launcher, CUDA launches counted
-by the host build of csrc/, and PyTorch's operators as above.
+Official (mopro_fast/benchmark/official.py): PyTorch operators that compute something, each at least one launch on a
+GPU; reads of a scalar and boolean indexing make the host wait. Ours: Triton launches intercepted at the launcher, CUDA
+launches counted by the host build of csrc/, and PyTorch's operators as above.
 """
 
 import argparse

@@ -3,10 +3,10 @@
     python bench/ops.py [--results FOLDER] [--only NAME ...] [--quick] [--check] [--device cpu|cuda]
                         [--seconds S] [--compile-seconds S]
 
-Peers: the official formulation in eager PyTorch (bench/official.py), the same under torch.compile, this package's
-reference backend, and for the optimizer ops torch._foreach, torch.optim.SGD and NVIDIA's apex where it is installed.
+Peers: the official formulation in eager PyTorch (mopro_fast/benchmark/official.py), the same under torch.compile, this
+package's reference backend, and for the optimizer ops torch._foreach, torch.optim.SGD and NVIDIA's apex if installed.
 What is missing is recorded with the reason. An op whose result is wrong is not timed, and the exit status is 1.
-How times are taken: bench/timing.py. What the floor counts: bench/floor.py. Inputs and shapes:
+How times are taken: mopro_fast/benchmark/timing.py. What the floor counts: bench/floor.py. Inputs and shapes:
 bench/cases.py.
 On a GPU a full run writes bench/results/ops_gpu.json. A part of it, or a CPU (small shapes only), writes into --results
 if that is given.
@@ -26,13 +26,13 @@ import record  # first: it sets what OpenMP reads when torch is imported
 # isort: split
 import cases
 import floor
-import timing
 import torch
 import variants
 from cases import Case, Shape
 from variants import Factory
 
 from mopro_fast import ops
+from mopro_fast.benchmark import timing
 from mopro_fast.ops import backends
 
 STATE = 1e-6  # float32 state after one update: a few roundings

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/, and docs/ops.svg, from the committed files in bench/results/.
+"""Writes the tables of README.md and docs/, and docs/*.svg (figures.py), from the committed files in bench/results/.
 
 python bench/tables.py                            rewrite what stands between <!-- table NAME --> and <!-- end -->
 python bench/tables.py --check                    only compare; exit status 1 if a document is out of date
@@ -6,15 +6,18 @@ python bench/tables.py --print NAME ... [--results FOLDER]    print tables and w
 """
 
 import argparse
-import hashlib
 import json
 import re
 import statistics
 from pathlib import Path
 
+import figures
+
+from mopro_fast.benchmark import report
+
 HERE = Path(__file__).parent
 DOCUMENTS = [HERE.parent / "README.md", *sorted((HERE.parent / "docs").glob("*.md"))]
-FIGURE = HERE.parent / "docs" / "ops.svg"
+DOCS = HERE.parent / "docs"
 BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -155,57 +158,33 @@ def loader(result: dict) -> str:
     return "\n".join([*rows, "", *note])
 
 
+def throughput(result: dict) -> str:
+    c, s = result["conditions"], result["settings"]
+    blocks = [report.table(result)]
+    if s["device"] == "cuda" and (s["arch"], s["image_size"]) == ("resnet50", 224):
+        blocks.append(report.limits(result))
+    net = f"{s['arch']}, width {s['width']:g}, {s['image_size']} px, Q={s['queue_size']}"
+    note = f"{net}; synthetic images; {c['gpu'] or c['cpu']}; PyTorch {c['torch']}; commit {c['commit']}."
+    if result["not_reached"]:
+        note += f" Not measured, for want of time: {', '.join(result['not_reached'])}."
+    return "\n\n".join([*blocks, note])
+
+
+def numerics(result: dict) -> str:
+    rows = ["| | float32, eager reference ops | bfloat16 weights, this package's step |", "|---|---|---|"]
+    for name, label in (("loss", "loss, mean of the last epoch"), ("top1", "accuracy on the test images, %")):
+        cells = []
+        for kind in ("fp32", "bf16"):
+            values = [run[name] for run in result["runs"] if run["precision"] == kind]
+            cells.append(f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}")
+        rows.append(f"| {label} | {' | '.join(cells)} |")
+    c, s = result["conditions"], result["settings"]
+    note = f"Mean ± standard deviation of {s['seeds']} seeds; {s['images']} images, {s['epochs']} epochs; "
+    return "\n".join([*rows, "", note + f"{c['gpu'] or c['cpu']}; PyTorch {c['torch']}; commit {c['commit']}."])
+
+
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.0f}" if value >= 100 or value == int(value) else f"{value:.2f}"
-
-
-def figure(result: dict) -> str:
-    return f"![Time of every op against its floor, {result['conditions']['gpu']}](ops.svg)"
-
-
-def draw(result: dict, path: Path) -> None:
-    """Time in graph replay against the floor, per op; a hollow mark is the official formulation, eager."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "ops"  # the same file for the same result
-    from matplotlib import pyplot
-
-    axes = pyplot.figure(figsize=(8, 6)).gca()
-    timed = [r for r in result["cases"] if "replay_us" in r.get("ours", {})]
-    for i, op in enumerate(dict.fromkeys(r["op"] for r in timed)):
-        rows = [r for r in timed if r["op"] == op]
-        floor = [r["floor_us"] for r in rows]
-        axes.plot(floor, [r["ours"]["replay_us"]["p50"] for r in rows], "o", color=f"C{i}", label=op)
-        peers = [(r["floor_us"], r["peers"]["official"]["eager_us"]["p50"]) for r in rows if _timed_official(r)]
-        if peers:
-            axes.plot(*zip(*peers, strict=True), "o", color=f"C{i}", fillstyle="none")
-    axes.set(xscale="log", yscale="log", xlabel="floor, µs", ylabel="time, µs (p50)")
-    low, high = axes.get_xlim()
-    axes.plot([low, high], [low, high], "-", color="grey", linewidth=1, label="the floor")
-    axes.set_title(
-        f"{result['conditions']['gpu']}: ours in graph replay (filled), official, eager (hollow)", fontsize=10
-    )
-    axes.legend(fontsize=8)
-    metadata = {"Date": None, "Description": _digest(result)}
-    pyplot.savefig(path, format="svg", metadata=metadata, bbox_inches="tight")
-    pyplot.close()
-
-
-def _timed_official(r: dict) -> bool:
-    return "eager_us" in r["peers"]["official"]
-
-
-def _digest(result: dict) -> str:
-    return "bench/results/ops_gpu.json " + hashlib.sha256(json.dumps(result).encode()).hexdigest()
-
-
-def figure_is_stale() -> bool:
-    """The figure names the result that it was drawn from; without a result there must be none."""
-    result = read("ops_gpu", HERE / "results")
-    if result is None:
-        return FIGURE.exists()
-    return not FIGURE.exists() or _digest(result) not in FIGURE.read_text()
 
 
 # The settings of bench/cases.py that the documentation shows.
@@ -228,7 +207,13 @@ TABLES = {
     "launches": ("launches", launches),
     "loader": ("loader", loader),
     "ops_requirements": ("ops_gpu", requirements),
-    "ops_figure": ("ops_gpu", figure),
+    "ops_figure": ("ops_gpu", lambda r: f"![Time of every op against its floor, {r['conditions']['gpu']}](ops.svg)"),
+    "throughput_gpu": ("throughput_gpu", throughput),
+    "throughput_cpu": ("throughput_cpu", throughput),
+    "throughput_requirements": ("throughput_gpu", requirements),
+    "throughput_figure": ("throughput_gpu", lambda _: "![Images a second by batch size](throughput.svg)"),
+    "numerics": ("numerics", numerics),
+    "numerics_figure": ("numerics", lambda _: "![Loss by step, float32 and bfloat16](numerics.svg)"),
 }
 
 
@@ -262,11 +247,12 @@ def main(argv: list[str] | None = None) -> int:
         if not a.check:
             document.write_text(rendered(document.read_text()))
     names = [d.name for d in stale]
-    if figure_is_stale():
-        names.append(FIGURE.name)
-        result = read("ops_gpu", HERE / "results")
-        if not a.check:
-            FIGURE.unlink(missing_ok=True) if result is None else draw(result, FIGURE)
+    for name, (file, draw) in figures.FIGURES.items():
+        path, result = DOCS / name, read(file, HERE / "results")
+        if figures.is_stale(path, result):
+            names.append(name)
+            if not a.check:
+                path.unlink(missing_ok=True) if result is None else figures.save(path, result, draw)
     for name in names:
         print(f"{name} {'is out of date: run python bench/tables.py' if a.check else 'rewritten'}")
     return int(a.check and bool(names))

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
-import official
 import torch
 from torch import Tensor
 
 from mopro_fast import ops
+from mopro_fast.benchmark import official
 
 Call = Callable[[], dict[str, Tensor | list[Tensor]]]
 Factory = Callable[[SimpleNamespace], Call]

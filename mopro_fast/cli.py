@@ -10,6 +10,10 @@ COMMANDS = {
     "train": ("mopro_fast.training.command", "train a model: mopro-fast train RECIPE --data PATH --out FOLDER"),
     "check": ("mopro_fast.data.check", "read every image once: which are odd or broken, and why"),
     "pack": ("mopro_fast.data.pack", "write the images into shards that train fast: mopro-fast pack DATA OUT"),
+    "bench": (
+        "mopro_fast.benchmark.command",
+        "time a training step here: ours, the official code's, plain training",
+    ),
     "env": ("mopro_fast.environment", "what this installation has: versions, GPU, extension, backends"),
 }
 

@@ -139,6 +139,10 @@ class RunConfig:
     """Autocast type of the encoders; auto: bf16 on a GPU, fp32 on a CPU. Masters are always float32."""
     deterministic: bool = False
     """Only deterministic cuDNN kernels, so that runs on a GPU repeat bit for bit; slower."""
+    cuda_graph: bool = True
+    """On a GPU: replay a step as one CUDA graph."""
+    bf16_weights: bool = True
+    """With bf16: the optimizer keeps bf16 copies of the weights, so that no step casts them."""
     log_every: int = 50
     """Steps between two log entries."""
     checkpoint_every: int = 2000

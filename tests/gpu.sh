@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU. `make test-gpu` runs all of it; naming parts runs those, in the order given.
-#   tests/gpu.sh [build] [test] [sanitize] [bench] [loader] [accuracy]
+#   tests/gpu.sh [build] [test] [sanitize] [bench] [loader] [throughput] [accuracy]
 # A part that fails does not stop the next; the exit status is 1 if any failed. Each part but accuracy is meant to end
 # within ten minutes; build must have run once before the others.
 #   PYTHON   the python to use (default python3)
 #   OUT      where JSON results go (default bench/results)
 #   LOADER   the loader's sets, "NAME=LIST=PX ..." (see bench/loader.py); without it, or without DALI, loader is skipped
+#   OFFICIAL a clone of salesforce/MoPro, timed beside ours in throughput
 #   CIFAR10N an unpacked CIFAR-10N folder (see bench/cifar10n.py); without it, or without DALI, accuracy is skipped
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -29,7 +30,7 @@ build() {
 
 test_() {
   run "op tests" "$python" -m pytest -q tests/test_ops.py tests/test_{two_views,normalize}.py tests/test_*_cuda.py
-  local others=(tests/test_optim.py tests/test_augment.py tests/test_cache.py)
+  local others=(tests/test_optim.py tests/test_augment.py tests/test_cache.py tests/test_train_step.py)
   if "$python" -c 'import nvidia.dali' 2>/dev/null; then others+=(tests/test_pipeline.py); fi
   run "other GPU tests" "$python" -m pytest -q -m gpu "${others[@]}"
 }
@@ -66,6 +67,10 @@ loader() {
   fi
 }
 
+throughput() {
+  run "bench/throughput.py" "$python" bench/throughput.py --results "$out" ${OFFICIAL:+--official "$OFFICIAL"}
+}
+
 accuracy() {
   if [ -z "${CIFAR10N:-}" ]; then
     results+=("accuracy: skipped (CIFAR10N is not set)")
@@ -77,11 +82,11 @@ accuracy() {
 }
 
 parts=("$@")
-[ $# -gt 0 ] || parts=(build test sanitize bench loader accuracy)
+[ $# -gt 0 ] || parts=(build test sanitize bench loader throughput accuracy)
 for part in "${parts[@]}"; do
   case $part in
-    build | test | sanitize | bench | loader | accuracy) ;;
-    *) echo "tests/gpu.sh: no part $part: choose build, test, sanitize, bench, loader or accuracy" >&2 && exit 2 ;;
+    build | test | sanitize | bench | loader | throughput | accuracy) ;;
+    *) echo "tests/gpu.sh: no part $part: choose build, test, sanitize, bench, loader, throughput or accuracy" >&2 && exit 2 ;;
   esac
 done
 if ! "$python" -c 'import torch; assert torch.cuda.is_available()'; then
@@ -92,6 +97,6 @@ for part in "${parts[@]}"; do
   [ "$part" = test ] && part=test_
   "$part"
 done
-"$python" bench/tables.py --print ops ops_requirements loader cifar10n --results "$out"
+"$python" bench/tables.py --print ops ops_requirements loader throughput_gpu throughput_requirements cifar10n --results "$out"
 printf '%s\n' "${results[@]}"
 ! printf '%s\n' "${results[@]}" | grep -q FAILED

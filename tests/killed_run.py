@@ -30,13 +30,13 @@ class Recorder(Trainer):
 
     kill_at = -1
 
-    def _train_step(self, batch) -> None:
+    def _train_step(self, batch, place) -> None:
         line = {"epoch": self.epoch, "step": self.step, "ids": batch.ids.tolist()}
         with (self.out / f"shown.{self.rank}").open("a") as file:
             file.write(json.dumps(line) + "\n")
         if self.global_step == self.kill_at and self.rank == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        super()._train_step(batch)
+        super()._train_step(batch, place)
 
 
 if __name__ == "__main__":

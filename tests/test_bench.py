@@ -52,7 +52,7 @@ SIZES = [(16, 10, 32, 8), (33, 57, 99, 32), (8, 300, 64, 128)]
 @pytest.mark.parametrize("threshold", [0.05, 0.3, 0.8])
 @pytest.mark.parametrize("n, classes, slots, d", SIZES)
 def test_official_losses_and_decisions_are_the_reference_s(n, classes, slots, d, threshold):
-    official = importlib.import_module("official")
+    official = importlib.import_module("mopro_fast.benchmark.official")
     x = random_head(n, classes, slots, d, n)
     q = x["q"].requires_grad_()
 
@@ -78,7 +78,7 @@ def test_official_losses_and_decisions_are_the_reference_s(n, classes, slots, d,
 def test_the_official_step_s_losses_are_mopro_loss(n, classes, slots, d):
     from mopro_fast import ops
 
-    official = importlib.import_module("official")
+    official = importlib.import_module("mopro_fast.benchmark.official")
     x = random_head(n, classes, slots, d, n)
     settings = {"temperature": 0.1, "alpha": 0.5, "threshold": 0.3, "w_proto": 0.7, "w_inst": 0.3}
     found = []
@@ -92,7 +92,7 @@ def test_the_official_step_s_losses_are_mopro_loss(n, classes, slots, d):
 
 
 def test_official_updates_are_the_reference_s():
-    official = importlib.import_module("official")
+    official = importlib.import_module("mopro_fast.benchmark.official")
     x = random_head(40, 7, 80, 16, 5)
     want, got = x["prototypes"].clone(), x["prototypes"].clone()
     reference.prototype_update_(want, x["q"], x["labels"], x["kept"], 0.9)
@@ -306,7 +306,7 @@ def test_tables_and_figure_come_from_the_result(bench, tmp_path, monkeypatch, ca
     )
     monkeypatch.setattr(tables, "HERE", tmp_path)
     monkeypatch.setattr(tables, "DOCUMENTS", [document])
-    monkeypatch.setattr(tables, "FIGURE", tmp_path / "ops.svg")
+    monkeypatch.setattr(tables, "DOCS", tmp_path)
 
     assert tables.main([]) == 0
     assert document.read_text().count("Not measured yet.") == 3 and not (tmp_path / "ops.svg").exists()

@@ -108,11 +108,11 @@ def test_files_that_break_while_an_epoch_runs_are_named_and_replaced(photos, tmp
     cut, gone = (Path(trainer.index.full_path(order[-1][i])) for i in (2, 5))
     train_step = trainer._train_step
 
-    def step(batch):
+    def step(*batch):
         if trainer.global_step == 1:
             cut.write_bytes(cut.read_bytes()[:700])
             gone.unlink()
-        train_step(batch)
+        train_step(*batch)
 
     trainer._train_step = step
     assert trainer.run() == 0
@@ -166,10 +166,10 @@ def test_a_run_on_class_folders_goes_on_without_a_file_that_has_gone(photos, tmp
     trainer = Recorder(c)
     train_step = trainer._train_step
 
-    def step(batch):
+    def step(*batch):
         if trainer.global_step == 4:
             raise MemoryError
-        train_step(batch)
+        train_step(*batch)
 
     trainer._train_step = step
     with pytest.raises(MemoryError):

@@ -10,18 +10,19 @@ import torch
 import torch.nn.functional as F
 from processes import on_ranks
 from reference_step import PlainMoPro
+from small_step import SGD, run_steps, small_model, train_step
 
 from mopro_fast.config import MoProConfig
+from mopro_fast.data.pipeline import Batch
 from mopro_fast.models.mopro import MoPro
 from mopro_fast.models.resnet import ResNet
 from mopro_fast.training.distributed import data_parallel, exchange_rows, gather_rows, shuffle_order
-from mopro_fast.training.optim import SGDEMA
+from mopro_fast.training.step import Shuffle
 
 STEPS, ROWS, CLASSES, DIM, QUEUE, SIZE = 20, 6, 5, 8, 20, 32  # 6 and 12 rows: neither divides the queue
 EPOCH_OF_STEP = [0] * 5 + [1] * 5 + [2] * 10
 NOTHING_KEPT = 13  # at this step rank 0 keeps no row
 GOLDEN = Path(__file__).with_name("golden_losses.json")
-SGD = {"lr": 0.005, "momentum": 0.9, "weight_decay": 1e-4}
 
 
 def close(actual, expected, tolerance: float) -> None:
@@ -60,8 +61,8 @@ def compare_twenty_steps(rank: int, ranks: int, bn_group: int) -> None:
     encoder = ResNet("resnet18", CLASSES, DIM, width=0.125, stem="small", bn_group=bn_group)
     model = MoPro(encoder, copy.deepcopy(encoder), config).train()
     plain = PlainMoPro(encoder, model.queue, config, ranks)
-    query = data_parallel(encoder, torch.device("cpu")) if ranks > 1 else encoder
-    optimizer = SGDEMA(encoder.parameters(), model.encoder_k.parameters(), ema_momentum=0.9, **SGD)
+    fast = train_step(model, ranks * ROWS)
+    shuffle = Shuffle(0, ranks * ROWS)
     plain_optimizers = [torch.optim.SGD(e.parameters(), **SGD) for e in plain.encoder_q]
     relabelled = removed = 0
     for step, epoch in enumerate(EPOCH_OF_STEP):
@@ -79,9 +80,9 @@ def compare_twenty_steps(rank: int, ranks: int, bn_group: int) -> None:
                 labels[0] = t.argmin(1)
         order = shuffle_order(0, step, ranks * ROWS)
         results, gradients = plain.step(as_floats(views_q), as_floats(views_k), labels, epoch, order)
-        out = model(views_q[rank], views_k[rank], labels[rank], epoch, order, query)
-        optimizer.zero_grad()
-        out.loss.backward()
+        ids = torch.arange(ROWS) + rank * ROWS
+        ((batch, place),) = shuffle([Batch(views_q[rank], views_k[rank], labels[rank], ids)], step)
+        out = fast(batch, place, epoch, step, SGD["lr"])
 
         want = results[rank]
         for name in ("loss", "loss_cls", "loss_proto", "loss_inst"):
@@ -97,10 +98,11 @@ def compare_twenty_steps(rank: int, ranks: int, bn_group: int) -> None:
         assert (ours - theirs).norm() < 1e-5 * theirs.norm()
         if step == NOTHING_KEPT and rank == 0:
             assert not out.kept.any() and out.loss.isfinite()
+        decided = torch.cat([torch.where(r["kept"], r["labels"], -1) for r in results])
+        assert torch.equal(fast.decisions(), decided.int())
         relabelled += sum(int((r["labels"] != y).sum()) for r, y in zip(results, labels, strict=True))
         removed += sum(int((~r["kept"]).sum()) for r in results)
 
-        optimizer.step()
         for o in plain_optimizers:
             o.step()
         plain.update_key_encoder()
@@ -135,7 +137,7 @@ def first_gradients_again(rank: int, ranks: int) -> None:
     """From three ranks on the order of a sum matters: a fresh wrapper must sum as one that has run for a while."""
     torch.manual_seed(0)
     module = torch.nn.Sequential(*(torch.nn.Linear(40, 40) for _ in range(12)))
-    wrapped = data_parallel(module, torch.device("cpu"))
+    wrapped = data_parallel(module, torch.zeros(2, 40))
     x = torch.randn(8, 40, generator=torch.Generator().manual_seed(rank))
     gradients = []
     for _ in range(3):
@@ -162,11 +164,11 @@ def test_missing_labels_are_learnt_only_once_relabelled() -> None:
     model = MoPro(encoder, copy.deepcopy(encoder), config).train()
     views = torch.randint(256, (2, 4, 8, 8, 3), dtype=torch.uint8)
     labels = torch.tensor([0, -1, 1, -1])
-    order = shuffle_order(0, 0, 4)
-    out = model(views[0], views[1], labels, 0, order)
+    place = torch.arange(4)
+    out = model(views[0], views[1], labels, 0, place)
     assert out.kept.tolist() == [True, False, True, False]
     assert model.prototypes.norm(dim=1).gt(0).tolist() == [True, True, False, False]
-    out = model(views[0], views[1], labels, 2, order)
+    out = model(views[0], views[1], labels, 2, place)
     assert out.kept.all() and (out.labels >= 0).all()
 
 
@@ -187,32 +189,17 @@ def test_grouped_batchnorm_is_batchnorm_of_each_group() -> None:
     assert int(split.bn1.num_batches_tracked) == 1
 
 
-def golden_run() -> list[float]:
+def golden_losses() -> list[float]:
     """Twelve steps through all phases on fixed random images: the loss of each."""
-    torch.manual_seed(0)
-    config = MoProConfig(queue_size=32, key_momentum=0.9, proto_momentum=0.9, threshold=0.4, start_clean=2)
-    encoder = ResNet("resnet18", 4, 8, width=0.125, stem="small")
-    model = MoPro(encoder, copy.deepcopy(encoder), config).train()
-    optimizer = SGDEMA(encoder.parameters(), model.encoder_k.parameters(), ema_momentum=0.9, **SGD)
-    losses = []
-    for step in range(12):
-        g = torch.Generator().manual_seed(step)
-        view_q, view_k = torch.randint(256, (2, 8, 16, 16, 3), dtype=torch.uint8, generator=g)
-        labels = torch.randint(4, (8,), generator=g)
-        out = model(view_q, view_k, labels, step // 4, shuffle_order(0, step, 8))
-        optimizer.zero_grad()
-        out.loss.backward()
-        optimizer.step()
-        losses.append(out.loss.item())
-    return losses
+    return [loss.item() for loss in run_steps(train_step(small_model()), 4)]
 
 
 def test_losses_are_the_committed_ones() -> None:
     """python -c 'import test_step; test_step.write_golden()' in tests/ renews the file, on purpose only."""
     with smooth():
-        torch.testing.assert_close(golden_run(), json.loads(GOLDEN.read_text()), rtol=1e-5, atol=0)
+        torch.testing.assert_close(golden_losses(), json.loads(GOLDEN.read_text()), rtol=1e-5, atol=0)
 
 
 def write_golden() -> None:
     with smooth():
-        GOLDEN.write_text(json.dumps(golden_run()) + "\n")
+        GOLDEN.write_text(json.dumps(golden_losses()) + "\n")

@@ -66,8 +66,8 @@ def run_and_stop_at(config: TrainConfig, at_step: int) -> None:
     trainer = Trainer(config)
     step = trainer._train_step
 
-    def stop_here(batch):
-        step(batch)
+    def stop_here(*batch):
+        step(*batch)
         if trainer.global_step == at_step:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -88,10 +88,10 @@ def test_killed_without_warning_it_goes_on_from_the_last_checkpoint(digits, unin
     trainer = Trainer(config)
     step = trainer._train_step
 
-    def die(batch):
+    def die(*batch):
         if trainer.global_step == STEPS + 12:  # after a log entry that the checkpoint at 8 does not know
             raise MemoryError
-        step(batch)
+        step(*batch)
 
     trainer._train_step = die
     with pytest.raises(MemoryError):

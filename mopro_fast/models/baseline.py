@@ -11,11 +11,18 @@ from mopro_fast.models.resnet import ResNet
 class CrossEntropy(nn.Module):
     """State dict: encoder_q.*, so that its encoder loads wherever MoPro's does."""
 
+    METRICS = ("loss", "acc_cls", "kept")
+
     def __init__(self, encoder_q: ResNet) -> None:
         super().__init__()
         self.encoder_q = encoder_q
 
-    def forward(self, view_q: Tensor, view_k: None, labels: Tensor, epoch: int, order, query=None) -> StepOutput:
+    def phase(self, epoch: int) -> int:
+        return 0
+
+    def forward(
+        self, view_q: Tensor, _k: None, labels: Tensor, _epoch: int, _place: None, query=None, _key=None
+    ) -> StepOutput:
         """As MoPro.forward; rows without a label (−1) are left out, the projection head gets no gradient."""
         logits, q = (query or self.encoder_q)(ops.normalize(view_q))
         logits = logits.float()

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mopro_fast.data.augment import to_device
 from mopro_fast.errors import UserError
 
 T = TypeVar("T")
@@ -42,6 +43,7 @@ def start(device: str) -> torch.device:
     place = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(place)
+        torch.cuda.set_stream(torch.cuda.Stream())  # all work's stream: the default one cannot be captured in a graph
     if {"WORLD_SIZE", "RANK", "MASTER_ADDR"} <= os.environ.keys() and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", device_id=place if cuda else None)
     return place
@@ -58,6 +60,17 @@ def gather_rows(x: Tensor) -> Tensor:
     return out
 
 
+def gather_together(*tensors: Tensor) -> list[Tensor]:
+    """:func:`gather_rows` of several tensors with the same number of rows, in one collective."""
+    tensors = tuple(x.detach().contiguous() for x in tensors)
+    if world()[1] == 1:
+        return list(tensors)
+    packed = [x.flatten(1) if x.dim() > 1 else x[:, None] for x in tensors]
+    packed = [x.view(torch.uint8) for x in packed]  # [N, bytes]
+    parts = gather_rows(torch.cat(packed, 1)).split([x.shape[1] for x in packed], dim=1)
+    return [part.contiguous().view(x.dtype).view(-1, *x.shape[1:]) for part, x in zip(parts, tensors, strict=True)]
+
+
 def shuffle_order(seed: int, step: int, rows: int) -> np.ndarray:
     """The permutation of all ranks' rows for this step: a function of (seed, step), the same on every rank."""
     return np.random.default_rng([seed, step, 0x5B]).permutation(rows)
@@ -68,42 +81,45 @@ def exchange_rows(x: Tensor, order: np.ndarray) -> Tensor:
     return start_exchange(x, order)()
 
 
-def start_exchange(x: Tensor, order: np.ndarray) -> Callable[[], Tensor]:
+def start_exchange(x: Tensor, order: np.ndarray, group: dist.ProcessGroup | None = None) -> Callable[[], Tensor]:
     """:func:`exchange_rows` while other work is done: the function returned waits for the result."""
     rank, ranks = world()
     n = len(x)
     if ranks == 1:
-        return lambda: x[_on(order, x)]
+        return lambda: x[to_device(order, x.device)]
     mine = order[rank * n : (rank + 1) * n]
     # Sent to rank d, in the order in which d's block of `order` names my rows.
     wanted = [block[block // n == rank] - rank * n for block in order.reshape(ranks, n)]
-    sent = x[_on(np.concatenate(wanted), x)]
+    sent = x[to_device(np.concatenate(wanted), x.device)]
     received = torch.empty_like(sent)
     counts = np.bincount(mine // n, minlength=ranks).tolist()
-    work = dist.all_to_all_single(received, sent, counts, [len(w) for w in wanted], async_op=True)
+    work = dist.all_to_all_single(received, sent, counts, [len(w) for w in wanted], group=group, async_op=True)
     # Received rows come sorted by source rank, and in the wanted order within each.
     place = np.argsort(np.argsort(mine // n, kind="stable"), kind="stable")
 
     def result() -> Tensor:
         work.wait()
-        return received[_on(place, x)]
+        return received[to_device(place, x.device)]
 
     return result
 
 
-def _on(index: np.ndarray, x: Tensor) -> Tensor:
-    index = torch.from_numpy(np.ascontiguousarray(index))
-    return index.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else index
-
-
-def data_parallel(module: nn.Module, device: torch.device) -> DistributedDataParallel:
+def data_parallel(module: nn.Module, example: Tensor) -> DistributedDataParallel:
     """The module with its gradients averaged over the ranks, the same bits in the first step as in any later one.
 
-    find_unused_parameters keeps DDP from laying out its buckets anew after the first step: from three ranks on, the
-    layout decides the order of summation, and the first step after a resume would differ from the uninterrupted one.
+    DDP lays out its buckets anew after its first backward pass, and from three ranks on the layout decides the order
+    of summation: the first step after a resume would differ from the uninterrupted one. So that pass is made here, on
+    ``example``, in evaluation mode and on every rank.
     """
-    devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False, find_unused_parameters=True)
+    devices = [example.device] if example.is_cuda else None
+    wrapped = DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    training = module.training
+    wrapped.eval()
+    outputs = wrapped(example)
+    torch.stack([y.float().sum() for y in (outputs if isinstance(outputs, tuple) else (outputs,))]).sum().backward()
+    module.zero_grad()
+    wrapped.train(training)
+    return wrapped
 
 
 def from_rank0(value):

@@ -14,6 +14,7 @@ import torch
 from mopro_fast import __version__
 from mopro_fast.config import TrainConfig, differences
 from mopro_fast.data.index import Index
+from mopro_fast.data.pipeline import Batch
 from mopro_fast.errors import UserError
 from mopro_fast.models.build import build
 from mopro_fast.ops import backends
@@ -21,16 +22,15 @@ from mopro_fast.training import checkpoint, distributed, inputs
 from mopro_fast.training.distributed import gather_rows
 from mopro_fast.training.evaluate import accuracy
 from mopro_fast.training.log import RunLog
-from mopro_fast.training.optim import build_optimizer, learning_rate
+from mopro_fast.training.optim import learning_rate
+from mopro_fast.training.step import UNSEEN, Shuffle, TrainStep
 
 # Settings that may change between an interrupted run and its continuation: they do not change the result.
 # The data may move: its paths and labels are compared by digest.
 FREE = {"data.path", "data.root", "data.val", "data.layout", "data.extra_val", "data.threads", "data.max_broken"}
 FREE |= {"data.hw_decoder_load"}
 FREE |= {f"run.{name}" for name in ("out", "device", "log_every", "checkpoint_every", "keep")}
-FREE |= {f"run.{name}" for name in ("resume", "init", "tensorboard")}
-
-UNSEEN, REMOVED = -2, -1  # in the record of decisions: not shown this epoch; kept out of the losses
+FREE |= {f"run.{name}" for name in ("resume", "init", "tensorboard", "cuda_graph")}
 
 
 class Trainer:
@@ -45,8 +45,6 @@ class Trainer:
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"--out {self.out} is a file: name a folder")
         backends.require(self.device.type)
-        auto = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        self.bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and auto)
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = not config.run.deterministic
             torch.backends.cudnn.deterministic = config.run.deterministic
@@ -67,21 +65,17 @@ class Trainer:
 
         torch.manual_seed(config.run.seed)
         self.model = build(config).to(self.device, memory_format=torch.channels_last).train()
-        targets = list(self.model.encoder_k.parameters()) if config.method == "mopro" else None
-        self.optimizer = build_optimizer(self.model.encoder_q, config.optim, targets, config.mopro.key_momentum)
-        self.query = self.model.encoder_q
-        if self.ranks > 1:
-            self.query = distributed.data_parallel(self.query, self.device)
-
         self.epoch = self.step = 0  # the next step to take
-        self.sums: dict[str, torch.Tensor] | None = None  # per metric float64 [2]: since the last entry, this epoch
-        self.counts = [0, 0]
-        self.assigned = self._no_decisions()
-        self.bad_step = torch.full((1,), -1, dtype=torch.int64, device=self.device)
+        self.counts = [0, 0]  # steps that train_step.sums cover
         self.replaced = [0, 0]  # images that could not be read any more: in this epoch, in the run
-        log_bytes = self._restore(path, state) if state else 0
-        if not state and config.run.init:
+        if state:
+            self._require_same_run(path, state)
+            self.model.load_state_dict(state["model"])
+        elif config.run.init:
             checkpoint.load_weights(self.model, config.run.init)
+        self.train_step = TrainStep(config, self.model, len(self.index), self.device)
+        self.shuffle = Shuffle(config.run.seed, config.optim.batch_size)
+        log_bytes = self._restore(path, state) if state else 0
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / "config.json").write_text(config.to_json())
@@ -127,13 +121,13 @@ class Trainer:
         distributed.sync_buffers(self.model)
         bar = self.log.progress(self.epoch, self.config.optim.epochs, self.step, self.steps, batch_size)
         began, waited, since = time.perf_counter(), 0.0, self.step
-        batches = self.loader.epoch(self.epoch, self.step)
+        batches = self.shuffle(self.loader.epoch(self.epoch, self.step), self.global_step)
         with bar:
             while self.step < self.steps:
                 asked = time.perf_counter()
-                batch = next(batches)
+                batch, place = next(batches)
                 waited += time.perf_counter() - asked
-                self._train_step(batch)
+                self._train_step(batch, place)
                 self.step += 1
                 bar.update(batch_size)
                 if self.step % run.log_every == 0 or self.step == self.steps:
@@ -150,36 +144,18 @@ class Trainer:
                         self._save()
         return 0
 
-    def _train_step(self, batch) -> None:
-        config = self.config
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config.optim, self.epoch, self.step, self.steps)
-        order = distributed.shuffle_order(config.run.seed, self.global_step, config.optim.batch_size)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            out = self.model(batch.view_q, batch.view_k, batch.labels, self.epoch, order, self.query)
-        self.optimizer.zero_grad(set_to_none=True)
-        out.loss.backward()
-        self.optimizer.step()  # with it the key encoder: step 2 of the method
-
-        # Nothing below waits for the device: the sums are read when they are logged.
-        if self.sums is None:
-            self.sums = {name: torch.zeros(2, dtype=torch.float64, device=self.device) for name in out.metrics}
-        for name, value in out.metrics.items():
-            self.sums[name] += value
+    def _train_step(self, batch: Batch, place: torch.Tensor | None) -> None:
+        lr = learning_rate(self.config.optim, self.epoch, self.step, self.steps)
+        self.train_step(batch, place, self.epoch, self.step, lr)
         self.counts = [n + 1 for n in self.counts]
-        self.assigned[batch.ids] = torch.where(out.kept, out.labels, REMOVED).to(torch.int32)
-        first_bad = (self.bad_step < 0) & ~out.loss.detach().isfinite()
-        self.bad_step = torch.where(first_bad, self.step, self.bad_step)
 
     def _means(self, which: int) -> dict[str, float]:
         """The metrics' means over all ranks: which=0 since the last entry, 1 this epoch. Starts the sums anew."""
-        names = sorted(self.sums)
-        sums = gather_rows(torch.stack([self.sums[name][which] for name in names])[None]).sum(0)
-        means = (sums / (self.ranks * self.counts[which])).tolist()
-        for total in self.sums.values():
-            total[which] = 0
+        sums = gather_rows(self.train_step.sums[which][None]).sum(0)
+        means = dict(zip(self.model.METRICS, (sums / (self.ranks * self.counts[which])).tolist(), strict=True))
+        self.train_step.sums[which] = 0
         self.counts[which] = 0
-        return dict(zip(names, means, strict=True))
+        return dict(sorted(means.items()))
 
     def _log_window(self) -> dict[str, float]:
         self._check_finite()
@@ -205,7 +181,7 @@ class Trainer:
         self.log.entry("epoch", self.epoch, self.step, self.global_step, values)
         distributed.sync_buffers(self.model)
         for name, loader in self.eval_loaders.items():
-            values = accuracy(self.model.encoder_q, loader, self.device, self.bf16)
+            values = accuracy(self.model.encoder_q, loader, self.device, self.train_step.bf16)
             self.log.entry(name, self.epoch, self.step, self.global_step, values)
             self.log.say(
                 f"epoch {self.epoch + 1}/{self.config.optim.epochs} {name}: "
@@ -215,18 +191,20 @@ class Trainer:
                 row, _, reason = lost[0]
                 first = self.eval_sets[name].name(row)
                 self.log.say(f"{name}: {len(lost)} images could not be read any more, such as {first} ({reason})")
-        decisions = self._merged_decisions()
+        decisions = self.train_step.decisions()
         if self.rank == 0:
             partial = self.out / "labels.partial"
             torch.save(decisions, partial)
             partial.replace(self.out / "labels.pt")
-        self.assigned = self._no_decisions()
+        self.train_step.assigned.fill_(UNSEEN)
         self.epoch, self.step, self.replaced[0] = self.epoch + 1, 0, 0
         self._save()
 
     def _note_replaced(self) -> None:
         """Count and name what the ranks could not read; too much of it ends the run."""
-        mine, self.loader.lost = self.loader.lost, []
+        now = self.epoch, self.step  # the loader may be a batch ahead
+        mine = [lost for lost in self.loader.lost if lost[:2] < now]
+        self.loader.lost = [lost for lost in self.loader.lost if lost[:2] >= now]
         if not int(gather_rows(torch.tensor([len(mine)], device=self.device)).sum()):
             return
         lost = distributed.gather_lists(mine)
@@ -242,7 +220,7 @@ class Trainer:
             )
 
     def _check_finite(self) -> None:
-        bad = gather_rows(self.bad_step).tolist()
+        bad = gather_rows(self.train_step.bad_step).tolist()
         for rank, step in enumerate(bad):
             if step >= 0:
                 raise UserError(
@@ -263,21 +241,10 @@ class Trainer:
         saved = checkpoint.all_of(self.out / "checkpoints")
         return str(saved[-1]) if saved else "none yet"
 
-    def _no_decisions(self) -> torch.Tensor:
-        return torch.full((len(self.index),), UNSEEN, dtype=torch.int32, device=self.device)
-
-    def _merged_decisions(self) -> torch.Tensor:
-        """int32 [images]: the label each image was trained with this epoch, REMOVED or UNSEEN; of all ranks."""
-        merged = self.assigned.clone()
-        if self.ranks > 1:
-            torch.distributed.all_reduce(merged, torch.distributed.ReduceOp.MAX)
-        return merged.cpu()
-
     def _save(self) -> Path | None:
         self._check_finite()
         self._check_weights()
         self._note_replaced()
-        sums = self.sums or {}
         state = {
             "version": __version__,
             "config": self.config.to_json(),
@@ -289,13 +256,12 @@ class Trainer:
             "counts": self.counts,
             "replaced": self.replaced,
             "left_out": torch.from_numpy(self.index.left_out),
-            "sums": {name: gather_rows(total[None]).cpu() for name, total in sums.items()},  # [W, 2]
-            "assigned": self._merged_decisions(),
+            **self.train_step.state_dict(),
         }
         if self.rank != 0:
             return None
         state["model"] = self.model.state_dict()
-        state["optimizer"] = self.optimizer.state_dict()
+        state["optimizer"] = self.train_step.optimizer.state_dict()
         return checkpoint.save(self.out / "checkpoints", self.global_step, state, self.config.run.keep)
 
     def _saved(self) -> tuple[str | Path | None, dict | None]:
@@ -312,18 +278,11 @@ class Trainer:
 
     def _restore(self, path: str | Path, state: dict) -> int:
         """Take up an earlier run; -> the length its log.jsonl had."""
-        self._require_same_run(path, state)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.train_step.optimizer.load_state_dict(state["optimizer"])
+        self.train_step.load_state_dict(state)
         self.epoch, self.step = state["epoch"], state["step"]
-        self.assigned = state["assigned"].to(self.device)
         self.counts, self.replaced = list(state["counts"]), list(state["replaced"])
         same_ranks = state["ranks"] == self.ranks
-        # The sums of each rank are its own; another number of ranks shares out their mean, the log alone differs.
-        self.sums = {
-            name: (total[self.rank] if same_ranks else total.mean(0)).to(self.device)
-            for name, total in state["sums"].items()
-        } or None
         if self.rank == 0:
             note = "" if same_ranks else f" (saved by {state['ranks']} ranks, now {self.ranks}: not bit for bit)"
             print(f"resuming {path} at epoch {self.epoch + 1}, step {self.step}{note}", file=sys.stderr)

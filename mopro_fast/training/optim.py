@@ -17,6 +17,7 @@ class SGDEMA(torch.optim.SGD):
     The numbers are those of ``torch.optim.SGD`` followed by ``ops.ema_update_``. State dicts are torch.optim.SGD's and
     load in both directions: targets, their momentum and shadows belong to the constructor, not to the state.
     For CUDA graphs give ``lr`` as a float32 tensor [1] on the device and write the schedule into it.
+    A parameter without a gradient takes its shadow's: then the shadow was in the forward pass, instead of a cast.
     """
 
     def __init__(
@@ -29,8 +30,8 @@ class SGDEMA(torch.optim.SGD):
         nesterov: bool = False,
         *,
         ema_momentum: float,
-        param_shadows: Iterable[Tensor] | None = None,
-        target_shadows: Iterable[Tensor] | None = None,
+        param_shadows: Iterable[Tensor | None] | None = None,
+        target_shadows: Iterable[Tensor | None] | None = None,
         dampening: float = 0.0,
         maximize: bool = False,
         differentiable: bool = False,
@@ -39,7 +40,7 @@ class SGDEMA(torch.optim.SGD):
 
         targets:      one tensor per parameter, in the order of the parameters, through all groups.
         ema_momentum: m, in [0, 1].
-        param_shadows, target_shadows: optional bfloat16 or float16 copies, one per parameter.
+        param_shadows, target_shadows: optional bfloat16 or float16 copies, one per parameter, None where there is none.
 
         Raises ValueError for dampening, maximize or differentiable, which it does not have, and for wrong numbers of
         tensors.
@@ -69,24 +70,34 @@ class SGDEMA(torch.optim.SGD):
             if not params:
                 continue
             end = begin + len(params)
-            grads = [p.grad for p in params]
-            if any(grad is not None and grad.layout != torch.strided for grad in grads):
-                raise ValueError("SGDEMA does not take sparse gradients")
-            ops.sgd_ema_update_(
-                params,
-                grads,
-                self._buffers(params) if group["momentum"] else [],
-                self.targets[begin:end],
-                lr=self._rate(index, group),
-                momentum=group["momentum"],
-                weight_decay=group["weight_decay"],
-                nesterov=group["nesterov"],
-                ema_momentum=self.ema_momentum,
-                param_shadows=self.param_shadows[begin:end],
-                target_shadows=self.target_shadows[begin:end],
-            )
+            shadows = self.param_shadows[begin:end] or [None] * len(params)
+            grads = [_gradient(p, shadow) for p, shadow in zip(params, shadows, strict=True)]
+            buffers = self._buffers(params, grads) if group["momentum"] else [None] * len(params)
+            target_shadows = self.target_shadows[begin:end] or [None] * len(params)
+            rows = list(zip(params, grads, buffers, self.targets[begin:end], shadows, target_shadows, strict=True))
+            for has_shadow in (True, False):
+                part = [row for row in rows if (row[4] is not None) == has_shadow]
+                if not part:
+                    continue
+                p, g, b, t, v, w = map(list, zip(*part, strict=True))
+                ops.sgd_ema_update_(
+                    p, g, b, t,
+                    lr=self._rate(index, group),
+                    momentum=group["momentum"],
+                    weight_decay=group["weight_decay"],
+                    nesterov=group["nesterov"],
+                    ema_momentum=self.ema_momentum,
+                    param_shadows=v if has_shadow else None,
+                    target_shadows=w if has_shadow else None,
+                )  # fmt: skip
             begin = end
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for shadow in self.param_shadows:
+            if shadow is not None and shadow.grad is not None:
+                shadow.grad = None if set_to_none else shadow.grad.zero_()
 
     def __getstate__(self) -> dict:
         """For copies and pickles: torch.optim.Optimizer would leave out what is not its own."""
@@ -108,12 +119,12 @@ class SGDEMA(torch.optim.SGD):
                 if buffer is not None and buffer.stride() != p.stride():
                     self.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(buffer)
 
-    def _buffers(self, params: list[Tensor]) -> list[Tensor | None]:
+    def _buffers(self, params: list[Tensor], grads: list[Tensor | None]) -> list[Tensor | None]:
         """Made when a parameter has its first gradient, as torch.optim.SGD does."""
         buffers = []
-        for p in params:
-            state = self.state[p] if p.grad is not None else {}
-            if p.grad is not None and state.get("momentum_buffer") is None:
+        for p, grad in zip(params, grads, strict=True):
+            state = self.state[p] if grad is not None else {}
+            if grad is not None and state.get("momentum_buffer") is None:
                 state["momentum_buffer"] = torch.zeros_like(p)
             buffers.append(state.get("momentum_buffer"))
         return buffers
@@ -140,22 +151,35 @@ class SGDEMA(torch.optim.SGD):
                 raise ValueError(f"{name} must hold {count} tensors, one per parameter, got {len(tensors)}")
 
 
+def _gradient(p: Tensor, shadow: Tensor | None) -> Tensor | None:
+    grad = shadow.grad if p.grad is None and shadow is not None else p.grad
+    if grad is not None and grad.layout != torch.strided:
+        raise ValueError("SGDEMA does not take sparse gradients")
+    return grad
+
+
 def build_optimizer(
     encoder: nn.Module,
     config: OptimConfig,
     targets: Iterable[Tensor] | None = None,
     ema_momentum: float | None = None,
+    *,
+    lr: float | Tensor | None = None,
+    **shadows: list[Tensor | None],
 ) -> torch.optim.SGD:
-    """SGD for the encoder; given the momentum encoder's parameters and momentum, one that updates those as well."""
+    """SGD for the encoder; given the momentum encoder's parameters and momentum, one that updates those as well.
+
+    lr: in place of the config's, such as a tensor. shadows: SGDEMA's.
+    """
     options = {
-        "lr": config.lr,
+        "lr": config.lr if lr is None else lr,
         "momentum": config.momentum,
         "weight_decay": config.weight_decay,
         "nesterov": config.nesterov,
     }
     if targets is None:
-        return torch.optim.SGD(encoder.parameters(), **options)
-    return SGDEMA(encoder.parameters(), targets, ema_momentum=ema_momentum, **options)
+        return torch.optim.SGD(encoder.parameters(), **options, fused=isinstance(lr, Tensor))
+    return SGDEMA(encoder.parameters(), targets, ema_momentum=ema_momentum, **options, **shadows)
 
 
 def learning_rate(config: OptimConfig, epoch: int, step: int, steps_per_epoch: int) -> float:

@@ -76,15 +76,30 @@ def launches(call: Call, device: str) -> int | None:
     """Kernels, copies and memsets that one call puts on the GPU, as the profiler sees them; None on a CPU."""
     if device == "cpu":
         return None
+    cuda = torch.autograd.DeviceType.CUDA
+    count = sum(e.device_type == cuda and not e.is_user_annotation for e in _profiled(call))
+    return count or None  # a profiler that saw nothing has measured nothing
+
+
+def host_launches(call: Call) -> dict[str, int]:
+    """How often one call launches a kernel, a copy or memset, and a graph, by the names of CUDA's functions."""
+    kinds = {"LaunchKernel": "kernels", "GraphLaunch": "graphs", "Memcpy": "copies", "Memset": "copies"}
+    found = dict.fromkeys(("kernels", "graphs", "copies"), 0)
+    for event in _profiled(call):
+        for part, kind in kinds.items():
+            if event.name.startswith(("cuda", "cu")) and part in event.name:
+                found[kind] += 1
+    return found
+
+
+def _profiled(call: Call) -> list:
     torch.cuda.synchronize()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
             call()
             torch.cuda.synchronize()
-    cuda = torch.autograd.DeviceType.CUDA
-    count = sum(e.device_type == cuda and not e.is_user_annotation for e in seen.events())
-    return count or None  # a profiler that saw nothing has measured nothing
+    return seen.events()
 
 
 def extra_memory(call: Call, device: str) -> int | None:

@@ -133,3 +133,49 @@ def _correct(logits: Tensor, scores: Tensor, labels: Tensor, alpha: float, thres
 
 def _wide(x: Tensor) -> Tensor:
     return x.float() if x.element_size() == 2 else x
+
+
+class Step:
+    """A whole training step of the official code in an epoch that corrects labels, on one device.
+
+    Encoders are ordinary ResNets in float32 and NCHW; images come as float32, normalised. ``autocast`` and
+    ``channels_last``: the usual two lines that make it faster.
+    """
+
+    def __init__(
+        self, encoder_q: torch.nn.Module, encoder_k: torch.nn.Module, config, optim, autocast: bool, channels_last: bool
+    ) -> None:
+        """config: MoProConfig; optim: OptimConfig."""
+        self.c, self.autocast = config, autocast
+        self.format = torch.channels_last if channels_last else torch.contiguous_format
+        self.encoder_q, self.encoder_k = (e.train().to(memory_format=self.format) for e in (encoder_q, encoder_k))
+        self.encoder_k.requires_grad_(False)
+        device, dim = encoder_q.fc2.weight.device, encoder_q.fc2.out_features
+        self.queue = F.normalize(torch.randn(config.queue_size, dim, device=device), dim=1)
+        self.cursor = torch.zeros(1, dtype=torch.int64, device=device)
+        self.prototypes = F.normalize(torch.randn(encoder_q.classifier.out_features, dim, device=device), dim=1)
+        self.optimizer = torch.optim.SGD(
+            self.encoder_q.parameters(), optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
+        )
+
+    def __call__(self, view_q: Tensor, view_k: Tensor, labels: Tensor) -> Tensor:
+        """Normalised images float32 [N, 3, H, W] and int64 [N]; -> the loss."""
+        c = self.c
+        view_q, view_k = (x.contiguous(memory_format=self.format) for x in (view_q, view_k))
+        with torch.autocast(view_q.device.type, torch.bfloat16, enabled=self.autocast):
+            logits, q = self.encoder_q(view_q)
+            with torch.no_grad():
+                ema_update_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), c.key_momentum)
+                order = torch.randperm(len(view_k)).to(view_k.device)
+                _, k = self.encoder_k(view_k[order])
+                k = k[torch.argsort(order)]
+        out = mopro_loss(
+            logits, q, k, self.queue, self.prototypes, labels, temperature=c.temperature, alpha=c.alpha,
+            threshold=c.threshold, w_proto=c.w_proto, w_inst=c.w_inst,
+        )  # fmt: skip
+        queue_enqueue_(self.queue, self.cursor, k)
+        prototype_update_(self.prototypes, q.detach(), out.labels, out.kept, c.proto_momentum)
+        self.optimizer.zero_grad()
+        out.loss.backward()
+        self.optimizer.step()
+        return out.loss.detach()

@@ -1,0 +1,1 @@
+"""`mopro-fast bench`: a training step and its peers (throughput.py), how things are measured (timing.py)."""

@@ -1,0 +1,127 @@
+"""``mopro-fast bench``: images a second of a training step, ours and its peers', on this machine."""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+
+from mopro_fast import environment
+from mopro_fast.benchmark import report, throughput
+from mopro_fast.benchmark.throughput import Case
+from mopro_fast.errors import UserError
+
+
+@dataclass
+class Bench:
+    """Time a training step on synthetic images: ours, the official code's, plain supervised training.
+
+    What is not given depends on the device: on a GPU the paper's ResNet-50 at 224 px, on a CPU a small ResNet-18.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU if there is one."""
+    batch_sizes: tuple[int, ...] = ()
+    """N, rows per step. GPU: 256 32 1024 64 128 512; CPU: 32."""
+    classes: tuple[int, ...] = ()
+    """C. GPU: 1000 5000; CPU: 100."""
+    arch: Literal["", "resnet18", "resnet34", "resnet50", "resnet101"] = ""
+    """Architecture."""
+    width: float | None = None
+    """Multiplies the channels."""
+    image_size: int | None = None
+    """Side of the views, px."""
+    queue_size: int | None = None
+    """Q."""
+    bn_group: int = 0
+    """Rows per BatchNorm group, in ours."""
+    seconds: float = 2
+    """Of each variant of each case."""
+    minutes: float = 9
+    """No case begins after so many."""
+    official: Path | None = None
+    """A clone of salesforce/MoPro: its model is timed too (ResNet-50 only)."""
+    data: str | None = None
+    """Real images (as `mopro-fast train --data`): train on them too, and tell the share of waiting for them."""
+    out: Path | None = None
+    """JSON file to write."""
+
+
+_GPU = {"batch_sizes": (256, 32, 1024, 64, 128, 512), "classes": (1000, 5000), "image_size": 224, "queue_size": 8192}
+_GPU |= {"arch": "resnet50", "width": 1.0}
+_CPU = {
+    "batch_sizes": (32,),
+    "classes": (100,),
+    "image_size": 64,
+    "queue_size": 1024,
+    "arch": "resnet18",
+    "width": 0.25,
+}
+_EVERYTHING = (32, 256)  # batch sizes at which every variant is timed
+
+
+def main(argv: list[str]) -> int:
+    options = tyro.cli(Bench, args=argv, prog="mopro-fast bench")
+    result = run(options)
+    print(report.table(result))
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps({"conditions": environment.collect(), **result}, indent=2) + "\n")
+        print(f"\nnumbers: {options.out}")
+    return 0
+
+
+def run(options: Bench) -> dict[str, Any]:
+    """-> {"settings", "cases", "not_reached", "seconds"}; progress goes to stderr."""
+    cuda = torch.cuda.is_available()
+    device = options.device if options.device != "auto" else ("cuda" if cuda else "cpu")
+    if device == "cuda" and not cuda:
+        raise UserError("--device cuda: PyTorch sees no GPU; `mopro-fast env` says more, or use --device cpu")
+    default = _GPU if device == "cuda" else _CPU
+    chosen = {name: getattr(options, name) or value for name, value in default.items()}
+    if min(*chosen["batch_sizes"], 2) < 2:
+        raise UserError("--batch-sizes must be at least 2: BatchNorm needs two rows")
+    if options.bn_group and any(n % options.bn_group for n in chosen["batch_sizes"]):
+        raise UserError(f"--bn-group {options.bn_group} must divide every one of --batch-sizes")
+    if device == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be captured
+    cases = [
+        Case(
+            batch=n, classes=c, image_size=chosen["image_size"], arch=chosen["arch"], width=chosen["width"],
+            queue=chosen["queue_size"], bn_group=options.bn_group, device=device,
+        )
+        for c in chosen["classes"] for n in chosen["batch_sizes"]
+    ]  # fmt: skip
+    began, results = time.perf_counter(), []
+    for i, case in enumerate(cases, 1):
+        if time.perf_counter() - began > 60 * options.minutes:
+            break
+        everything = device == "cpu" or (case.batch in _EVERYTHING and case.classes == chosen["classes"][0])
+        made = throughput.variants(case, options.official, everything)
+        found = {
+            "batch": case.batch,
+            "classes": case.classes,
+            "variants": throughput.measure(case, made, options.seconds),
+        }
+        if everything:
+            found["parts_ms"] = throughput.parts(case, steps=10)
+        if options.data:
+            found["on_images"] = throughput.on_images(case, options.data, 5 * options.seconds)
+        results.append(found)
+        line = ", ".join(report.brief(name, v) for name, v in found["variants"].items())
+        print(
+            f"[{i}/{len(cases)} {time.perf_counter() - began:.0f} s] N={case.batch} C={case.classes}: {line}",
+            file=sys.stderr,
+        )
+    settings = {"device": device, **{k: v for k, v in chosen.items() if k not in ("batch_sizes", "classes")}}
+    return {
+        "settings": settings | {"bn_group": options.bn_group, "seconds": options.seconds},
+        "cases": results,
+        "not_reached": [f"N={c.batch} C={c.classes}" for c in cases[len(results) :]],
+        "seconds": round(time.perf_counter() - began, 1),
+    }

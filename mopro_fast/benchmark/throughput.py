@@ -1,0 +1,391 @@
+"""What a training step takes: ours, ours with one thing switched off, the official code, plain supervised training.
+
+Every variant trains the same architecture on the same synthetic images, in an epoch whose labels are corrected. On a
+CPU they take turns, so that a machine whose speed drifts drifts for all; on a GPU one is built at a time, for memory.
+"""
+
+import contextlib
+import gc
+import importlib.util
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from mopro_fast import ops
+from mopro_fast.benchmark import official, timing
+from mopro_fast.config import DataConfig, ModelConfig, MoProConfig, OptimConfig, RunConfig, TrainConfig
+from mopro_fast.data.pipeline import Batch
+from mopro_fast.errors import UserError
+from mopro_fast.models import mopro as mopro_module
+from mopro_fast.models.build import build, build_encoder
+from mopro_fast.models.mopro import MoPro, StepOutput
+from mopro_fast.training import inputs
+from mopro_fast.training.step import Shuffle, TrainStep
+
+OURS, OFFICIAL, OFFICIAL_AMP = "ours", "official, float32 NCHW", "official, autocast + channels-last"
+CLONE = "salesforce/MoPro, the clone given"
+SUPERVISED, SUPERVISED_PLAIN = "supervised, this trainer", "supervised, plain PyTorch"
+ENCODERS = "the two encoders alone"
+PARTS = ("query forward", "key forward", "head", "communication", "backward", "optimizer and EMA")
+_EPOCH = 2  # whose labels are corrected, with start_clean 2
+_WARM_UP_STEPS = 6  # chosen, compiled, captured
+
+
+@dataclass
+class Case:
+    """What is trained on."""
+
+    batch: int
+    classes: int
+    image_size: int = 224
+    arch: str = "resnet50"
+    width: float = 1
+    stem: str = "imagenet"
+    queue: int = 8192
+    bn_group: int = 0
+    device: str = "cuda"
+
+    def config(self, **run: Any) -> TrainConfig:
+        return TrainConfig(
+            data=DataConfig(num_classes=self.classes, image_size=self.image_size),
+            model=ModelConfig(arch=self.arch, width=self.width, stem=self.stem, bn_group=self.bn_group),
+            mopro=MoProConfig(queue_size=max(self.queue, self.batch), start_clean=_EPOCH),
+            optim=OptimConfig(batch_size=self.batch, lr=0.01),
+            run=RunConfig(**run),
+        )
+
+    def images(self) -> Batch:
+        """uint8 views, labels and ids on the device."""
+        g = torch.Generator().manual_seed(0)
+        shape = (self.batch, self.image_size, self.image_size, 3)
+        q, k = (torch.randint(256, shape, dtype=torch.uint8, generator=g).to(self.device) for _ in range(2))
+        labels = torch.randint(self.classes, (self.batch,), generator=g).to(self.device)
+        return Batch(q, k, labels, torch.arange(self.batch, device=self.device))
+
+
+# ---- variants: each is a factory from a case to the function that makes one step ----
+
+
+def ours(case: Case, model: Callable[[TrainConfig], Any] = build, **run: Any) -> Callable[[], Any]:
+    """TrainStep as the trainer calls it; ``call.step`` is it."""
+    torch.manual_seed(0)
+    config, device = case.config(**run), torch.device(case.device)
+    built = model(config).to(device, memory_format=torch.channels_last).train()
+    if isinstance(built, MoPro):  # as in the middle of a training: without prototypes nothing is corrected
+        built.prototypes.copy_(torch.nn.functional.normalize(torch.randn_like(built.prototypes), dim=1))
+    step = TrainStep(config, built, case.batch, device)
+    batch, shuffle, count = case.images(), Shuffle(0, case.batch), 0
+    batch = batch if isinstance(built, MoPro) else batch._replace(view_k=None)
+
+    def call() -> Tensor:
+        nonlocal count
+        count += 1
+        ((shuffled, place),) = shuffle([batch], count)
+        return step(shuffled, place, _EPOCH, count, 0.01).loss
+
+    call.step = step
+    return call
+
+
+class TwoEncoders(MoPro):
+    """MoPro without what makes it MoPro: both forwards, a classification loss, the optimizer's pass over both."""
+
+    def forward(self, view_q, view_k, labels, _epoch, _place, query=None, key=None) -> StepOutput:
+        logits, q = (query or self.encoder_q)(ops.normalize(view_q))
+        with torch.no_grad():
+            (key or self.encoder_k)(ops.normalize(view_k))
+        loss = torch.nn.functional.cross_entropy(logits.float(), labels) + 0.0 * q.sum()
+        metrics = dict.fromkeys(self.METRICS, loss.detach())
+        return StepOutput(loss, metrics, labels, labels >= 0)
+
+
+def encoders_alone(case: Case) -> Callable[[], Any]:
+    return ours(case, lambda c: TwoEncoders(build_encoder(c), build_encoder(c), c.mopro))
+
+
+def without_fused_ops(case: Case) -> Callable[[], Any]:
+    with ops.use_backend("reference"):
+        call = ours(case)
+
+    def plain() -> Any:
+        with ops.use_backend("reference"):
+            return call()
+
+    return plain
+
+
+def supervised(case: Case) -> Callable[[], Any]:
+    return ours(case, lambda config: build(replace(config, method="ce")))
+
+
+def supervised_plain(case: Case) -> Callable[[], Any]:
+    """As torchvision's reference trains: autocast on a GPU, channels-last, torch.optim.SGD, eager."""
+    torch.manual_seed(0)
+    encoder = build_encoder(case.config()).to(case.device, memory_format=torch.channels_last).train()
+    config = case.config().optim
+    optimizer = torch.optim.SGD(
+        encoder.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+    )
+    batch = case.images()
+    view = ops.normalize(batch.view_q)
+
+    def call() -> Tensor:
+        with torch.autocast(case.device, torch.bfloat16, enabled=case.device == "cuda"):
+            logits = encoder.classifier(encoder.features(view))
+            loss = torch.nn.functional.cross_entropy(logits, batch.labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return call
+
+
+def official_step(case: Case, fast: bool) -> Callable[[], Any]:
+    torch.manual_seed(0)
+    config = case.config()
+    encoders = [build_encoder(config).to(case.device) for _ in range(2)]
+    autocast = fast and case.device == "cuda"
+    step = official.Step(*encoders, config.mopro, config.optim, autocast=autocast, channels_last=fast)
+    batch = case.images()
+    views = [ops.normalize(view) for view in (batch.view_q, batch.view_k)]
+    return lambda: step(*views, batch.labels)
+
+
+def official_clone(case: Case, path: Path) -> Callable[[], Any]:
+    """The model class of a clone of salesforce/MoPro, its own code from forward to prototypes; SGD as its train.py."""
+    config, model_code, resnet_code = case.config(), _module(path, "model"), _module(path, "resnet")
+    if (case.arch, case.stem, case.image_size) != ("resnet50", "imagenet", 224):
+        raise UserError("--official: its model is a ResNet-50 for 224 px only: set --arch resnet50 --image-size 224")
+    c = config.mopro
+    args = SimpleNamespace(
+        num_class=case.classes, low_dim=config.model.embed_dim, moco_queue=c.queue_size, moco_m=c.key_momentum,
+        proto_m=c.proto_momentum, temperature=c.temperature, alpha=c.alpha, pseudo_th=c.threshold, gpu=0,
+    )  # fmt: skip
+    if not torch.distributed.is_initialized():  # it gathers among ranks even if there is one
+        torch.distributed.init_process_group(
+            "nccl" if case.device == "cuda" else "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
+    torch.manual_seed(0)
+    with _cpu_for_cuda(case.device):
+        model = model_code.MoPro(resnet_code.resnet50, args, width=int(case.width)).to(case.device).train()
+    criterion = torch.nn.CrossEntropyLoss()
+    o = config.optim
+    optimizer = torch.optim.SGD(model.parameters(), o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
+    batch = case.images()
+    view_q, view_k = (ops.normalize(view).contiguous() for view in (batch.view_q, batch.view_k))
+
+    def call() -> Tensor:
+        with _cpu_for_cuda(case.device):
+            out, target, logits, instance, proto = model(
+                [view_q, batch.labels.clone(), view_k], args, is_proto=True, is_clean=True
+            )
+        loss = criterion(proto, target) + criterion(out, target) + criterion(logits, instance)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return call
+
+
+def _module(path: Path, name: str) -> Any:
+    file = path / f"{name}.py"
+    if not file.is_file():
+        raise UserError(f"--official {path}: no {name}.py there; name a clone of github.com/salesforce/MoPro")
+    spec = importlib.util.spec_from_file_location(f"official_{name}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _cpu_for_cuda(device: str) -> contextlib.AbstractContextManager:
+    """On a CPU the official code's .cuda() calls do nothing."""
+    if device == "cuda":
+        return contextlib.nullcontext()
+    return mock.patch.object(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
+
+
+def variants(case: Case, clone: Path | None, everything: bool) -> dict[str, Callable[[Case], Callable[[], Any]]]:
+    """By name, ours first; ``everything``: also those without one fusion, and supervised training."""
+    made: dict[str, Callable[[Case], Callable[[], Any]]] = {
+        OURS: ours,
+        OFFICIAL: lambda c: official_step(c, fast=False),
+        OFFICIAL_AMP: lambda c: official_step(c, fast=True),
+        ENCODERS: encoders_alone,
+    }
+    if clone:
+        made[CLONE] = lambda c: official_clone(c, clone)
+    if everything:
+        made |= {SUPERVISED: supervised, SUPERVISED_PLAIN: supervised_plain}
+        if case.device == "cuda":
+            made |= {
+                "ours, no CUDA graph": lambda c: ours(c, cuda_graph=False),
+                "ours, weights cast in every step": lambda c: ours(c, bf16_weights=False),
+                "ours, ops in plain PyTorch": without_fused_ops,
+                "ours, float32": lambda c: ours(c, precision="fp32"),
+            }
+    return made
+
+
+# ---- measuring ----
+
+
+def measure(case: Case, made: dict[str, Callable], seconds: float) -> dict[str, dict]:
+    """By variant: step_ms (p20, p50, p80), images_per_second, and on a GPU what timing.py counts."""
+    if case.device == "cuda":
+        return {name: _alone(factory, case, seconds) for name, factory in made.items()}
+    calls = {name: factory(case) for name, factory in made.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    began = time.perf_counter()
+    while not times[OURS] or time.perf_counter() - began < seconds * len(calls):
+        for name, call in calls.items():  # step by step in turn
+            start = time.perf_counter()
+            call()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: _summary(t, case.batch) for name, t in times.items()}
+
+
+def _alone(factory: Callable, case: Case, seconds: float) -> dict:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        call = factory(case)
+        for _ in range(_WARM_UP_STEPS):
+            call()
+        result = _summary(_times(call, seconds), case.batch)
+        result["memory_gb"] = torch.cuda.max_memory_reserved() / 1e9
+        result["launches"] = timing.launches(call, case.device)
+        result["host_launches"] = timing.host_launches(call)
+        result["synchronisations"] = timing.synchronisations(call, case.device)
+        return result
+    except torch.cuda.OutOfMemoryError:
+        return {"skipped": "out of memory"}
+
+
+def _times(call: Callable[[], Any], seconds: float) -> list[float]:
+    """Milliseconds per step, of five blocks of steps that the host enqueues without waiting."""
+
+    def block(steps: int) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(steps):
+            call()
+        torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - start) / steps
+
+    steps = max(1, min(50, int(1e3 * seconds / 5 / block(3))))
+    return [block(steps) for _ in range(5)]
+
+
+def _summary(times: list[float], batch: int) -> dict:
+    p20, _, _, p80 = statistics.quantiles(times, n=5) if len(times) > 1 else (times[0],) * 4
+    p50 = statistics.median(times)
+    return {"step_ms": {"p20": p20, "p50": p50, "p80": p80}, "images_per_second": 1e3 * batch / p50}
+
+
+def on_images(case: Case, data: str, seconds: float) -> dict[str, float]:
+    """Training from real files or shards: images_per_second, and the share of the time that waits for images."""
+    config = case.config()
+    config.data.path, config.run.device = data, case.device
+    device = torch.device(case.device)
+    index = inputs.readable(inputs.load(config, resumed=False)["train"], "train", inputs.threads(config.data))
+    loader = inputs.train_loader(config, index, device)
+    model = build(config).to(device, memory_format=torch.channels_last).train()
+    step = TrainStep(config, model, len(index), device)
+    batches = Shuffle(0, case.batch)((b for epoch in itertools.count() for b in loader.epoch(epoch)), 0)
+    for count in range(_WARM_UP_STEPS):
+        step(*next(batches), _EPOCH, count, 0.01)
+    _synchronize(device)
+    count, waited, began = 0, 0.0, time.perf_counter()
+    while (asked := time.perf_counter()) - began < seconds:
+        batch, place = next(batches)
+        waited += time.perf_counter() - asked
+        step(batch, place, _EPOCH, count, 0.01)
+        count += 1
+    _synchronize(device)
+    took = time.perf_counter() - began
+    loader.close()
+    return {"images_per_second": count * case.batch / took, "data_wait": waited / took}
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def parts(case: Case, steps: int) -> dict[str, float]:
+    """Milliseconds of each of PARTS in our eager step (median): marks are set around the modules from outside."""
+    call = ours(case, cuda_graph=False)
+    step, marks = call.step, _Marks(case.device)
+    step.query.register_forward_pre_hook(lambda *_: marks("query forward"))
+    step.query.register_forward_hook(lambda *_: marks("rest"))
+    step.key.register_forward_pre_hook(lambda *_: marks("key forward"))
+    step.key.register_forward_hook(lambda *_: marks("head"))
+    gather, zero_grad, optimize = mopro_module.gather_together, step.optimizer.zero_grad, step.optimizer.step
+
+    def gathering(*tensors: Tensor) -> list[Tensor]:
+        marks("communication")
+        result = gather(*tensors)
+        marks("head")
+        return result
+
+    def zeroing(**options: Any) -> None:
+        marks("backward")
+        zero_grad(**options)
+
+    def optimizing() -> None:
+        marks("optimizer and EMA")
+        optimize()
+        marks("rest")
+
+    found: list[dict[str, float]] = []
+    step.optimizer.zero_grad, step.optimizer.step = zeroing, optimizing
+    with mock.patch.object(mopro_module, "gather_together", gathering):
+        for _ in range(3 + steps):
+            marks.start()
+            call()
+            found.append(marks.stop())
+    return {name: statistics.median(f.get(name, 0.0) for f in found[3:]) for name in (*PARTS, "rest")}
+
+
+class _Marks:
+    """From each mark to the next belongs to the first one's name."""
+
+    def __init__(self, device: str) -> None:
+        self._cuda = device == "cuda"
+        self._marks: list[tuple[str, Any]] = []
+
+    def __call__(self, name: str) -> None:
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append((name, event))
+        else:
+            self._marks.append((name, time.perf_counter()))
+
+    def start(self) -> None:
+        self._marks.clear()
+        self("rest")
+
+    def stop(self) -> dict[str, float]:
+        self("end")
+        if self._cuda:
+            torch.cuda.synchronize()
+        total: dict[str, float] = {}
+        for (name, begin), (_, end) in zip(self._marks, self._marks[1:], strict=False):
+            took = begin.elapsed_time(end) if self._cuda else 1e3 * (end - begin)
+            total[name] = total.get(name, 0.0) + took
+        return total

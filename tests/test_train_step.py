@@ -1,0 +1,106 @@
+"""The trainer's step: 16-bit weights, one CUDA graph, and nothing that waits for the device."""
+
+import pytest
+import torch
+from small_step import CLASSES, PHASES, ROWS, SGD, SIZE, run_steps, small_model, train_step
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mopro_fast.data.pipeline import Batch
+from mopro_fast.ops import backends
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_weights_kept_in_bf16_change_no_bit(device) -> None:
+    """The optimizer's copies are what autocast's casts would give, in both encoders, and so are the gradients."""
+    states = []
+    for kept in (True, False):
+        model = small_model().to(device)
+        step = train_step(model, device=device, precision="bf16", bf16_weights=kept)
+        losses = run_steps(step, 2)
+        states.append([*losses, *model.state_dict().values()])
+        if kept:
+            assert (
+                step.query.conv1.weight.dtype == torch.bfloat16 and step.query.bn1.weight is model.encoder_q.bn1.weight
+            )
+            for p, low in zip(model.encoder_q.parameters(), step.query.parameters(), strict=True):
+                assert torch.equal(p.to(low.dtype), low)
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_replayed_from_a_graph_is_the_eager_step(precision, monkeypatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    states = []
+    for graphed in (True, False):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            model = small_model().cuda()
+            step = train_step(model, device="cuda", precision=precision, cuda_graph=graphed)
+            losses = run_steps(step, 6)
+            states.append([*losses, *model.state_dict().values(), step.sums, step.assigned])
+            torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+@pytest.mark.gpu
+def test_no_step_waits_for_the_gpu() -> None:
+    with torch.cuda.stream(torch.cuda.Stream()):
+        model = small_model().cuda()
+        step = train_step(model, device="cuda", cuda_graph=False)
+        run_steps(step, 2)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run_steps(step, 2)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+WAITING_OPERATORS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique", "is_nonzero", "equal")
+WAITING_METHODS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__iter__")
+
+
+class NothingWaits(TorchDispatchMode):
+    """Raises where a CUDA tensor would make the host wait: seen on a CPU, in operators and in methods."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+        masked = name.startswith("index") and any(isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in leaves)
+        if masked or name.startswith(WAITING_OPERATORS):
+            raise AssertionError(f"{func} would wait for the device")
+        if func.namespace == "mopro_fast":
+            with self:  # the backend's operators are looked at too
+                return backends._run(name, "cpu", *args)
+        return func(*args, **(kwargs or {}))
+
+
+class NoMethodWaits(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in WAITING_METHODS and getattr(func, "__objclass__", None) is not None:
+            raise AssertionError(f"Tensor.{func.__name__} would wait for the device")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_no_step_would_wait(precision) -> None:
+    model = small_model()
+    step = train_step(model, precision=precision)
+    with NothingWaits(), NoMethodWaits():
+        for i in range(6):
+            views = torch.zeros(2, ROWS, SIZE, SIZE, 3, dtype=torch.uint8)
+            batch = Batch(*views.unbind(), torch.arange(ROWS) % (CLASSES + 1) - 1, torch.arange(ROWS))
+            step(batch, torch.arange(ROWS), PHASES[i // 2], i, SGD["lr"])
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.nonzero, bool, int,
+        lambda x: torch.arange(3)[x > 0], lambda x: torch.arange(3)[torch.ones(3) > x],
+        lambda x: torch.masked_select(x, x > 0), lambda x: x.unique(),
+    ],
+)  # fmt: skip
+def test_what_waits_is_noticed(wait) -> None:
+    with NothingWaits(), NoMethodWaits(), pytest.raises(AssertionError, match="would wait"):
+        wait(torch.ones(()))
