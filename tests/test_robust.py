@@ -143,10 +143,10 @@ def test_interrupted_after_it_named_a_file_it_has_one_row_for_it(photos, tmp_pat
     gone.unlink()
     train_step = trainer._train_step
 
-    def step(batch):
+    def step(*given):
         if trainer.global_step == 5:  # after the log's entry, before the checkpoint
             raise MemoryError
-        train_step(batch)
+        train_step(*given)
 
     trainer._train_step = step
     with pytest.raises(MemoryError):
