@@ -15,11 +15,13 @@ from mopro_fast.models.resnet import ResNet
 
 # Of q, keys, queue and prototypes that are read; under autocast, which is what trains, the logits alone are bfloat16.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "autocast": torch.float32}
+KINDS = ("model", "side", "S")  # fields of a shape that is for other ops than the head's
 
 
 @dataclass(frozen=True)
 class Shape:
-    """N rows, C classes, Q queue slots, M gathered rows (0: N), D dimensions; or a model's parameters; or N images.
+    """N rows, C classes, Q queue slots, M gathered rows (0: N), D dimensions; or a model's parameters; or feature maps
+    [N, C, side, side]; or N images.
 
     S: side of their views, in pixels. dtype: of the result, if they are normalised.
     """
@@ -33,6 +35,12 @@ class Shape:
     dtype: str = "float32"
     model: str = ""
     shadows: bool = False
+    side: int = 0
+
+    @property
+    def kind(self) -> str:
+        """The field that says which ops the shape is for, one of KINDS or none."""
+        return next((kind for kind in KINDS if getattr(self, kind)), "")
 
     @property
     def rows(self) -> int:
@@ -61,6 +69,7 @@ FIELDS = {
     "correct_labels": ("N", "C"),
     "prototype_contrast": ("N", "C"),
     "prototype_update_": ("M", "C"),
+    "batch_norm_act": ("N", "C", "side"),
     "mopro_loss": ("N", "C", "Q"),
     "head": ("N", "C", "Q", "M"),
     "normalize": ("N", "S"),
@@ -85,8 +94,8 @@ class Case:
 
     def state(self, device: str) -> SimpleNamespace:
         """The inputs: random, the same for every variant of a case."""
-        make = model_state if self.shape.model else image_state if self.shape.S else head_state
-        return make(self.shape, device)
+        states = {"model": model_state, "side": map_state, "S": image_state, "": head_state}
+        return states[self.shape.kind](self.shape, device)
 
     def cost(self) -> floor.Cost:
         s = self.shape
@@ -101,6 +110,7 @@ class Case:
             "correct_labels": (s.N, s.C, s.D, s.size),
             "prototype_contrast": (s.N, s.C, s.D, s.size),
             "prototype_update_": (s.rows, s.C, s.D, s.size),
+            "batch_norm_act": (s.N, s.C, s.side, s.size),
             "mopro_loss": (s.N, s.C, s.Q, s.D, s.size, s.size, s.logits_dtype.itemsize),
             "head": (s.N, s.C, s.Q, s.D, s.rows, s.size, s.logits_dtype.itemsize),
         }
@@ -152,6 +162,24 @@ def image_state(shape: Shape, device: str) -> SimpleNamespace:
         size=shape.S, views=pixels[:, : shape.S, : shape.S].contiguous(), dtype=DTYPES.get(shape.dtype),
         mean=torch.tensor(IMAGENET_MEAN, device=device), std=torch.tensor(IMAGENET_STD, device=device),
     )  # fmt: skip
+
+
+def map_state(shape: Shape, device: str) -> SimpleNamespace:
+    """No gradient arrives where the ReLU's argument is nearly 0: rounding would decide whether it passes."""
+    g = torch.Generator(device).manual_seed(0)
+
+    def maps() -> Tensor:
+        size = (shape.N, shape.side, shape.side, shape.C)
+        return torch.randn(size, generator=g, device=device).permute(0, 3, 1, 2).to(DTYPES[shape.dtype])
+
+    def channel() -> Tensor:
+        return torch.rand(shape.C, generator=g, device=device) + 0.5
+
+    s = SimpleNamespace(x=maps().mul_(2).add_(1), residual=maps(), dy=maps(), weight=channel(), bias=channel())
+    s.running_mean, s.running_var = channel(), channel()
+    z = F.batch_norm(s.x.float(), None, None, s.weight, s.bias, training=True).add_(s.residual)
+    s.dy.masked_fill_(z.abs_() < 1e-3, 0)
+    return s
 
 
 def head_state(shape: Shape, device: str) -> SimpleNamespace:
@@ -216,6 +244,8 @@ LARGE = Shape(N=1024, C=5000, Q=65536)
 GATHERED = 2048
 MODELS = (Shape(model="resnet50"), Shape(model="resnet50", shadows=True))
 IMAGES = (Shape(N=256, S=224), Shape(N=256, S=112), Shape(N=256, S=32))
+STAGES = tuple(Shape(N=256, C=c, side=side) for c, side in ((256, 56), (512, 28), (1024, 14), (2048, 7)))  # ResNet-50
+QUICK_MAPS = (Shape(N=6, C=24, side=9), Shape(N=33, C=3, side=1))
 QUICK = (Shape(N=33, C=57, Q=198, M=66), Shape(N=7, C=10, Q=21, D=32), Shape(N=5, S=17))
 
 
@@ -223,7 +253,7 @@ def full() -> list[Case]:
     """Every op, the settings that the documentation shows first: peers that compile are given up when time is spent."""
     found = []
     others = [replace(bank, N=n) for bank in (PAPER, LARGE) for n in (32, 256, 1024, 4096)]
-    for shape in (PAPER, replace(PAPER, M=GATHERED), LARGE, *MODELS, *IMAGES, *others):
+    for shape in (PAPER, replace(PAPER, M=GATHERED), LARGE, *MODELS, *STAGES, *IMAGES, *others):
         found += cases_of(shape)
     return _distinct(found)
 
@@ -231,7 +261,7 @@ def full() -> list[Case]:
 def quick() -> list[Case]:
     """Small shapes that divide no tile: for smoke tests and the sanitizers."""
     found = []
-    for shape in (*(replace(m, model="few") for m in MODELS), *QUICK):
+    for shape in (*(replace(m, model="few") for m in MODELS), *QUICK_MAPS, *QUICK):
         found += cases_of(shape)
     return _distinct(found)
 
@@ -244,9 +274,13 @@ def cases_of(shape: Shape) -> list[Case]:
 def ops_of(shape: Shape, dtype: str) -> list[str]:
     if shape.S:
         return ["two_views"] if dtype == "uint8" else ["normalize"]
-    if dtype == "autocast":
-        return ["mopro_loss", "head"]
-    return [op for op, f in FIELDS.items() if "S" not in f and ("model" in f) == bool(shape.model)]
+    found = [op for op, fields in FIELDS.items() if kind_of(fields) == shape.kind]
+    return [op for op in found if dtype != "autocast" or op in ("mopro_loss", "head")]
+
+
+def kind_of(fields: tuple[str, ...]) -> str:
+    """Of the shapes that an op with these fields takes."""
+    return next((kind for kind in KINDS if kind in fields), "")
 
 
 def _distinct(found: list[Case]) -> list[Case]:

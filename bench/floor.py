@@ -64,6 +64,15 @@ def mopro_loss(n: int, c: int, q: int, d: int, size: int, prototype_size: int, l
     return Cost(rows + c * d * prototype_size + 36, 4 * n * (q + c) * d)
 
 
+def batch_norm_act(n: int, c: int, side: int, size: int) -> Cost:
+    """Forward and backward, [N, C, side, side]: x, residual, y, and their gradients; per channel four vectors read, two
+    of them written too, and two gradients.
+
+    What does not stay on the chip between two passes is read again, which is not counted: x three times, y and dy once.
+    """
+    return Cost(6 * n * c * side**2 * size + 32 * c, 0)
+
+
 def head(n: int, c: int, q: int, d: int, m: int, size: int, logits_size: int) -> Cost:
     """mopro_loss forward and backward, then the queue and the prototypes with M gathered rows.
 

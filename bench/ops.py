@@ -39,7 +39,7 @@ STATE = 1e-6  # float32 state after one update: a few roundings
 FLOAT32 = 1e-5  # losses and gradients from float32 inputs: sums of up to 10^5 terms
 LEVELS = 2e-3  # 8-bit pixels: sums next to a half fall either way, and hue has steps of several levels
 PEER = 1e-3  # a float32 peer beyond this computes something else
-IN_PLACE = ("targets", "params", "buffers", "prototypes", "queue", "queue_master")
+IN_PLACE = ("targets", "params", "buffers", "prototypes", "queue", "queue_master", *variants.RUNNING)
 
 
 # What the ops must reach on a GPU.

@@ -161,13 +161,24 @@ def loader(result: dict) -> str:
 def throughput(result: dict) -> str:
     c, s = result["conditions"], result["settings"]
     blocks = [report.table(result)]
-    if s["device"] == "cuda" and (s["arch"], s["image_size"]) == ("resnet50", 224):
-        blocks.append(report.limits(result))
+    moved = read("traffic", HERE / "results")
+    if s["device"] == "cuda" and (s["arch"], s["image_size"]) == ("resnet50", moved["settings"]["image_size"]):
+        blocks.append(report.shares(result, {row["scheme"]: row["limit"] for row in moved["rows"]}))
     net = f"{s['arch']}, width {s['width']:g}, {s['image_size']} px, Q={s['queue_size']}"
     note = f"{net}; synthetic images; {c['gpu'] or c['cpu']}; PyTorch {c['torch']}; commit {c['commit']}."
     if result["not_reached"]:
         note += f" Not measured, for want of time: {', '.join(result['not_reached'])}."
     return "\n\n".join([*blocks, note])
+
+
+def traffic(result: dict) -> str:
+    head = "| how activations move | MB per image, both forwards and backward | of it the key encoder | limit, img/s |"
+    rows = [
+        f"| {r['scheme']} | {r['mb_query'] + r['mb_key']:.0f} | {r['mb_key']:.0f} | {r['limit']:.0f} |"
+        for r in result["rows"]
+    ]
+    note = f"Counted, not measured (`python bench/traffic.py`), at {result['settings']['bandwidth'] / 1e12:g} TB/s; "
+    return "\n".join([head, "|---|---|---|---|", *rows, "", note + f"commit {result['conditions']['commit']}."])
 
 
 def numerics(result: dict) -> str:
@@ -181,6 +192,76 @@ def numerics(result: dict) -> str:
     c, s = result["conditions"], result["settings"]
     note = f"Mean ± standard deviation of {s['seeds']} seeds; {s['images']} images, {s['epochs']} epochs; "
     return "\n".join([*rows, "", note + f"{c['gpu'] or c['cpu']}; PyTorch {c['torch']}; commit {c['commit']}."])
+
+
+def memory(result: dict) -> str:
+    cases, a = result["cases"], result["assumptions"]
+    rows = [
+        "| GB, per GPU | " + " | ".join(f"N={c['N']}, C={c['C']}" for c in cases) + " |",
+        "|---" * (1 + len(cases)) + "|",
+    ]
+    for name in cases[0]["parts"]:
+        rows.append(f"| {name} | " + " | ".join(f"{c['parts'][name] / 1e9:.2f}" for c in cases) + " |")
+    rows.append("| **peak, predicted** | " + " | ".join(f"**{c['total'] / 1e9:.1f}**" for c in cases) + " |")
+    shares = " | ".join(f"{100 * c['total'] / 1e9 / a['budget_gb']:.0f}" for c in cases)
+    rows.append(f"| % of {a['budget_gb']:g} GB | {shares} |")
+    note = (
+        f"Counted without a GPU (`python bench/memory.py`), not measured; 10⁹ bytes; ResNet-50, {a['px']} px, bf16; "
+        f"{a['batches']} batches of two views, gaps {100 * a['slack']:g} %; commit {result['conditions']['commit']}."
+    )
+    return "\n".join([*rows, "", note])
+
+
+def scaling_bytes(result: dict) -> str:
+    few, many = result["cases"][0]["collectives"][0]["sent"]
+    rows = [
+        f"| | collective | type | calls | MB a rank hands over | MB leaving a GPU by NVLink: W={few} | W={many} "
+        f"| by InfiniBand: W={many} |",
+        "|---" * 8 + "|",
+    ]
+    for case in result["cases"]:
+        for c in case["collectives"]:
+            name = c["name"] + (f", C={case['C']}" if c["name"][:7] in ("gradien", "buffers") else "")
+            if case is not result["cases"][0] and name == c["name"]:
+                continue  # does not depend on C
+            links = [c["sent"][few]["nvlink"], c["sent"][many]["nvlink"], c["sent"][many]["infiniband"]]
+            cells = [_megabytes(c["bytes"]), *("–" if c["on_cpu"] else _megabytes(x) for x in links)]
+            rows.append(f"| {name} | {c['kind']} | {c['dtypes']} | {len(c['sizes'])} | {' | '.join(cells)} |")
+    a = result["assumptions"]
+    note = (
+        f"Counted from the model's parameters (`python bench/scaling.py`): ResNet-50, N={a['rows']} rows per GPU, "
+        f"{a['px']} px, bf16; 10⁶ bytes; commit {result['conditions']['commit']}."
+    )
+    return "\n".join([*rows, "", note])
+
+
+def scaling_speed(result: dict) -> str:
+    head = ["GPUs"]
+    for case in result["cases"]:
+        head += [f"C={case['C']}: communication, ms", "not hidden, ms", "img/s", "efficiency, %"]
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for same in zip(*(case["speeds"] for case in result["cases"]), strict=True):
+        cells = [str(same[0]["gpus"])]
+        for s in same:
+            cells += [f"{s['communication_ms']:.2f}", f"{s['exposed_ms']:.2f}"]
+            cells += [f"{s['images_per_second']:,.0f}", f"{100 * s['efficiency']:.1f}"]
+        rows.append(f"| {' | '.join(cells)} |")
+    a = result["assumptions"]
+    step = 1e3 * a["rows"] / a["images_per_second"]
+    note = f"Predicted, not measured. One GPU's step of {step:.1f} ms is an assumption too."
+    return "\n".join([*rows, "", f"{note} Commit {result['conditions']['commit']}."])
+
+
+def scaling_assumptions(result: dict) -> str:
+    rows = ["| argument | value | what, and its source |", "|---|---|---|"]
+    for name, value in result["assumptions"].items():
+        shown = " ".join(f"{x:g}" for x in value) if isinstance(value, list) else f"{value:,}"
+        rows.append(f"| `--{name.replace('_', '-')}` | {shown} | {result['sources'][name]} |")
+    return "\n".join(rows)
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:.2f}" if size >= 1e4 else f"{size / 1e6:.6f}".rstrip("0").rstrip(".")
 
 
 def _number(value: float | None) -> str:
@@ -197,6 +278,8 @@ SHOWN = [
     *PAPER,
     {"model": "resnet50", "shadows": True},
     {"N": 1024, "C": 5000, "Q": 65536, "M": 1024},
+    {"N": 256, "C": 256, "side": 56},
+    {"N": 256, "C": 2048, "side": 7},
     {"N": 256, "S": 224},
 ]
 # table: (result file, function)
@@ -206,12 +289,17 @@ TABLES = {
     "ops": ("ops_gpu", ops),
     "launches": ("launches", launches),
     "loader": ("loader", loader),
+    "memory": ("memory", memory),
+    "scaling_bytes": ("scaling", scaling_bytes),
+    "scaling_speed": ("scaling", scaling_speed),
+    "scaling_assumptions": ("scaling", scaling_assumptions),
     "ops_requirements": ("ops_gpu", requirements),
     "ops_figure": ("ops_gpu", lambda r: f"![Time of every op against its floor, {r['conditions']['gpu']}](ops.svg)"),
     "throughput_gpu": ("throughput_gpu", throughput),
     "throughput_cpu": ("throughput_cpu", throughput),
     "throughput_requirements": ("throughput_gpu", requirements),
     "throughput_figure": ("throughput_gpu", lambda _: "![Images a second by batch size](throughput.svg)"),
+    "traffic": ("traffic", traffic),
     "numerics": ("numerics", numerics),
     "numerics_figure": ("numerics", lambda _: "![Loss by step, float32 and bfloat16](numerics.svg)"),
 }

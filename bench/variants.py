@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
+import apex_peers
 import torch
 from torch import Tensor
 
@@ -78,6 +79,30 @@ def queue_enqueue_(function: Callable, s: SimpleNamespace) -> Call:
         return {"queue": s.queue, "cursor": s.cursor}
 
     return call
+
+
+def batch_norm_act(function: Callable, s: SimpleNamespace, layout: torch.memory_format = torch.channels_last) -> Call:
+    """Forward and backward: gradients of x, weight, bias and residual."""
+    x, residual, dy = (t.contiguous(memory_format=layout) for t in (s.x, s.residual, s.dy))
+    inputs = [t.requires_grad_() for t in (x, s.weight, s.bias, residual)]
+
+    def call():
+        y = function(x, s.weight, s.bias, s.running_mean, s.running_var, residual)
+        grads = torch.autograd.grad(y, inputs, dy)
+        names = ("grad_x", "grad_weight", "grad_bias", "grad_residual")
+        return {"y": y, **dict(zip(names, grads, strict=True)), **{n: getattr(s, n) for n in RUNNING}}
+
+    return call
+
+
+RUNNING = ("running_mean", "running_var")
+
+
+def apex_batch_norm_act(s: SimpleNamespace) -> Call:
+    """In float16, the only type that it takes; as many bytes as bfloat16."""
+    norm = apex_peers.batch_norm_act(s.weight, s.bias, s.running_mean, s.running_var, 0.1, 1e-5, relu=True)
+    half = {n: getattr(s, n).half() for n in ("x", "residual", "dy")} | {"weight": norm.weight, "bias": norm.bias}
+    return batch_norm_act(lambda x, *rest: norm(x, rest[-1]), SimpleNamespace(**vars(s) | half))
 
 
 def mopro_loss(function: Callable, s: SimpleNamespace, in_head: bool = False) -> Call:
@@ -295,6 +320,15 @@ OPS = {
     "correct_labels": _plain(correct_labels, "correct_labels"),
     "prototype_contrast": _plain(prototype_contrast, "prototype_contrast"),
     "prototype_update_": replace(_plain(prototype_update_, "prototype_update_"), compiled=UNROLLED),
+    "batch_norm_act": Op(
+        ours=lambda s: batch_norm_act(ops.batch_norm_act, s),
+        official=lambda s: batch_norm_act(official.batch_norm_act, s, torch.contiguous_format),
+        compiled=lambda s: batch_norm_act(compiled(official.batch_norm_act), s),  # in channels_last
+        others={
+            "official, channels_last": lambda s: batch_norm_act(official.batch_norm_act, s),
+            "apex, float16": apex_peers.missing() or apex_batch_norm_act,
+        },
+    ),
     "mopro_loss": _plain(mopro_loss, "mopro_loss"),
     "normalize": Op(
         ours=lambda s: normalize(lambda s: ops.normalize(s.views, dtype=s.dtype), s),

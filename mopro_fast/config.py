@@ -123,6 +123,9 @@ class OptimConfig:
     """Weight decay, on all parameters as in the official code."""
     nesterov: bool = False
     """Nesterov momentum."""
+    sgd: Literal["fused", "torch", "apex"] = "fused"
+    """fused: SGD and the momentum encoder's update in one pass. The others take several: PyTorch's SGD, or FusedSGD of
+    NVIDIA's apex, which needs --cuda-graph False. Their checkpoints are interchangeable."""
 
 
 @dataclass
@@ -139,6 +142,10 @@ class RunConfig:
     """Autocast type of the encoders; auto: bf16 on a GPU, fp32 on a CPU. Masters are always float32."""
     deterministic: bool = False
     """Only deterministic cuDNN kernels, so that runs on a GPU repeat bit for bit; slower."""
+    recompute: bool = False
+    """Activation checkpointing: keep only what goes into each residual block, compute the rest again when needed."""
+    compile: bool = False
+    """Run the encoders through torch.compile."""
     cuda_graph: bool = True
     """On a GPU: replay a step as one CUDA graph."""
     bf16_weights: bool = True
@@ -215,6 +222,10 @@ class TrainConfig:
         taken = {"train", "epoch", "val", "speed"} & d.extra_val.keys()
         _require(not taken, f"--extra-val {' '.join(taken)}: the log uses this name itself, choose another")
         _require(not (o.nesterov and o.momentum == 0), "--nesterov needs --momentum above 0")
+        _require(
+            o.sgd != "apex" or not r.cuda_graph,
+            "--sgd apex takes its learning rate from the host, which a CUDA graph cannot read: set --cuda-graph False",
+        )
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)

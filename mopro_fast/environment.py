@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mopro_fast.errors import UserError
+
 BUILD_INFO = Path(__file__).with_name("_build_info.json")  # written by setup.py
 APEX_OF_NVIDIA = ("optimizers", "normalization", "multi_tensor_apply")
 
@@ -71,15 +73,30 @@ def _dali() -> str:
 
 
 def _apex() -> str:
-    """NVIDIA's apex is not on PyPI; the apex there is another project. Neither is imported here."""
-    spec = importlib.util.find_spec("apex")
-    if spec is None:
+    """Nothing of apex is imported here."""
+    if importlib.util.find_spec("apex") is None:
         return "not installed"
-    folders = [Path(folder) for folder in spec.submodule_search_locations or []]
-    if not any(all((folder / name).is_dir() for name in APEX_OF_NVIDIA) for folder in folders):
+    if not _apex_is_of_nvidia():
         return f"{_version('apex')}, not NVIDIA's but another package of that name"
     kernels = "with" if importlib.util.find_spec("amp_C") else "without"
     return f"{_version('apex')}, NVIDIA's, {kernels} its CUDA kernels"
+
+
+def _apex_is_of_nvidia() -> bool:
+    """NVIDIA's apex is not on PyPI; the apex there is another project."""
+    folders = [Path(folder) for folder in importlib.util.find_spec("apex").submodule_search_locations or []]
+    return any(all((folder / name).is_dir() for name in APEX_OF_NVIDIA) for folder in folders)
+
+
+def require_apex(wanted: str) -> None:
+    """Raise a UserError that begins with ``wanted`` where NVIDIA's apex and its CUDA kernels are not installed."""
+    source = "install NVIDIA's from https://github.com/NVIDIA/apex with its CUDA extensions"
+    if importlib.util.find_spec("apex") is None:
+        raise UserError(f"{wanted}: apex is not installed: {source}")
+    if not _apex_is_of_nvidia():
+        raise UserError(f"{wanted}: the apex installed here is another package of that name: uninstall it and {source}")
+    if importlib.util.find_spec("amp_C") is None:
+        raise UserError(f"{wanted}: NVIDIA's apex is installed without its CUDA kernels (amp_C): {source}")
 
 
 def _gpus() -> list[dict[str, str]]:

@@ -103,6 +103,15 @@ def calls():
             view = torch.empty(8, size, size, 3, dtype=torch.uint8)
             yield kernels.normalize, (view, None, out_type)
             yield kernels.normalize, (view, gray, out_type)
+    for channels, side, group in [(64, 112, 0), (256, 56, 0), (2048, 7, 32), (3, 5, 0), (1, 1, 4)]:
+        stats, channel = torch.empty(8 if group else 1, channels), torch.empty(channels)
+        for dtype in (f32, bf16, f16):
+            x = torch.empty(8 * (group or 1), channels, side, side, dtype=dtype).to(memory_format=torch.channels_last)
+            yield kernels.batch_norm_stats_, (x, channel, channel, 0.1, 1e-5, group)
+            for relu, residual in [(True, x), (True, None), (False, x), (False, None)]:
+                yield kernels.batch_norm_act, (x, stats, stats, channel, channel, residual, relu)
+                y = x if relu and residual is not None else None
+                yield kernels.batch_norm_act_backward, (x, x, y, stats, stats, channel, channel, relu)
 
 
 def main() -> int:

@@ -22,8 +22,8 @@ def small_model() -> MoPro:
     return MoPro(encoder, copy.deepcopy(encoder), config).train()
 
 
-def train_step(model: MoPro, rows: int = ROWS, device: str = "cpu", **run) -> TrainStep:
-    optim = OptimConfig(batch_size=rows, momentum=SGD["momentum"], weight_decay=SGD["weight_decay"])
+def train_step(model: MoPro, rows: int = ROWS, device: str = "cpu", sgd: str = "fused", **run) -> TrainStep:
+    optim = OptimConfig(batch_size=rows, momentum=SGD["momentum"], weight_decay=SGD["weight_decay"], sgd=sgd)
     config = TrainConfig(mopro=model.config, optim=optim, run=RunConfig(**run))
     return TrainStep(config, model, rows, torch.device(device))
 

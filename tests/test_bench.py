@@ -169,6 +169,8 @@ def test_floors_are_those_worked_out_by_hand():
     assert cost.bytes == pytest.approx(0.54 * read + 2 * 256 * 224**2 * 3, rel=0.01) and us(cost) < 31
     # One number each: 4 + 4 + 8 + 1 + 1 + 4 bytes would be logits, q, labels, kept; and C·D prototypes.
     assert floor.correct_labels(1, 1, 1, 4) == floor.Cost(4 + 4 + 4 + 8 + 8 + 1, 2)
+    # x, residual, y and three gradients; weight, bias, both running statistics; these two and two gradients written
+    assert floor.batch_norm_act(1, 1, 1, 4).bytes == 6 * 4 + 8 * 4
     assert floor.mopro_loss(1, 1, 1, 1, 4, 4, 4).bytes == 4 * 4 + 2 * 4 + 4 + 4 + 17 + 36 - 4
 
 
@@ -359,3 +361,49 @@ def test_launches_are_the_committed_ones(pytestconfig, tmp_path):
     found, committed = (json.loads((folder / "launches.json").read_text())["rows"] for folder in folders)
     assert found == committed
     assert found[0]["op"] == "head" and found[0]["ours"]["launches"] <= 12 and found[0]["ours"]["waits"] == 0
+
+
+FAKE_GROUPBN = """
+import torch, torch.nn.functional as F
+
+class BatchNorm2d_NHWC(torch.nn.BatchNorm2d):
+    def __init__(self, channels, fuse_relu=False, bn_group=1):
+        super().__init__(channels)
+        self.relu = fuse_relu
+
+    def forward(self, x, z=None):
+        assert x.dtype == torch.float16 and x.is_contiguous() and (z is None or self.relu and z.is_contiguous())
+        y = super().forward(x.permute(0, 3, 1, 2).float()).permute(0, 2, 3, 1)
+        y = y if z is None else y + z
+        return (F.relu(y) if self.relu else y).half().contiguous()
+"""
+
+
+def test_the_peer_of_apex_gets_what_it_takes(tmp_path, monkeypatch):
+    """Layout and arguments alone, on a stand-in for apex.contrib.groupbn."""
+    peers = importlib.import_module("apex_peers")
+    assert "apex is not installed" in peers.missing()
+    for name in ("apex/optimizers", "apex/normalization", "apex/multi_tensor_apply", "apex/contrib/groupbn"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "amp_C.py").touch()
+    (tmp_path / "apex/contrib/groupbn/__init__.py").write_text(FAKE_GROUPBN)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "without --bnp" in peers.missing()
+    (tmp_path / "bnp.py").touch()
+    importlib.invalidate_caches()
+    assert peers.missing() is None
+
+    g = torch.Generator().manual_seed(0)
+    x, residual = (torch.randn(4, 8, 3, 5, generator=g).half().to(memory_format=torch.channels_last) for _ in range(2))
+    weight, bias, mean, var = (torch.rand(8, generator=g) for _ in range(4))
+    want_mean, want_var = mean.clone(), var.clone()
+    want = F.batch_norm(x.float(), want_mean, want_var, weight, bias, True, 0.3, 1e-3)
+    call = peers.batch_norm_act(weight.requires_grad_(), bias, mean, var, 0.3, 1e-3, True)
+    y = call(x, residual)
+    torch.testing.assert_close(y, F.relu(want + residual).half())
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(mean, want_mean) and torch.equal(var, want_var)
+    y.sum().backward()
+    assert call.weight.grad is not None and call.bias.grad is None
+    for name in [n for n in sys.modules if n.split(".")[0] == "apex"]:
+        del sys.modules[name]

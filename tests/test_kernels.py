@@ -49,6 +49,9 @@ def test_every_kernel_is_compiled(reports):
         ("mopro_loss_backward", [], 1),
         ("two_views", [], 1),
         ("normalize", [], 1),
+        ("batch_norm_stats_", [], 2),
+        ("batch_norm_act", [True], 1),  # relu
+        ("batch_norm_act_backward", [True], 3),
     ],
 )
 def test_launches(op, flags, launches, reports):

@@ -547,6 +547,11 @@ def some_arguments() -> dict[str, tuple]:
     factors = torch.tensor([[1.3, 0.7, 1.2, 0.1]] * 6, device=DEVICE)
     order = torch.tensor([[3, 1, 0, 2]] * 6, device=DEVICE)
     flips = torch.stack([kept, ~kept], 1)
+    maps = torch.randn(2, 4, 5, 3, 2, generator=torch.Generator().manual_seed(6)).to(DEVICE)
+    x, residual = (m.contiguous(memory_format=torch.channels_last).requires_grad_() for m in maps)
+    weight, bias = (logits.detach()[i, :5].clone().requires_grad_() for i in (0, 1))
+    stats = [maps[i, :2, :, 0, 0].clone() for i in (0, 1)]
+    channel = [t.detach() for t in (*stats, weight, bias)]
     return {
         "info_nce": (q, k, bank, 0.1),
         "correct_labels": (logits.detach(), q.detach(), bank, labels, 0.5, 0.8, 0.1),
@@ -562,6 +567,9 @@ def some_arguments() -> dict[str, tuple]:
         ),
         "two_views": (pixels, images, boxes, flips, kept, factors, order, 4),
         "normalize": (pixels.view(6, 5, 4, 3), kept, BF16),
+        "batch_norm_stats_": (x.detach(), bias.detach().clone(), weight.detach().abs(), 0.1, 1e-5, 2),
+        "batch_norm_act": (x, *stats, weight, bias, residual, True),
+        "batch_norm_act_backward": (residual.detach(), x.detach(), maps[1], *channel, True),
     }  # fmt: skip
 
 

@@ -1,15 +1,19 @@
 """SGDEMA: the numbers and the state dicts of torch.optim.SGD, and the momentum encoder's update."""
 
 import copy
+import itertools
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 from mopro_fast import ops
-from mopro_fast.config import OptimConfig
+from mopro_fast.config import OptimConfig, TrainConfig
+from mopro_fast.errors import UserError
 from mopro_fast.ops import cuda
-from mopro_fast.training.optim import SGDEMA, build_optimizer
+from mopro_fast.training import optim
+from mopro_fast.training.optim import SGDEMA, SGDThenEMA, build_optimizer, sgd_class
 
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": False}
 M = 0.9
@@ -229,13 +233,155 @@ def test_other_mistakes():
 def test_build_optimizer():
     model, target = encoder(), encoder(1)
     config = OptimConfig()
-    assert type(build_optimizer(model, config)) is torch.optim.SGD
+    assert isinstance(build_optimizer(model, config), torch.optim.SGD)
     optimizer = build_optimizer(model, config, target.parameters(), 0.999)
     assert type(optimizer) is SGDEMA and optimizer.ema_momentum == 0.999
     assert optimizer.param_groups[0]["weight_decay"] == config.weight_decay
     backward(model, 0)
     optimizer.step()
     assert not torch.equal(target[0].weight, encoder(1)[0].weight)
+
+
+def test_the_three_kinds_of_sgd_take_up_each_other_s_run(tmp_path, fake_apex):
+    """Fused, PyTorch's and (a stand-in for) apex's, with 16-bit copies whose gradients they take."""
+    results = []
+    for kinds in itertools.product(("fused", "torch", "apex"), repeat=2):
+        model, target = encoder(), encoder(1)
+        for half, kind in enumerate(kinds):
+            low, (shadows, target_shadows) = lowered(model, target)
+            copies = {"param_shadows": shadows, "target_shadows": target_shadows}
+            optimizer = built(kind, model, target.parameters(), M, **copies)
+            if half:
+                optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+            for step in range(2 * half, 2 * half + 2):
+                optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+                optimizer.zero_grad(set_to_none=True)
+                assert all(p.grad is None for p in (*model.parameters(), *low.parameters()))
+                images = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(step))
+                with torch.autocast("cpu", torch.bfloat16):
+                    low[:4](images).float().square().mean().backward()
+                optimizer.step()
+            for p, v, w, t in zip(model.parameters(), shadows, target_shadows, target.parameters(), strict=True):
+                assert v is None or torch.equal(v, p.bfloat16()) and torch.equal(w, t.bfloat16())
+            torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+        results.append([*parameters(model), *parameters(target)])
+    for result in results[1:]:
+        same(result, results[0])
+
+
+def built(kind, model, *args, **shadows):
+    if kind != "apex":
+        return build_optimizer(model, OptimConfig(sgd=kind), *args, **shadows)
+    return optim._apex_class()(
+        model.parameters(), args[0], ema_momentum=args[1], lr=0.1, momentum=0.9, weight_decay=1e-4, **shadows
+    )
+
+
+def lowered(model, target):
+    """A copy that computes with bf16 weights, and the lists of copies: as models/precision.py makes them."""
+    low = copy.deepcopy(model)
+    lists = [], []
+    for name, p in model.named_parameters():
+        owner, attribute = low.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        is_norm = isinstance(owner, nn.BatchNorm2d)
+        setattr(owner, attribute, p if is_norm else nn.Parameter(p.detach().bfloat16()))
+        lists[0].append(None if is_norm else getattr(owner, attribute))
+        lists[1].append(None if is_norm else target.get_parameter(name).detach().bfloat16())
+    return low, lists
+
+
+@pytest.mark.parametrize("kind", ["fused", "torch"])
+def test_what_resumes_keeps_its_learning_rate_tensor(kind):
+    model = encoder()
+    saved = built(kind, model)
+    saved.param_groups[0]["lr"] = 0.25
+    rate = torch.tensor([0.1])
+    optimizer = SGDThenEMA(model.parameters(), lr=rate, momentum=0.9, fused=True)
+    optimizer.load_state_dict(saved.state_dict())
+    assert optimizer.param_groups[0]["lr"] is rate and rate.item() == 0.25
+    assert optimizer.param_groups[0]["fused"] is True
+
+
+FAKE_APEX = {  # not apex: what its package looks like, and an SGD with FusedSGD's arguments and state
+    "apex/optimizers/__init__.py": """
+import torch
+
+class FusedSGD(torch.optim.Optimizer):
+    def __init__(self, params, lr, momentum=0, dampening=0, weight_decay=0, nesterov=False):
+        super().__init__(params, dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
+                                      nesterov=nesterov))
+
+    def zero_grad(self):
+        raise AssertionError("does not take set_to_none")
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            assert isinstance(group["lr"], float)
+            for p in group["params"]:
+                if p.grad is not None:
+                    assert p.grad.dtype == p.dtype == torch.float32
+                    buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                    buffer.mul_(group["momentum"]).add_(p.grad).add_(p, alpha=group["weight_decay"])
+                    p.sub_(group["lr"] * buffer)
+""",
+    "apex/normalization/__init__.py": "",
+    "apex/multi_tensor_apply/__init__.py": "",
+    "apex/__init__.py": "",
+    "amp_C.py": "",
+}
+
+
+@pytest.fixture
+def apex_folder(tmp_path, monkeypatch):
+    """Writes a stand-in for apex's files, some left out, where Python finds them."""
+
+    def write(*left_out, **changed):
+        for name, text in FAKE_APEX.items():
+            if name.split("/")[1 if "/" in name else 0] not in left_out:
+                (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / name).write_text(changed.get("optimizers", text) if "optimizers" in name else text)
+        monkeypatch.syspath_prepend(tmp_path)
+
+    before = set(sys.modules)
+    optim._apex_class.cache_clear()
+    yield write
+    optim._apex_class.cache_clear()
+    for name in set(sys.modules) - before:
+        if name.split(".")[0] in ("apex", "amp_C"):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def fake_apex(apex_folder):
+    apex_folder()
+
+
+def test_apex_is_refused_where_it_cannot_be_used(apex_folder):
+    cuda = torch.device("cuda")
+    with pytest.raises(UserError, match="needs a GPU, not device cpu"):
+        build_optimizer(encoder(), OptimConfig(sgd="apex"))
+    with pytest.raises(UserError, match="apex is not installed: install NVIDIA's from"):
+        sgd_class("apex", cuda)
+    apex_folder("optimizers", "normalization", "amp_C.py")
+    with pytest.raises(UserError, match="another package of that name: uninstall it"):
+        sgd_class("apex", cuda)
+    apex_folder("amp_C.py")
+    with pytest.raises(UserError, match="without its CUDA kernels"):
+        sgd_class("apex", cuda)
+    apex_folder(optimizers="raise ImportError('undefined symbol')")
+    with pytest.raises(UserError, match="cannot be imported .*undefined symbol.*build it again"):
+        sgd_class("apex", cuda)
+    assert sgd_class("fused", cuda) is SGDEMA and sgd_class("torch", cuda) is SGDThenEMA
+
+
+def test_apex_and_a_graph_are_refused_together():
+    config = TrainConfig(optim=OptimConfig(sgd="apex"))
+    config.data.path = config.run.out = "x"
+    with pytest.raises(UserError, match="--sgd apex .*set --cuda-graph False"):
+        config.validate()
+    config.run.cuda_graph = False
+    config.validate()
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ from small_step import SGD, run_steps, small_model, train_step
 from mopro_fast.config import MoProConfig
 from mopro_fast.data.pipeline import Batch
 from mopro_fast.models.mopro import MoPro
-from mopro_fast.models.resnet import ResNet
+from mopro_fast.models.resnet import GroupedBatchNorm2d, ResNet
 from mopro_fast.training.distributed import data_parallel, exchange_rows, gather_rows, shuffle_order
 from mopro_fast.training.step import Shuffle
 
@@ -187,6 +187,33 @@ def test_grouped_batchnorm_is_batchnorm_of_each_group() -> None:
     close(split.bn1.running_mean, 0.9 * bn.running_mean + 0.1 * mean, 1e-5)
     close(split.bn1.running_var, 0.9 * bn.running_var + 0.1 * var, 1e-5)
     assert int(split.bn1.num_batches_tracked) == 1
+
+
+@pytest.mark.parametrize("fused", ["on", "off"])
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_activations_computed_twice_give_the_same_bits(arch: str, fused: str) -> None:
+    results = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        encoder = ResNet(arch, 4, 8, width=0.125, stem="small", bn_group=2).train()
+        encoder.recompute = recompute
+        for m in encoder.modules():
+            if isinstance(m, GroupedBatchNorm2d):
+                m.fused = fused
+        kept: dict[int, int] = {}
+
+        def note(x, kept=kept):
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            logits, q = encoder(torch.randn(4, 3, 16, 16))
+        (logits.sum() + q[:, 0].sum()).backward()
+        gradients = [p.grad for p in encoder.parameters()]
+        results.append((sum(kept.values()), [logits.detach(), *gradients, *encoder.buffers()]))
+    (much, a), (little, b) = results
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert little < 0.7 * much
 
 
 def golden_losses() -> list[float]:

@@ -28,6 +28,17 @@ def test_weights_kept_in_bf16_change_no_bit(device) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_another_sgd_trains_the_same(device) -> None:
+    states = []
+    for sgd in ("fused", "torch"):
+        model = small_model().to(device)
+        losses = run_steps(train_step(model, device=device, sgd=sgd, cuda_graph=False), 1)
+        states.append([*losses, *model.parameters()])
+    for a, b in zip(*states, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_replayed_from_a_graph_is_the_eager_step(precision, monkeypatch) -> None:

@@ -63,6 +63,15 @@ def ema_update_(
         shadow.copy_(target)
 
 
+def batch_norm_act(
+    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, residual: Tensor
+) -> Tensor:
+    """The end of a block, as torchvision's ResNet writes it."""
+    x = F.batch_norm(x, running_mean, running_var, weight, bias, training=True)
+    x += residual
+    return F.relu(x, inplace=True)
+
+
 def mopro_loss(
     logits: Tensor, q: Tensor, k: Tensor, queue: Tensor, prototypes: Tensor, labels: Tensor, *,
     temperature: float, alpha: float, threshold: float, w_proto: float, w_inst: float,

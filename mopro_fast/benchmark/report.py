@@ -4,9 +4,6 @@ from typing import Any
 
 from mopro_fast.benchmark.throughput import ENCODERS, OFFICIAL, OURS, PARTS
 
-# Images a second that memory traffic allows one H200 at 224 px with ResNet-50 (bytes per image over its bandwidth).
-LIMITS = {"each BatchNorm, ReLU and add on its own": 5900, "fused": 7760, "statistics in the convolutions": 12300}
-
 
 def table(result: dict[str, Any]) -> str:
     """Every case: the variants, then the parts of our step, then training on images if that was asked for."""
@@ -14,14 +11,14 @@ def table(result: dict[str, Any]) -> str:
     return "\n\n".join(block for block in blocks if block)
 
 
-def limits(result: dict[str, Any]) -> str:
-    """Our speed as a share of what memory traffic allows one H200, whatever GPU it was measured on."""
-    rows = [["N", "C", *(f"of {limit} img/s: {name}" for name, limit in LIMITS.items())]]
+def shares(result: dict[str, Any], limits: dict[str, float]) -> str:
+    """Our speed as a share of limits in images a second, by name."""
+    rows = [["N", "C", *(f"of {limit:.0f} img/s: {name}" for name, limit in limits.items())]]
     rows.append(["---"] * len(rows[0]))
     for case in result["cases"]:
         if speed := case["variants"][OURS].get("images_per_second"):
-            rows.append([case["batch"], case["classes"], *(f"{100 * speed / x:.0f} %" for x in LIMITS.values())])
-    return "Share of what the memory traffic of one H200 allows, by how activations move:\n\n" + _lines(rows)
+            rows.append([case["batch"], case["classes"], *(f"{100 * speed / x:.0f} %" for x in limits.values())])
+    return "Share of what memory traffic allows, by how activations move:\n\n" + _lines(rows)
 
 
 def brief(name: str, v: dict[str, Any]) -> str:

@@ -28,6 +28,7 @@ from mopro_fast.errors import UserError
 from mopro_fast.models import mopro as mopro_module
 from mopro_fast.models.build import build, build_encoder
 from mopro_fast.models.mopro import MoPro, StepOutput
+from mopro_fast.models.resnet import GroupedBatchNorm2d
 from mopro_fast.training import inputs
 from mopro_fast.training.step import Shuffle, TrainStep
 
@@ -106,6 +107,14 @@ class TwoEncoders(MoPro):
         loss = torch.nn.functional.cross_entropy(logits.float(), labels) + 0.0 * q.sum()
         metrics = dict.fromkeys(self.METRICS, loss.detach())
         return StepOutput(loss, metrics, labels, labels >= 0)
+
+
+def plain_norms(config: TrainConfig) -> MoPro:
+    model = build(config)
+    for m in model.modules():
+        if isinstance(m, GroupedBatchNorm2d):
+            m.fused = "off"
+    return model
 
 
 def encoders_alone(case: Case) -> Callable[[], Any]:
@@ -230,6 +239,9 @@ def variants(case: Case, clone: Path | None, everything: bool) -> dict[str, Call
         if case.device == "cuda":
             made |= {
                 "ours, no CUDA graph": lambda c: ours(c, cuda_graph=False),
+                "ours, BatchNorm in plain PyTorch": lambda c: ours(c, plain_norms),
+                "the same, encoders under torch.compile": lambda c: ours(c, plain_norms, compile=True),
+                "ours, activations computed twice": lambda c: ours(c, recompute=True),
                 "ours, weights cast in every step": lambda c: ours(c, bf16_weights=False),
                 "ours, ops in plain PyTorch": without_fused_ops,
                 "ours, float32": lambda c: ours(c, precision="fp32"),

@@ -8,7 +8,9 @@ from mopro_fast.models.resnet import ResNet
 
 def build_encoder(config: TrainConfig) -> ResNet:
     m = config.model
-    return ResNet(m.arch, config.data.num_classes, m.embed_dim, m.width, m.stem, m.bn_group)
+    encoder = ResNet(m.arch, config.data.num_classes, m.embed_dim, m.width, m.stem, m.bn_group)
+    encoder.recompute = config.run.recompute
+    return encoder
 
 
 def build(config: TrainConfig) -> MoPro | CrossEntropy:

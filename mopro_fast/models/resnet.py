@@ -4,28 +4,50 @@ He et al., "Deep residual learning for image recognition" (2016); heads as in Mo
 projection (features → 2048, ReLU → embedding) both sit on the pooled feature.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mopro_fast import ops
 
 
 class GroupedBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm whose training statistics are those of consecutive groups of ``group`` rows.
+    """BatchNorm, then the residual and the ReLU behind it, in training with the statistics of groups of ``group`` rows.
 
     One device with 256 rows in groups of 32 normalises as eight devices with 32 rows each do. The running
     statistics move once per step, towards the mean over the groups. ``group=0``: all rows are one group.
-    Parameters and buffers are those of BatchNorm2d.
+    Parameters and buffers are those of BatchNorm2d; they stay float32 whatever x is.
+
+    fused: "auto" runs ``ops.batch_norm_act`` where it has a kernel, "on" everywhere, "off" nowhere.
     """
 
     group: int = 0
+    fused: Literal["auto", "on", "off"] = "auto"
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.group in (0, len(x)):
-            return super().forward(x)
-        if len(x) % self.group:
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        if self.training and self.group and len(x) % self.group:
             raise ValueError(f"the batch of {len(x)} rows is not a multiple of bn_group={self.group}")
+        if self.training and self._is_fused(x.device.type):
+            self.num_batches_tracked.add_(1)
+            return ops.batch_norm_act(
+                x, self.weight, self.bias, self.running_mean, self.running_var, residual,
+                relu=relu, group=self.group, momentum=self.momentum, eps=self.eps,
+            )  # fmt: skip
+        x = self._by_groups(x) if self.training and self.group not in (0, len(x)) else super().forward(x)
+        if residual is not None:
+            x = x.add_(residual)
+        return F.relu(x, inplace=True) if relu else x
+
+    def _is_fused(self, device: str) -> bool:
+        return self.fused == "on" or self.fused == "auto" and ops.backends.is_fused("batch_norm_act", device)
+
+    def _by_groups(self, x: Tensor) -> Tensor:
         parts, means, variances = [], [], []
         for rows in x.split(self.group):
             mean, var = self.running_mean.clone(), self.running_var.clone()
@@ -51,9 +73,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         residual = x if self.downsample is None else self.downsample(x)
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        x = self.bn2(self.conv2(x))
-        return F.relu(x.add_(residual), inplace=True)
+        x = self.bn1(self.conv1(x), relu=True)
+        return self.bn2(self.conv2(x), residual, relu=True)
 
 
 class Bottleneck(nn.Module):
@@ -71,10 +92,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         residual = x if self.downsample is None else self.downsample(x)
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
-        x = self.bn3(self.conv3(x))
-        return F.relu(x.add_(residual), inplace=True)
+        x = self.bn1(self.conv1(x), relu=True)
+        x = self.bn2(self.conv2(x), relu=True)
+        return self.bn3(self.conv3(x), residual, relu=True)
 
 
 LAYERS: dict[str, tuple[type[nn.Module], tuple[int, int, int, int]]] = {
@@ -92,7 +112,10 @@ class ResNet(nn.Module):
     width:     multiplies the channels of the four stages (2 and 4 are the paper's wide models).
     stem:      "imagenet" (7×7 stride 2, max-pooling) or "small" (3×3 stride 1) for images of 16–112 px.
     bn_group:  rows per BatchNorm group, 0 for all (see GroupedBatchNorm2d).
+    recompute: keep only what goes into each block and compute the rest again in the backward pass, to save memory.
     """
+
+    recompute: bool = False
 
     def __init__(
         self,
@@ -140,8 +163,9 @@ class ResNet(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """images [N, 3, H, W] → pooled features [N, feature_dim]; any H and W."""
-        x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x = self.maxpool(self.bn1(self.conv1(x), relu=True))
+        for block in (*self.layer1, *self.layer2, *self.layer3, *self.layer4):
+            x = _recomputed(block, x) if self.recompute and torch.is_grad_enabled() else block(x)
         return x.mean((2, 3))
 
     def project(self, features: Tensor) -> Tensor:
@@ -151,3 +175,23 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         features = self.features(x)
         return self.classifier(features), self.project(features)
+
+
+def _recomputed(block: nn.Module, x: Tensor) -> Tensor:
+    contexts = contextlib.nullcontext(), _statistics_at_rest(block)
+    return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: contexts)
+
+
+@contextlib.contextmanager
+def _statistics_at_rest(block: nn.Module) -> Iterator[None]:
+    """The running statistics have moved in the forward pass already."""
+    norms = [m for m in block.modules() if isinstance(m, GroupedBatchNorm2d)]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, (momentum, tracked) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(tracked)

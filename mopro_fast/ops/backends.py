@@ -36,13 +36,16 @@ OPS = (
     "prototype_update_",
     "two_views",
     "normalize",
+    "batch_norm_stats_",
+    "batch_norm_act",
+    "batch_norm_act_backward",
 )
 PREFERENCE = ("cuda", "triton", "reference")
 # Where each backend's implementations live, and which ops it has. Modules are imported on first use.
 MODULES = {"reference": "mopro_fast.ops.reference", "cuda": "mopro_fast.ops.cuda", "triton": "mopro_fast.kernels"}
 CUDA = ("ema_update_", "sgd_ema_update_", "queue_enqueue_", "prototype_update_")
 TRITON = ("info_nce", "correct_labels", "prototype_contrast", "mopro_loss", "mopro_loss_backward")
-TRITON += ("two_views", "normalize")
+TRITON += ("two_views", "normalize", "batch_norm_stats_", "batch_norm_act", "batch_norm_act_backward")
 IMPLEMENTED = {"reference": OPS, "cuda": CUDA, "triton": TRITON}
 
 _choice = os.environ.get("MOPRO_FAST_BACKEND", "auto")
@@ -152,6 +155,12 @@ def _implementation(op: str, device: str, choice: str) -> Callable[..., Any]:
     backend = choose(op, device, _known(choice))
     log.info("%s on %s tensors runs on the %s backend", op, device, backend)
     return getattr(importlib.import_module(MODULES[backend]), op)
+
+
+@torch.compiler.assume_constant_result
+def is_fused(op: str, device: str) -> bool:
+    """Whether another backend than the reference would run ``op`` on tensors of this device now."""
+    return _implementation(op, device, _choice).__module__ != MODULES["reference"]
 
 
 def _run(op: str, device: str, *args: Any) -> Any:

@@ -155,9 +155,15 @@ def gather_lists(mine: list) -> list:
 
 def sync_buffers(module: nn.Module) -> None:
     """Give every rank rank 0's buffers (BatchNorm's running statistics, as in the official code; queue, prototypes)."""
-    if world()[1] > 1:
-        for buffer in module.buffers():
-            dist.broadcast(buffer, src=0)
+    if world()[1] == 1:
+        return
+    buffers = list(module.buffers())
+    for dtype in dict.fromkeys(b.dtype for b in buffers):  # in one broadcast each: ResNet-50 has 321 buffers
+        same = [b for b in buffers if b.dtype == dtype]
+        packed = torch.cat([b.flatten() for b in same])
+        dist.broadcast(packed, src=0)
+        for b, part in zip(same, packed.split([b.numel() for b in same]), strict=True):
+            b.copy_(part.view_as(b))
 
 
 class StopSignal:

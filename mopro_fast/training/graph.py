@@ -34,7 +34,8 @@ class Graphed:
         if self._graph is None:
             self._inputs = [None if x is None else x.clone() for x in tensors]
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            # thread_local: the loader's and NCCL's threads may call CUDA meanwhile.
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
                 self._result = self._function(key, *self._inputs)
             self._graph = graph
         else:

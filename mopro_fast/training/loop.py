@@ -22,15 +22,16 @@ from mopro_fast.training import checkpoint, distributed, inputs
 from mopro_fast.training.distributed import gather_rows
 from mopro_fast.training.evaluate import accuracy
 from mopro_fast.training.log import RunLog
-from mopro_fast.training.optim import learning_rate
+from mopro_fast.training.optim import learning_rate, sgd_class
 from mopro_fast.training.step import UNSEEN, Shuffle, TrainStep
 
-# Settings that may change between an interrupted run and its continuation: they do not change the result.
+# Settings that may change between an interrupted run and its continuation: they do not change the result, apart from
+# rounding where another device or another SGD is chosen.
 # The data may move: its paths and labels are compared by digest.
 FREE = {"data.path", "data.root", "data.val", "data.layout", "data.extra_val", "data.threads", "data.max_broken"}
-FREE |= {"data.hw_decoder_load"}
+FREE |= {"data.hw_decoder_load", "optim.sgd"}
 FREE |= {f"run.{name}" for name in ("out", "device", "log_every", "checkpoint_every", "keep")}
-FREE |= {f"run.{name}" for name in ("resume", "init", "tensorboard", "cuda_graph")}
+FREE |= {f"run.{name}" for name in ("resume", "init", "tensorboard", "cuda_graph", "compile", "recompute")}
 
 
 class Trainer:
@@ -45,6 +46,7 @@ class Trainer:
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"--out {self.out} is a file: name a folder")
         backends.require(self.device.type)
+        sgd_class(config.optim.sgd, self.device)
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = not config.run.deterministic
             torch.backends.cudnn.deterministic = config.run.deterministic

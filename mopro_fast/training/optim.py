@@ -1,17 +1,79 @@
 """SGD, alone or in one pass with the momentum encoder's update, and the learning rate of every step."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
-from mopro_fast import ops
+from mopro_fast import environment, ops
 from mopro_fast.config import OptimConfig
+from mopro_fast.errors import UserError
 from mopro_fast.ops import checks
 
+_OWN = ("targets", "ema_momentum", "param_shadows", "target_shadows")
+_HOW = ("foreach", "fused")  # options of torch.optim.SGD that do not change what is computed
 
-class SGDEMA(torch.optim.SGD):
+
+class _WithTargets:
+    """What every SGD here adds to its base class: a momentum encoder, 16-bit copies, and how state is loaded.
+
+    State dicts are torch.optim.SGD's: targets, their momentum and shadows belong to the constructor.
+    """
+
+    def _take(
+        self,
+        targets: Iterable[Tensor] | None,
+        ema_momentum: float,
+        param_shadows: Iterable[Tensor | None] | None,
+        target_shadows: Iterable[Tensor | None] | None,
+    ) -> None:
+        checks.unit_interval("ema_momentum", ema_momentum)
+        self.targets, self.ema_momentum = None if targets is None else list(targets), ema_momentum
+        self.param_shadows, self.target_shadows = list(param_shadows or []), list(target_shadows or [])
+        self._require_counts()
+        for i, (p, target) in enumerate(zip(self._params(), self.targets or [], strict=targets is not None)):
+            if target.shape != p.shape:
+                raise ValueError(f"targets[{i}] must have shape {list(p.shape)}, got {list(target.shape)}")
+
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _require_counts(self) -> None:
+        count = len(self._params())
+        lists = {"targets": self.targets, "param_shadows": self.param_shadows, "target_shadows": self.target_shadows}
+        for name, tensors in lists.items():
+            if tensors is not None and len(tensors) != count and (tensors or name == "targets"):
+                raise ValueError(f"{name} must hold {count} tensors, one per parameter, got {len(tensors)}")
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        torch.optim.Optimizer.zero_grad(self, set_to_none)  # apex's own has no set_to_none
+        for shadow in self.param_shadows:
+            if shadow is not None and shadow.grad is not None:
+                shadow.grad = None if set_to_none else shadow.grad.zero_()
+
+    def __getstate__(self) -> dict:
+        """For copies and pickles: torch.optim.Optimizer would leave out what is not its own."""
+        return super().__getstate__() | {k: v for k, v in vars(self).items() if k in _OWN}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As torch.optim.SGD, but a learning rate given as a tensor stays that tensor, whatever was saved, what
+        computes stays what it was, and buffers take their parameter's memory format.
+        """
+        before = [{name: group[name] for name in ("lr", *_HOW) if name in group} for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, had in zip(self.param_groups, before, strict=True):
+            rate = had["lr"]
+            had["lr"] = rate.fill_(float(group["lr"])) if isinstance(rate, Tensor) else float(group["lr"])
+            group.update(had)
+            for p in group["params"]:
+                buffer = self.state[p].get("momentum_buffer") if p in self.state else None
+                if buffer is not None and buffer.stride() != p.stride():
+                    self.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(buffer)
+
+
+class SGDEMA(_WithTargets, torch.optim.SGD):
     """Momentum SGD and ``target ← m·target + (1 − m)·param`` in one pass over memory (see ops.sgd_ema_update_).
 
     The numbers are those of ``torch.optim.SGD`` followed by ``ops.ema_update_``. State dicts are torch.optim.SGD's and
@@ -48,15 +110,9 @@ class SGDEMA(torch.optim.SGD):
         super().__init__(
             params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, differentiable=differentiable
         )
-        checks.unit_interval("ema_momentum", ema_momentum)
-        self.targets, self.ema_momentum = list(targets), ema_momentum
-        self.param_shadows, self.target_shadows = list(param_shadows or []), list(target_shadows or [])
         self._rates: dict[int, tuple[float, Tensor]] = {}  # of each group whose lr is a float: its copy on the device
         self._require_supported()
-        params = [p for group in self.param_groups for p in group["params"]]
-        for i, (p, target) in enumerate(zip(params, self.targets, strict=True)):
-            if target.shape != p.shape:
-                raise ValueError(f"targets[{i}] must have shape {list(p.shape)}, got {list(target.shape)}")
+        self._take(list(targets), ema_momentum, param_shadows, target_shadows)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = None
@@ -64,6 +120,7 @@ class SGDEMA(torch.optim.SGD):
             with torch.enable_grad():
                 loss = closure()
         self._require_supported()
+        self._require_counts()
         begin = 0
         for index, group in enumerate(self.param_groups):
             params = group["params"]
@@ -93,31 +150,8 @@ class SGDEMA(torch.optim.SGD):
             begin = end
         return loss
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
-        for shadow in self.param_shadows:
-            if shadow is not None and shadow.grad is not None:
-                shadow.grad = None if set_to_none else shadow.grad.zero_()
-
     def __getstate__(self) -> dict:
-        """For copies and pickles: torch.optim.Optimizer would leave out what is not its own."""
-        own = {name: getattr(self, name) for name in ("targets", "ema_momentum", "param_shadows", "target_shadows")}
-        return super().__getstate__() | own | {"_rates": {}}
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """As torch.optim.SGD; a learning rate given as a tensor stays that tensor, whatever was saved, and buffers
-        take their parameter's memory format.
-        """
-        rates = [group["lr"] for group in self.param_groups]
-        super().load_state_dict(state_dict)
-        for group, rate in zip(self.param_groups, rates, strict=True):
-            if isinstance(rate, Tensor):
-                rate.fill_(float(group["lr"]))
-                group["lr"] = rate
-            for p in group["params"]:
-                buffer = self.state[p].get("momentum_buffer") if p in self.state else None
-                if buffer is not None and buffer.stride() != p.stride():
-                    self.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(buffer)
+        return super().__getstate__() | {"_rates": {}}
 
     def _buffers(self, params: list[Tensor], grads: list[Tensor | None]) -> list[Tensor | None]:
         """Made when a parameter has its first gradient, as torch.optim.SGD does."""
@@ -144,11 +178,6 @@ class SGDEMA(torch.optim.SGD):
             for name in ("dampening", "maximize", "differentiable"):
                 if group[name]:
                     raise ValueError(f"SGDEMA does not have {name}, got {name}={group[name]}")
-        count = sum(len(group["params"]) for group in self.param_groups)
-        lists = {"targets": self.targets, "param_shadows": self.param_shadows, "target_shadows": self.target_shadows}
-        for name, tensors in lists.items():
-            if len(tensors) != count and (tensors or name == "targets"):
-                raise ValueError(f"{name} must hold {count} tensors, one per parameter, got {len(tensors)}")
 
 
 def _gradient(p: Tensor, shadow: Tensor | None) -> Tensor | None:
@@ -156,6 +185,76 @@ def _gradient(p: Tensor, shadow: Tensor | None) -> Tensor | None:
     if grad is not None and grad.layout != torch.strided:
         raise ValueError("SGDEMA does not take sparse gradients")
     return grad
+
+
+class _ThenEMA(_WithTargets):
+    """The base class's step, then ``ops.ema_update_``: what SGDEMA does, in several passes over memory."""
+
+    def __init__(
+        self,
+        params: Iterable,
+        targets: Iterable[Tensor] | None = None,
+        *,
+        ema_momentum: float | None = None,
+        param_shadows: Iterable[Tensor | None] | None = None,
+        target_shadows: Iterable[Tensor | None] | None = None,
+        **options,
+    ) -> None:
+        """As SGDEMA. Without targets it is the base class alone, which gets the options."""
+        super().__init__(params, **options)
+        self._take(targets, 0.0 if targets is None else ema_momentum, param_shadows, target_shadows)
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        params = self._params()
+        shadows, target_shadows = (x or [None] * len(params) for x in (self.param_shadows, self.target_shadows))
+        lent = [(p, v) for p, v in zip(params, shadows, strict=True) if p.grad is None and v is not None]
+        for p, shadow in lent:
+            p.grad = None if shadow.grad is None else shadow.grad.to(p.dtype)
+        super().step()
+        for p, _ in lent:
+            p.grad = None
+        copies = [(v, p.detach()) for p, v in zip(params, shadows, strict=True) if v is not None]
+        if copies:
+            with torch.no_grad():
+                torch._foreach_copy_(*map(list, zip(*copies, strict=True)))
+        rows = list(zip(self.targets or [], params, target_shadows, strict=self.targets is not None))
+        for has_shadow in (True, False):
+            part = [row for row in rows if (row[2] is not None) == has_shadow]
+            if part:
+                t, p, w = map(list, zip(*part, strict=True))
+                ops.ema_update_(t, p, self.ema_momentum, w if has_shadow else None)
+        return loss
+
+
+class SGDThenEMA(_ThenEMA, torch.optim.SGD):
+    """torch.optim.SGD, then the momentum encoder."""
+
+
+@functools.cache
+def _apex_class() -> type[torch.optim.Optimizer]:
+    """FusedSGD of NVIDIA's apex, then the momentum encoder."""
+    environment.require_apex("--sgd apex")
+    try:
+        from apex.optimizers import FusedSGD
+    except Exception as error:  # built for another torch or CUDA: whatever that raises
+        raise UserError(
+            f"--sgd apex: NVIDIA's apex cannot be imported ({type(error).__name__}: {error}): build it again for "
+            f"PyTorch {torch.__version__}"
+        ) from None
+    return type("ApexThenEMA", (_ThenEMA, FusedSGD), {})
+
+
+def sgd_class(sgd: str, device: torch.device) -> type[torch.optim.Optimizer]:
+    """The optimizer that OptimConfig.sgd names; a UserError where it cannot run."""
+    if sgd != "apex":
+        return SGDEMA if sgd == "fused" else SGDThenEMA
+    if device.type != "cuda":
+        raise UserError(f"--sgd apex: NVIDIA's FusedSGD needs a GPU, not device {device.type}: choose fused or torch")
+    return _apex_class()
 
 
 def build_optimizer(
@@ -166,20 +265,24 @@ def build_optimizer(
     *,
     lr: float | Tensor | None = None,
     **shadows: list[Tensor | None],
-) -> torch.optim.SGD:
+) -> torch.optim.Optimizer:
     """SGD for the encoder; given the momentum encoder's parameters and momentum, one that updates those as well.
 
     lr: in place of the config's, such as a tensor. shadows: SGDEMA's.
     """
+    params = list(encoder.parameters())
+    chosen = sgd_class(config.sgd, params[0].device)
+    if targets is None and chosen is SGDEMA:
+        chosen = SGDThenEMA
     options = {
         "lr": config.lr if lr is None else lr,
         "momentum": config.momentum,
         "weight_decay": config.weight_decay,
         "nesterov": config.nesterov,
     }
-    if targets is None:
-        return torch.optim.SGD(encoder.parameters(), **options, fused=isinstance(lr, Tensor))
-    return SGDEMA(encoder.parameters(), targets, ema_momentum=ema_momentum, **options, **shadows)
+    if chosen is SGDThenEMA:
+        options["fused"] = params[0].is_cuda or None
+    return chosen(params, targets, ema_momentum=ema_momentum, **options, **shadows)
 
 
 def learning_rate(config: OptimConfig, epoch: int, step: int, steps_per_epoch: int) -> float:

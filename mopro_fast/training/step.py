@@ -37,6 +37,10 @@ class TrainStep:
         if self.bf16 and mopro and config.run.bf16_weights:
             self.query, shadows["param_shadows"] = low_precision(self.query, torch.bfloat16)
             self.key, shadows["target_shadows"] = low_precision(self.key, torch.bfloat16)
+        if config.run.compile:
+            for encoder in (self.query, self.key):
+                if encoder is not None:
+                    encoder.compile()
         # A float lr would be baked into the graph.
         self.lr = torch.zeros(1, device=device) if self._graphed else None
         self.optimizer = build_optimizer(

@@ -1,0 +1,186 @@
+"""BatchNorm in training, residual add and ReLU of NHWC activations; statistics per group of consecutive rows.
+
+    x̂ = (x − mean)·rstd     y = relu(x̂·w + b + residual)     mean, rstd: over the P = rows·H·W positions of a group
+    g = dy where y > 0       db = Σ g     dw = Σ g·x̂     dx = w·rstd·(g − Σg/P − x̂·Σ(g·x̂)/P)     d residual = g
+
+Mean and rstd are batch_norm_stats.py's (two launches), the rest is one launch. Backward: sums per split, combined in
+their order by a second launch, then dx. Nothing is atomic.
+Values moved per element, forward with statistics + backward: 3 + 5 (x alone tells where y > 0), with a residual 4 + 7.
+BatchNorm, add and ReLU as kernels of their own, in place where they can be, move 5 + 8 and 8 + 8.
+Source: Ioffe and Szegedy 2015 (arXiv 1502.03167); groups are the ranks of a run that does not share statistics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mopro_fast.kernels.batch_norm_stats import (
+    channels_last,
+    finish_tiling,
+    group_tile,
+    load,
+    new,
+    split_of,
+    split_tile,
+    tile,
+    tiling,
+)
+
+
+@triton.jit
+def batch_norm_act_fwd_kernel(
+    x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr,
+    positions, split_positions, splits, channels,
+    RESIDUAL: tl.constexpr, RELU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Grid (groups·splits, channel blocks); a split is one tile."""
+    start, count = split_of(positions, split_positions, splits)
+    rows, c, at = tile(channels, BLOCK_P, BLOCK_C)
+    ok = (rows < count)[:, None] & (c < channels)[None, :]
+    at += start * channels
+    mean, rstd = of_group(mean_ptr, c, channels, splits), of_group(rstd_ptr, c, channels, splits)
+    y = affine(load(x_ptr + at, ok), mean, rstd, weight_ptr, bias_ptr, c, channels)
+    if RESIDUAL:
+        y += load(residual_ptr + at, ok)
+    if RELU:
+        y = tl.where(y <= 0, 0.0, y)  # NaN stays NaN
+    tl.store(y_ptr + at, y, ok)
+
+
+@triton.jit
+def batch_norm_act_bwd_sums_kernel(
+    dy_ptr, x_ptr, y_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, g_ptr, split_g_ptr, split_gx_ptr,
+    positions, split_positions, splits, channels,
+    RELU: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Grid (groups·splits, channel blocks): Σ g and Σ g·x̂ of a split → [groups, splits, C].
+
+    RESIDUAL: where y > 0 is read from y, and g is written, the residual's gradient.
+    """
+    start, count = split_of(positions, split_positions, splits)
+    rows, c, at = tile(channels, BLOCK_P, BLOCK_C)
+    mean, rstd = of_group(mean_ptr, c, channels, splits), of_group(rstd_ptr, c, channels, splits)
+    g_sum = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    gx_sum = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for first in range(0, count, BLOCK_P):
+        ok = (first + rows < count)[:, None] & (c < channels)[None, :]
+        here = (start + first) * channels + at
+        g, x = load(dy_ptr + here, ok), load(x_ptr + here, ok)
+        if RESIDUAL:
+            g = tl.where(load(y_ptr + here, ok) <= 0, 0.0, g)
+            tl.store(g_ptr + here, g, ok)
+        elif RELU:
+            g = tl.where(affine(x, mean, rstd, weight_ptr, bias_ptr, c, channels) <= 0, 0.0, g)
+        g_sum += g
+        gx_sum += g * (x - mean[None, :])
+    out = tl.program_id(0).to(tl.int64) * channels + c
+    tl.store(split_g_ptr + out, tl.sum(g_sum, 0), c < channels)
+    tl.store(split_gx_ptr + out, tl.sum(gx_sum, 0) * rstd, c < channels)
+
+
+@triton.jit
+def batch_norm_act_bwd_finish_kernel(
+    split_g_ptr, split_gx_ptr, g_ptr, gx_ptr, dweight_ptr, dbias_ptr,
+    groups, splits, channels,
+    BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Grid (channel blocks): both sums per group [groups, C], and over the groups the gradients of weight and bias."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    dbias = tl.zeros([BLOCK_C], tl.float32)
+    dweight = tl.zeros([BLOCK_C], tl.float32)
+    for first_group in range(0, groups, BLOCK_G):
+        g = tl.zeros([BLOCK_G, BLOCK_S, BLOCK_C], tl.float32)
+        gx = tl.zeros([BLOCK_G, BLOCK_S, BLOCK_C], tl.float32)
+        for first in range(0, splits, BLOCK_S):
+            at, ok = split_tile(first_group, groups, first, splits, c, channels, BLOCK_G, BLOCK_S)
+            g += tl.load(split_g_ptr + at, ok, 0.0)
+            gx += tl.load(split_gx_ptr + at, ok, 0.0)
+        g_groups, gx_groups = tl.sum(g, 1), tl.sum(gx, 1)
+        at, ok = group_tile(first_group, groups, c, channels, BLOCK_G)
+        tl.store(g_ptr + at, g_groups, ok)
+        tl.store(gx_ptr + at, gx_groups, ok)
+        dbias += tl.sum(g_groups, 0)
+        dweight += tl.sum(gx_groups, 0)
+    tl.store(dbias_ptr + c, dbias, c < channels)
+    tl.store(dweight_ptr + c, dweight, c < channels)
+
+
+@triton.jit
+def batch_norm_act_bwd_kernel(
+    dy_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, g_ptr, gx_ptr, dx_ptr,
+    positions, split_positions, splits, channels,
+    RELU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Grid (groups·splits, channel blocks); a split is one tile. RELU: dy is not g yet."""
+    start, count = split_of(positions, split_positions, splits)
+    rows, c, at = tile(channels, BLOCK_P, BLOCK_C)
+    ok = (rows < count)[:, None] & (c < channels)[None, :]
+    at += start * channels
+    g, x = load(dy_ptr + at, ok), load(x_ptr + at, ok)
+    mean, rstd = of_group(mean_ptr, c, channels, splits), of_group(rstd_ptr, c, channels, splits)
+    if RELU:
+        g = tl.where(affine(x, mean, rstd, weight_ptr, bias_ptr, c, channels) <= 0, 0.0, g)
+    g_mean = of_group(g_ptr, c, channels, splits) / positions
+    gx_mean = of_group(gx_ptr, c, channels, splits) / positions
+    x_hat = (x - mean[None, :]) * rstd[None, :]
+    scale = tl.load(weight_ptr + c, c < channels, 0.0) * rstd
+    tl.store(dx_ptr + at, (g - g_mean[None, :] - x_hat * gx_mean[None, :]) * scale[None, :], ok)
+
+
+@triton.jit
+def of_group(ptr, c, channels, splits):
+    """Of [groups, C], this program's group and channels."""
+    return tl.load(ptr + (tl.program_id(0) // splits).to(tl.int64) * channels + c, c < channels, 0.0)
+
+
+@triton.jit
+def affine(x, mean, rstd, weight_ptr, bias_ptr, c, channels):
+    """BatchNorm's output, in one order of operations: the backward pass must find the signs of the forward pass."""
+    scale = tl.load(weight_ptr + c, c < channels, 0.0) * rstd
+    return (x - mean[None, :]) * scale[None, :] + tl.load(bias_ptr + c, c < channels, 0.0)[None, :]
+
+
+def batch_norm_act(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool
+) -> Tensor:
+    x, (mean, rstd, weight, bias) = channels_last(x), (t.contiguous() for t in (mean, rstd, weight, bias))
+    y = torch.empty_like(x, memory_format=torch.channels_last)
+    if y.numel():
+        t = tiling(x, len(mean), reduce=False)
+        batch_norm_act_fwd_kernel[t.grid](
+            x, mean, rstd, weight, bias, y if residual is None else channels_last(residual), y, *t.integers,
+            RESIDUAL=residual is not None, RELU=relu, **t.blocks,
+        )  # fmt: skip
+    return y
+
+
+def batch_norm_act_backward(
+    dy: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, relu: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> gradients of x, weight, bias; of the residual where y is given, else no elements"""
+    dy, x = channels_last(dy), channels_last(x)
+    mean, rstd, weight, bias = (t.contiguous() for t in (mean, rstd, weight, bias))
+    groups, channels = mean.shape
+    dx = torch.empty_like(x, memory_format=torch.channels_last)
+    g = x.new_empty(0) if y is None else torch.empty_like(dx)
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+    if not x.numel():
+        return dx, dweight.zero_(), dbias.zero_(), g
+    t = tiling(x, groups, reduce=True)
+    split_g, split_gx = (new(x, groups, t.splits, channels) for _ in range(2))
+    batch_norm_act_bwd_sums_kernel[t.grid](
+        dy, x, x if y is None else channels_last(y), mean, rstd, weight, bias, g, split_g, split_gx, *t.integers,
+        RELU=relu, RESIDUAL=y is not None, **t.blocks, num_warps=8,
+    )  # fmt: skip
+    g_sum, gx_sum = new(x, groups, channels), new(x, groups, channels)
+    grid, blocks = finish_tiling(groups, t.splits, channels)
+    batch_norm_act_bwd_finish_kernel[grid](
+        split_g, split_gx, g_sum, gx_sum, dweight, dbias, groups, t.splits, channels, **blocks
+    )
+    t = tiling(x, groups, reduce=False)
+    batch_norm_act_bwd_kernel[t.grid](
+        dy if y is None else g, x, mean, rstd, weight, bias, g_sum, gx_sum, dx, *t.integers,
+        RELU=relu and y is None, **t.blocks,
+    )  # fmt: skip
+    return dx, dweight, dbias, g

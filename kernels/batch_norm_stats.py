@@ -1,0 +1,211 @@
+"""Mean and 1/√(var + eps) of NHWC activations per channel and group of consecutive rows; the running statistics' step.
+
+    n = n₁ + n₂    δ = mean₂ − mean₁    mean = mean₁ + δ·n₂/n    M2 = M2₁ + M2₂ + δ²·n₁·n₂/n       M2 = Σ(x − mean)²
+
+The positions of a group are cut into splits, one per program; a second launch combines them in their order. No
+large sums cancel, and nothing is atomic. Traffic: x once, and 8 bytes per split and channel.
+Source: Welford 1962 within a program, Chan, Golub and LeVeque 1983 between them; BatchNorm is Ioffe and Szegedy's
+(arXiv 1502.03167).
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from mopro_fast.kernels.similarity import programs
+
+
+@triton.jit
+def batch_norm_stats_fwd_kernel(
+    x_ptr, split_mean_ptr, split_m2_ptr,
+    positions, split_positions, splits, channels,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Grid (groups·splits, channel blocks): mean and M2 of a split → [groups, splits, C]. positions: P of a group."""
+    start, count = split_of(positions, split_positions, splits)
+    rows, c, at = tile(channels, BLOCK_P, BLOCK_C)
+    # Every place of the tile has its own running mean and M2 (Welford); they are pooled once, at the end.
+    mean = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    m2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    seen = 0.0
+    for first in range(0, count, BLOCK_P):
+        ok = (first + rows < count)[:, None] & (c < channels)[None, :]
+        x = tl.where(ok, load(x_ptr + (start + first) * channels + at, ok), mean)
+        seen += 1.0
+        delta = x - mean
+        mean += delta * (1.0 / seen)
+        m2 += delta * (x - mean)
+    seen_by_row = (tl.maximum(count - rows, 0) + BLOCK_P - 1) // BLOCK_P
+    _, mean, m2 = pool(seen_by_row.to(tl.float32)[:, None], mean, m2, 0)
+    out = tl.program_id(0).to(tl.int64) * channels + c
+    tl.store(split_mean_ptr + out, mean, c < channels)
+    tl.store(split_m2_ptr + out, m2, c < channels)
+
+
+@triton.jit
+def batch_norm_stats_finish_kernel(
+    split_mean_ptr, split_m2_ptr, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr,
+    groups, positions, split_positions, splits, channels, momentum, eps,
+    BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Grid (channel blocks): mean and 1/√(var + eps) [groups, C]; one step of the running statistics to their mean."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mean_sum = tl.zeros([BLOCK_C], tl.float32)
+    var_sum = tl.zeros([BLOCK_C], tl.float32)
+    for first_group in range(0, groups, BLOCK_G):
+        count = tl.zeros([1, 1], tl.float32)
+        mean = tl.zeros([BLOCK_G, BLOCK_C], tl.float32)
+        m2 = tl.zeros([BLOCK_G, BLOCK_C], tl.float32)
+        for first in range(0, splits, BLOCK_S):
+            at, ok = split_tile(first_group, groups, first, splits, c, channels, BLOCK_G, BLOCK_S)
+            left = positions - (first + tl.arange(0, BLOCK_S)).to(tl.int64) * split_positions
+            more, more_mean, more_m2 = pool(
+                tl.minimum(tl.maximum(left, 0), split_positions).to(tl.float32)[None, :, None],
+                tl.load(split_mean_ptr + at, ok, 0.0),
+                tl.load(split_m2_ptr + at, ok, 0.0),
+                1,
+            )
+            share = more / (count + more)
+            delta = more_mean - mean
+            mean += delta * share
+            m2 += more_m2 + delta * delta * (count * share)
+            count += more
+        at, ok = group_tile(first_group, groups, c, channels, BLOCK_G)
+        tl.store(mean_ptr + at, mean, ok)
+        tl.store(rstd_ptr + at, 1.0 / tl.sqrt(m2 / count + eps), ok)
+        mean_sum += tl.sum(mean, 0)
+        var_sum += tl.sum(m2 / (count - 1.0), 0)  # unbiased, as PyTorch's running variance
+    old_mean = tl.load(running_mean_ptr + c, c < channels)
+    old_var = tl.load(running_var_ptr + c, c < channels)
+    tl.store(running_mean_ptr + c, old_mean + momentum * (mean_sum / groups - old_mean), c < channels)
+    tl.store(running_var_ptr + c, old_var + momentum * (var_sum / groups - old_var), c < channels)
+
+
+@triton.jit
+def split_of(positions, split_positions, splits):
+    """This program's split: -> its first position among those of all groups (int64), how many it has."""
+    group, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    begin = split.to(tl.int64) * split_positions
+    return group.to(tl.int64) * positions + begin, tl.minimum(positions - begin, split_positions).to(tl.int32)
+
+
+@triton.jit
+def tile(channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """-> rows [BLOCK_P], this program's channels [BLOCK_C], offsets [BLOCK_P, BLOCK_C] from the tile's first row."""
+    rows = tl.arange(0, BLOCK_P)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    return rows, c, rows[:, None] * channels + c[None, :]
+
+
+@triton.jit
+def load(ptr, ok):
+    return tl.load(ptr, ok, 0.0).to(tl.float32)
+
+
+@triton.jit
+def group_tile(first_group, groups, c, channels, BLOCK_G: tl.constexpr):
+    """Offsets into [groups, C], and which of them exist."""
+    g = first_group + tl.arange(0, BLOCK_G)
+    return g.to(tl.int64)[:, None] * channels + c[None, :], (g < groups)[:, None] & (c < channels)[None, :]
+
+
+@triton.jit
+def split_tile(
+    first_group, groups, first, splits, c, channels, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr
+):  # fmt: skip
+    """Offsets into [groups, splits, C], and which of them exist."""
+    g = first_group + tl.arange(0, BLOCK_G)
+    s = first + tl.arange(0, BLOCK_S)
+    row = g.to(tl.int64)[:, None] * splits + s[None, :]
+    ok = (g < groups)[:, None] & (s < splits)[None, :]
+    return row[:, :, None] * channels + c[None, None, :], ok[:, :, None] & (c < channels)[None, None, :]
+
+
+@triton.jit
+def pool(count, mean, m2, AXIS: tl.constexpr):
+    """Count, mean and M2 of everything along an axis; its first count is above 0."""
+    total = tl.sum(count, AXIS)
+    pooled = tl.sum(mean * count, AXIS) / total
+    apart = mean - tl.expand_dims(pooled, AXIS)
+    return total, pooled, tl.sum(m2 + apart * apart * count, AXIS)
+
+
+class Tiling(NamedTuple):
+    """How programs share x; the names are the kernels'."""
+
+    grid: tuple[int, int]
+    integers: tuple[int, int, int, int]
+    """positions, split_positions, splits, channels"""
+    blocks: dict[str, int]
+
+    @property
+    def splits(self) -> int:
+        return self.integers[2]
+
+
+def tiling(x: Tensor, groups: int, reduce: bool, values: int = 4096) -> Tiling:
+    """reduce: as many splits as programs run at a time; else one per tile. values: of a tile."""
+    channels = x.shape[1]
+    positions = x.numel() // channels // groups
+    block_c = min(64, triton.next_power_of_2(channels))  # a cache line of 16-bit values
+    block_p = values // max(32, block_c)  # taller tiles of a few channels would spill
+    channel_blocks, tiles = triton.cdiv(channels, block_c), triton.cdiv(positions, block_p)
+    if reduce:  # two per SM, which 8 warps of at most 128 registers let it hold at once
+        tiles = triton.cdiv(tiles, max(1, 2 * programs(x.device) // (groups * channel_blocks)))
+    split_positions = block_p * (tiles if reduce else 1)
+    splits = triton.cdiv(positions, split_positions)
+    blocks = {"BLOCK_P": block_p, "BLOCK_C": block_c}
+    return Tiling((groups * splits, channel_blocks), (positions, split_positions, splits, channels), blocks)
+
+
+def finish_tiling(groups: int, splits: int, channels: int) -> tuple[tuple[int], dict[str, int]]:
+    """-> grid, blocks of the launches that combine splits: several groups at a time where these have few."""
+    block_s = min(64, triton.next_power_of_2(splits))
+    block_g = min(64 // block_s, triton.next_power_of_2(groups))
+    block_c = 16  # 64 bytes of a split; not measured
+    return (triton.cdiv(channels, block_c),), {"BLOCK_G": block_g, "BLOCK_S": block_s, "BLOCK_C": block_c}
+
+
+def batch_norm_stats_(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float, group: int
+) -> tuple[Tensor, Tensor]:
+    """-> mean, rstd f32 [groups, C]"""
+    x, channels = channels_last(x), x.shape[1]
+    groups = len(x) // group if group else 1
+    if not x.numel():
+        return new(x, groups, channels).zero_(), new(x, groups, channels).fill_(eps**-0.5)
+    t = tiling(x, groups, reduce=True, values=8192)  # 16 KB of 16-bit values in flight per program; not measured
+    split_mean, split_m2 = (new(x, groups, t.splits, channels) for _ in range(2))
+    batch_norm_stats_fwd_kernel[t.grid](x, split_mean, split_m2, *t.integers, **t.blocks, num_warps=8)
+    return finish_stats(split_mean, split_m2, t, running_mean, running_var, momentum, eps)
+
+
+def finish_stats(
+    split_mean: Tensor, split_m2: Tensor, t: Tiling, running_mean: Tensor, running_var: Tensor, momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Partial results f32 [groups, splits, C] -> mean, rstd; moves the running statistics."""
+    groups, _, channels = split_mean.shape
+    mean, rstd = new(split_mean, groups, channels), new(split_mean, groups, channels)
+    running = running_mean.contiguous(), running_var.contiguous()
+    grid, blocks = finish_tiling(groups, t.splits, channels)
+    batch_norm_stats_finish_kernel[grid](
+        split_mean, split_m2, mean, rstd, *running, groups, *t.integers, momentum, eps, **blocks
+    )
+    for given, own in zip((running_mean, running_var), running, strict=True):
+        if given is not own:
+            given.copy_(own)
+    increment_version([running_mean, running_var])
+    return mean, rstd
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def new(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)

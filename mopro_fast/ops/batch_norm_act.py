@@ -1,0 +1,111 @@
+"""BatchNorm in training, the residual and the ReLU behind it: what an encoder does between two convolutions."""
+
+import torch
+from torch import Tensor
+
+from mopro_fast.ops import backends, checks
+
+
+def _stats_fake(x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float, group: int):
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    groups = len(x) // group if group else 1
+    return tuple(x.new_empty(groups, x.shape[1], dtype=dtype) for _ in range(2))
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+def _backward_fake(dy, x, y, mean, rstd, weight, bias, relu):
+    dresidual = x.new_empty(0) if y is None else _channels_last(x)
+    return _channels_last(x), torch.empty_like(weight), torch.empty_like(bias), dresidual
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, mean, rstd, weight, bias, residual, ctx.relu = inputs
+    ctx.with_residual = residual is not None
+    y = output if ctx.relu and ctx.with_residual else None  # else x alone tells where y is above 0
+    ctx.save_for_backward(x, y, mean, rstd, weight, bias)
+
+
+def _backward(ctx, dy: Tensor):
+    x, y, mean, rstd, weight, bias = ctx.saved_tensors
+    dx, dweight, dbias, dresidual = torch.ops.mopro_fast.batch_norm_act_backward(
+        dy, x, y, mean, rstd, weight, bias, ctx.relu
+    )
+    if ctx.with_residual and y is None:
+        dresidual = dy
+    return dx, None, None, dweight, dbias, dresidual if ctx.with_residual else None, None
+
+
+backends.define(
+    "batch_norm_stats_(Tensor x, Tensor(a!) running_mean, Tensor(b!) running_var, float momentum, float eps, "
+    "int group) -> (Tensor, Tensor)",
+    _stats_fake,
+)
+# mean and rstd are functions of x: x's gradient has their part, and they have none.
+backends.define(
+    "batch_norm_act(Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, Tensor? residual, bool relu) "
+    "-> Tensor",
+    lambda x, *_: _channels_last(x),
+    _backward,
+    _setup,
+)
+backends.define(
+    "batch_norm_act_backward(Tensor dy, Tensor x, Tensor? y, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, "
+    "bool relu) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward_fake,
+)
+
+
+def batch_norm_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    residual: Tensor | None = None,
+    *,
+    relu: bool = True,
+    group: int = 0,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``relu(batch_norm(x) + residual)`` in training; each group of rows has the statistics of its own rows.
+
+    x:            [N, C, H, W], at least two values per channel and group; gets a gradient.
+    weight, bias: float32 [C]; get a gradient.
+    running_mean, running_var: float32 [C], changed in place: one step of ``momentum`` towards the mean over the
+                  groups of their means and unbiased variances.
+    residual:     as x, or None; gets a gradient.
+    relu:         whether to end with a ReLU.
+    group:        consecutive rows that share statistics; 0: all N. N must be a multiple of it.
+    momentum:     in [0, 1].
+    eps:          above 0, added to the (biased) variance.
+
+    Returns [N, C, H, W] in x's type with channels_last strides; other inputs are brought to these strides first.
+    Statistics are float32, as sums of squared distances from means, so that nothing cancels; float64 inputs with
+    float64 parameters stay float64. An empty batch leaves the running statistics alone. Gradients are of first order.
+    Raises ValueError for a wrong argument.
+    """
+    device = checks.device_of("x", x)
+    checks.tensor("x", x, ("N", "C", "H", "W"), checks.FLOATS, device)
+    n, channels, height, width = x.shape
+    wide = (torch.float64 if x.dtype == torch.float64 else torch.float32,)
+    checks.tensor("weight", weight, (channels,), wide, device)
+    checks.tensor("bias", bias, (channels,), wide, device)
+    checks.tensor("running_mean", running_mean, (channels,), wide, device)
+    checks.tensor("running_var", running_var, (channels,), wide, device)
+    if residual is not None:
+        checks.tensor("residual", residual, (n, channels, height, width), (x.dtype,), device)
+    checks.unit_interval("momentum", momentum)
+    checks.positive("eps", eps)
+    if isinstance(group, bool) or not isinstance(group, int | torch.SymInt) or group < 0:
+        raise ValueError(f"group must be a whole number of at least 0, got {group}")
+    if group and n % group:
+        raise ValueError(f"group must divide the {n} rows of x, got {group}")
+    if n and (group or n) * height * width == 1:
+        raise ValueError(f"x must have at least two values per channel and group, got shape {list(x.shape)}")
+    with torch.no_grad():
+        mean, rstd = torch.ops.mopro_fast.batch_norm_stats_(x, running_mean, running_var, momentum, eps, group)
+    return torch.ops.mopro_fast.batch_norm_act(x, mean, rstd, weight, bias, residual, relu)
