@@ -38,7 +38,7 @@ lint: $(READY)
 	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cu csrc/*.cuh csrc/*.h csrc/*.cpp
 
 clean:
-	rm -rf .venv build dist *.egg-info mopro_fast/_C*.so mopro_fast/_build_info.json runs
+	rm -rf .venv build dist *.egg-info mopro_fast/_C*.so mopro_fast/_views*.so mopro_fast/_build_info.json runs
 
 $(VENV)/ready: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

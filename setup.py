@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -33,7 +34,8 @@ def find_nvcc() -> tuple[str | None, str]:
 
 def find_cxx() -> str | None:
     """The C++ compiler that CMake will find."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    wanted = shlex.split(os.environ.get("CXX", ""))  # with arguments, perhaps
+    names = wanted[:1] or ["c++", "g++", "clang++"]
     return next((path for name in names if (path := shutil.which(name))), None)
 
 

@@ -5,26 +5,33 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import floor
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mopro_fast.data.augment import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, Views, crop_boxes, draw
 from mopro_fast.models.resnet import ResNet
 
 # Of q, keys, queue and prototypes that are read; under autocast, which is what trains, the logits alone are bfloat16.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "autocast": torch.float32}
+KINDS = ("model", "side", "S")  # fields of a shape that is for other ops than the head's
 
 
 @dataclass(frozen=True)
 class Shape:
     """N rows, C classes, Q queue slots, M gathered rows (0: N), D dimensions; or a model's parameters; or feature maps
-    [N, C, side, side]."""
+    [N, C, side, side]; or N images.
+
+    S: side of their views, in pixels. dtype: of the result, if they are normalised.
+    """
 
     N: int = 0
     C: int = 0
     Q: int = 0
     M: int = 0
     D: int = 128
+    S: int = 0
     dtype: str = "float32"
     model: str = ""
     shadows: bool = False
@@ -32,8 +39,8 @@ class Shape:
 
     @property
     def kind(self) -> str:
-        """The field that says which ops the shape is for: "model", "side" or none."""
-        return "model" if self.model else "side" if self.side else ""
+        """The field that says which ops the shape is for, one of KINDS or none."""
+        return next((kind for kind in KINDS if getattr(self, kind)), "")
 
     @property
     def rows(self) -> int:
@@ -46,7 +53,7 @@ class Shape:
 
     @property
     def size(self) -> int:
-        return DTYPES[self.dtype].itemsize
+        return DTYPES.get(self.dtype, torch.uint8).itemsize
 
     @property
     def logits_dtype(self) -> torch.dtype:
@@ -65,6 +72,8 @@ FIELDS = {
     "batch_norm_act": ("N", "C", "side"),
     "mopro_loss": ("N", "C", "Q"),
     "head": ("N", "C", "Q", "M"),
+    "normalize": ("N", "S"),
+    "two_views": ("N", "S"),
 }
 
 
@@ -85,13 +94,17 @@ class Case:
 
     def state(self, device: str) -> SimpleNamespace:
         """The inputs: random, the same for every variant of a case."""
-        return {"model": model_state, "side": map_state, "": head_state}[self.shape.kind](self.shape, device)
+        states = {"model": model_state, "side": map_state, "S": image_state, "": head_state}
+        return states[self.shape.kind](self.shape, device)
 
     def cost(self) -> floor.Cost:
         s = self.shape
         if s.model:
             return getattr(floor, self.op)(sum(shape.numel() for shape in parameter_shapes(s.model)), s.shadows)
+        if self.op == "two_views":
+            return floor.two_views(int(crops(s)[1][:, :, 2:].prod(2).sum()), s.N, s.S)
         sizes = {
+            "normalize": (s.N, s.S, s.size),
             "queue_enqueue_": (s.rows, s.D, s.size),
             "info_nce": (s.N, s.Q, s.D, s.size),
             "correct_labels": (s.N, s.C, s.D, s.size),
@@ -124,6 +137,31 @@ def model_state(shape: Shape, device: str) -> SimpleNamespace:
     for name in ("param_shadows", "target_shadows"):
         setattr(s, name, [torch.empty_like(t, dtype=torch.bfloat16) for t in s.targets] if shape.shadows else None)
     return s
+
+
+@functools.cache
+def crops(shape: Shape) -> tuple[Views, np.ndarray]:
+    """The views' random numbers, and their boxes, int64 [N, 2, 4]."""
+    views = draw(np.random.Generator(np.random.PCG64(0)), shape.N, AugmentConfig())
+    shapes = np.full((shape.N, 2), shape.S * 8 // 7)  # what the recipes pack: 256 px for 224
+    return views, np.stack([crop_boxes(shapes, crop) for crop in (views.q, views.k)], axis=1)
+
+
+def image_state(shape: Shape, device: str) -> SimpleNamespace:
+    """Square images of noise over a gradient, one after the other, and what the loader draws for them."""
+    g = torch.Generator(device).manual_seed(0)
+    n, side = shape.N, shape.S * 8 // 7
+    noise = torch.randint(128, (n, side, side, 3), generator=g, device=device)
+    pixels = (noise + torch.linspace(0, 127, side, device=device)[:, None]).byte()
+    images = torch.tensor([[3 * side * side * i, side, side] for i in range(n)], device=device)
+    views, boxes = crops(shape)
+    jitter, flips = views.jitter, np.stack([views.q.flip, views.k.flip], axis=1)
+    numbers = {"boxes": boxes, "flips": flips, "gray": jitter.gray, "factors": jitter.factors, "order": jitter.order}
+    return SimpleNamespace(
+        pixels=pixels.flatten(), images=images, **{k: torch.from_numpy(v).to(device) for k, v in numbers.items()},
+        size=shape.S, views=pixels[:, : shape.S, : shape.S].contiguous(), dtype=DTYPES.get(shape.dtype),
+        mean=torch.tensor(IMAGENET_MEAN, device=device), std=torch.tensor(IMAGENET_STD, device=device),
+    )  # fmt: skip
 
 
 def map_state(shape: Shape, device: str) -> SimpleNamespace:
@@ -205,38 +243,44 @@ PAPER = Shape(N=256, C=1000, Q=8192)
 LARGE = Shape(N=1024, C=5000, Q=65536)
 GATHERED = 2048
 MODELS = (Shape(model="resnet50"), Shape(model="resnet50", shadows=True))
+IMAGES = (Shape(N=256, S=224), Shape(N=256, S=112), Shape(N=256, S=32))
 STAGES = tuple(Shape(N=256, C=c, side=side) for c, side in ((256, 56), (512, 28), (1024, 14), (2048, 7)))  # ResNet-50
 QUICK_MAPS = (Shape(N=6, C=24, side=9), Shape(N=33, C=3, side=1))
-QUICK = (Shape(N=33, C=57, Q=198, M=66), Shape(N=7, C=10, Q=21, D=32))
+QUICK = (Shape(N=33, C=57, Q=198, M=66), Shape(N=7, C=10, Q=21, D=32), Shape(N=5, S=17))
 
 
 def full() -> list[Case]:
     """Every op, the settings that the documentation shows first: peers that compile are given up when time is spent."""
     found = []
     others = [replace(bank, N=n) for bank in (PAPER, LARGE) for n in (32, 256, 1024, 4096)]
-    for shape in (PAPER, replace(PAPER, M=GATHERED), LARGE, *MODELS, *STAGES, *others):
-        for dtype in DTYPES if shape.N else ("float32",):
-            found += [Case(op, replace(shape, dtype=dtype)) for op in ops_of(shape, dtype)]
+    for shape in (PAPER, replace(PAPER, M=GATHERED), LARGE, *MODELS, *STAGES, *IMAGES, *others):
+        found += cases_of(shape)
     return _distinct(found)
 
 
 def quick() -> list[Case]:
-    """Two small shapes that divide no tile: for smoke tests and the sanitizers."""
+    """Small shapes that divide no tile: for smoke tests and the sanitizers."""
     found = []
     for shape in (*(replace(m, model="few") for m in MODELS), *QUICK_MAPS, *QUICK):
-        for dtype in DTYPES if shape.N else ("float32",):
-            found += [Case(op, replace(shape, dtype=dtype)) for op in ops_of(shape, dtype)]
+        found += cases_of(shape)
     return _distinct(found)
 
 
+def cases_of(shape: Shape) -> list[Case]:
+    dtypes = ("float32",) if shape.model else ("float32", "bfloat16", "uint8") if shape.S else DTYPES
+    return [Case(op, replace(shape, dtype=dtype)) for dtype in dtypes for op in ops_of(shape, dtype)]
+
+
 def ops_of(shape: Shape, dtype: str) -> list[str]:
+    if shape.S:
+        return ["two_views"] if dtype == "uint8" else ["normalize"]
     found = [op for op, fields in FIELDS.items() if kind_of(fields) == shape.kind]
     return [op for op in found if dtype != "autocast" or op in ("mopro_loss", "head")]
 
 
 def kind_of(fields: tuple[str, ...]) -> str:
     """Of the shapes that an op with these fields takes."""
-    return next((kind for kind in ("model", "side") if kind in fields), "")
+    return next((kind for kind in KINDS if kind in fields), "")
 
 
 def _distinct(found: list[Case]) -> list[Case]:

@@ -83,3 +83,13 @@ def head(n: int, c: int, q: int, d: int, m: int, size: int, logits_size: int) ->
     update = (m - n) * (d * size + 9) + 4 * d * min(m, c)
     loss = mopro_loss(n, c, q, d, size, 4, logits_size)
     return Cost(loss.bytes + enqueue + update, loss.flops)
+
+
+def normalize(n: int, s: int, size: int) -> Cost:
+    """Read N images of S by S pixels, 3 bytes each; write as many values of `size` bytes."""
+    return Cost(3 * n * s * s * (1 + size), 0)
+
+
+def two_views(cropped: int, n: int, s: int) -> Cost:
+    """Read the pixels inside of all crops, write two views of S by S pixels for each of the N images."""
+    return Cost(3 * cropped + 6 * n * s * s, 0)

@@ -11,13 +11,12 @@ import ops
 import pytest
 import torch
 import variants
-from cases import Case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-GPU = {"": cases.PAPER, "model": cases.MODELS[0], "side": cases.STAGES[0]}
-CPU = {"": cases.QUICK[0], "model": cases.Shape(model="few"), "side": cases.QUICK_MAPS[0]}
-SHAPES = GPU if DEVICE == "cuda" else CPU
-CASES = [Case(op, SHAPES[cases.kind_of(fields)]) for op, fields in cases.FIELDS.items()]
+LARGE = cases.PAPER, cases.MODELS[0], cases.STAGES[0], cases.IMAGES[0]
+SMALL = *cases.QUICK, cases.Shape(model="few"), cases.QUICK_MAPS[0]
+ALL = [case for shape in (LARGE if DEVICE == "cuda" else SMALL) for case in cases.cases_of(shape)]
+CASES = [next(case for case in ALL if case.op == op) for op in cases.FIELDS]
 
 
 @pytest.mark.parametrize("variant", ["ours", "official"])

@@ -231,6 +231,27 @@ def apex_sgd(s: SimpleNamespace) -> Call:
     return call
 
 
+def normalize(function: Callable, s: SimpleNamespace) -> Call:
+    """As the step calls it: nothing is mirrored."""
+
+    def call():
+        return {"pixels": function(s)}
+
+    return call
+
+
+def _official_normalize(s: SimpleNamespace) -> Tensor:
+    out = official.normalize(s.views, s.mean, s.std)
+    return out if out.dtype == torch.float64 else out.to(s.dtype)
+
+
+def two_views(function: Callable, s: SimpleNamespace) -> Call:
+    def call():
+        return {"views": function(s.pixels, s.images, s.boxes, s.flips, s.gray, s.factors, s.order, s.size)}
+
+    return call
+
+
 @functools.cache
 def _overflow(device: torch.device) -> Tensor:
     return torch.zeros(1, dtype=torch.int32, device=device)
@@ -309,6 +330,12 @@ OPS = {
         },
     ),
     "mopro_loss": _plain(mopro_loss, "mopro_loss"),
+    "normalize": Op(
+        ours=lambda s: normalize(lambda s: ops.normalize(s.views, dtype=s.dtype), s),
+        official=lambda s: normalize(_official_normalize, s),
+        compiled=lambda s: normalize(compiled(_official_normalize), s),
+    ),
+    "two_views": replace(_plain(two_views, "two_views"), compiled="the loop over images would be unrolled"),
     "head": Op(
         ours=lambda s: head(ops.mopro_loss, ops.queue_enqueue_, _ours_update, s),
         official=lambda s: head(official.mopro_loss, official.queue_enqueue_, _official_update, s),

@@ -296,6 +296,9 @@ void color_jitter(Bytes& images, const py::array_t<bool, py::array::c_style>& gr
   const int operations = int(order.shape(1));
   require(std::all_of(order.data(), order.data() + order.size(), [](int64_t o) { return 0 <= o && o < 4; }),
           "order must hold operations 0 to 3");
+  require(std::all_of(factors.data(), factors.data() + factors.size(),
+                      [](float factor) { return std::abs(factor) <= 1e6f; }),
+          "factors must be numbers up to 1e6");  // beyond, and of NaN, a conversion to int is undefined
   uint8_t* image = images.mutable_data();
   py::gil_scoped_release released;
   std::vector<uint8_t> planes(3 * pixels);

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 
 from mopro_fast.errors import UserError
 
@@ -24,6 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     # Before torch is imported: its CPU threads spin for milliseconds at every barrier. Where DALI's threads or another
     # process share the cores, steps then take up to 40 times as long; 20,000 turns cost nothing on idle cores.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # about odd files: a check names them
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_usage())
         return

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU. `make test-gpu` runs all of it; naming parts runs those, in the order given.
-#   tests/gpu.sh [build] [test] [sanitize] [bench] [throughput] [accuracy]
+#   tests/gpu.sh [build] [test] [sanitize] [bench] [loader] [throughput] [accuracy]
 # A part that fails does not stop the next; the exit status is 1 if any failed. Each part but accuracy is meant to end
 # within ten minutes; build must have run once before the others.
 #   PYTHON   the python to use (default python3)
 #   OUT      where JSON results go (default bench/results)
+#   LOADER   the loader's sets, "NAME=LIST=PX ..." (see bench/loader.py); without it, or without DALI, loader is skipped
 #   OFFICIAL a clone of salesforce/MoPro, timed beside ours in throughput
 #   CIFAR10N an unpacked CIFAR-10N folder (see bench/cifar10n.py); without it, or without DALI, accuracy is skipped
 set -uo pipefail
@@ -28,8 +29,8 @@ build() {
 }
 
 test_() {
-  run "op tests" "$python" -m pytest -q tests/test_ops.py tests/test_*_cuda.py
-  local others=(tests/test_optim.py tests/test_augment.py tests/test_train_step.py)
+  run "op tests" "$python" -m pytest -q tests/test_ops.py tests/test_{two_views,normalize}.py tests/test_*_cuda.py
+  local others=(tests/test_optim.py tests/test_augment.py tests/test_cache.py tests/test_train_step.py)
   if "$python" -c 'import nvidia.dali' 2>/dev/null; then others+=(tests/test_pipeline.py); fi
   run "other GPU tests" "$python" -m pytest -q -m gpu "${others[@]}"
 }
@@ -55,6 +56,17 @@ bench() {
   run "bench/ops.py" "$python" bench/ops.py --results "$out"
 }
 
+loader() {
+  if [ -z "${LOADER:-}" ]; then
+    results+=("loader: skipped (LOADER is not set)")
+  elif ! "$python" -c 'import nvidia.dali' 2>/dev/null; then
+    results+=("loader: skipped (DALI is not installed)")
+  else
+    read -ra sets <<<"$LOADER"
+    run loader "$python" bench/loader.py "${sets[@]}" --results "$out"
+  fi
+}
+
 throughput() {
   run "bench/throughput.py" "$python" bench/throughput.py --results "$out" ${OFFICIAL:+--official "$OFFICIAL"}
 }
@@ -70,11 +82,11 @@ accuracy() {
 }
 
 parts=("$@")
-[ $# -gt 0 ] || parts=(build test sanitize bench throughput accuracy)
+[ $# -gt 0 ] || parts=(build test sanitize bench loader throughput accuracy)
 for part in "${parts[@]}"; do
   case $part in
-    build | test | sanitize | bench | throughput | accuracy) ;;
-    *) echo "tests/gpu.sh: no part $part: choose build, test, sanitize, bench, throughput or accuracy" >&2 && exit 2 ;;
+    build | test | sanitize | bench | loader | throughput | accuracy) ;;
+    *) echo "tests/gpu.sh: no part $part: choose build, test, sanitize, bench, loader, throughput or accuracy" >&2 && exit 2 ;;
   esac
 done
 if ! "$python" -c 'import torch; assert torch.cuda.is_available()'; then
@@ -85,6 +97,6 @@ for part in "${parts[@]}"; do
   [ "$part" = test ] && part=test_
   "$part"
 done
-"$python" bench/tables.py --print ops ops_requirements throughput_gpu throughput_requirements cifar10n --results "$out"
+"$python" bench/tables.py --print ops ops_requirements loader throughput_gpu throughput_requirements cifar10n --results "$out"
 printf '%s\n' "${results[@]}"
 ! printf '%s\n' "${results[@]}" | grep -q FAILED

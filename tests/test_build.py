@@ -1,13 +1,15 @@
-"""What nvcc says about csrc/: no warning and no spill, on the oldest and the newest architecture."""
+"""What nvcc says about csrc/: no warning and no spill, on the oldest and the newest architecture; finding compilers."""
 
 import re
+import runpy
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-CSRC = Path(__file__).parent.parent / "csrc"
+ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "csrc"
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
@@ -25,3 +27,14 @@ def test_no_warning_no_spill(source, arch, tmp_path):
     assert len(frames) == len(kernels) > 0, result.stderr
     for kernel, frame in zip(kernels, frames, strict=True):
         assert frame == ("0", "0", "0"), f"{kernel}: {frame} bytes of stack, spill stores, spill loads"
+
+
+def test_a_compiler_given_with_arguments_is_found(tmp_path, monkeypatch):
+    setuptools = pytest.importorskip("setuptools")
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    find_cxx = runpy.run_path(str(ROOT / "setup.py"))["find_cxx"]
+    (tmp_path / "my++").touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for given, found in (("my++ -m64", "my++"), ("my++", "my++"), ("other++ my++", None), ("", None)):
+        monkeypatch.setenv("CXX", given)
+        assert find_cxx() == (found and str(tmp_path / found)), given

@@ -168,7 +168,7 @@ def test_an_image_that_is_not_as_large_as_its_header_says(index, monkeypatch):
 
 def test_nothing_readable(index, monkeypatch):
     monkeypatch.setattr(cache.decode, "decode", lambda data: (_ for _ in ()).throw(OSError(19, "No such device")))
-    with pytest.raises(UserError, match=r"cannot read .*jpg \(No such device\), nor any of 5 images"):
+    with pytest.raises(UserError, match=r"cannot read .*jpg \(No such device\), nor any of 25 images"):
         next(on_device(index).epoch(0))
 
 
@@ -177,10 +177,22 @@ def test_more_than_fits(index, monkeypatch):
     assert needed == len(on_device(index)._pixels)
     monkeypatch.setattr(cache, "_free", lambda device: needed - 1)
     monkeypatch.setattr(cache, "_decoded", None)  # it is known before
-    with pytest.raises(UserError, match=f"needs {needed} bytes for 37 images, {DEVICE} has {needed - 1} free.*--size"):
+    expected = f"needs {needed} bytes for 37 images, {DEVICE} has {needed - 1} free.*--size.*, or use --cache no$"
+    with pytest.raises(UserError, match=expected):
         on_device(index)
     with pytest.raises(UserError, match=f"needs {3 * 37 * 300**2} bytes for 37 images"):
         eval_on_device(index, image_size=300, resize=300)
+
+
+def test_what_is_decoded_ahead_is_bounded(index, monkeypatch):
+    """However slow the device: it also bounds how long an interruption takes."""
+    monkeypatch.setattr(cache, "_CHUNK", 5)
+    begun = []
+    images = cache._decoded(index, index.usable, 2, False, lambda image: begun.append(1) or image)
+    for _ in range(7):
+        next(images)
+    images.close()
+    assert 7 <= len(begun) <= 10
 
 
 def test_free_memory():

@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -158,3 +159,11 @@ def test_unknown_keys_of_a_config_are_refused():
     values["optim"]["learning_rate"] = values["optim"].pop("lr")
     with pytest.raises(UserError, match="unknown setting 'learning_rate'"):
         from_dict(TrainConfig, values, "config.json")
+
+
+def test_pillow_s_warnings_do_not_reach_the_terminal(mopro_fast):
+    mopro_fast("--version")
+    with warnings.catch_warnings(record=True) as shown:
+        for module in ("PIL.TiffImagePlugin", "numpy"):
+            warnings.warn_explicit(module, UserWarning, "file.py", 1, module)
+    assert [str(w.message) for w in shown] == ["numpy"]

@@ -91,6 +91,10 @@ def test_all_decode_cases(tmp_path):
         upright = decode(file.read())
     for i in range(2, 9):
         assert near(decode((tmp_path / f"odd/exif_orientation_{i}.jpg").read_bytes()), upright, mean=4), i
+    gray = decode((tmp_path / "odd/gray.jpg").read_bytes()).astype(float)
+    for name in ("png_16bit_gray.png", "png_la.png"):  # the same photograph
+        pixels = decode((tmp_path / "odd" / name).read_bytes()).astype(float)
+        assert abs(pixels.mean() - gray.mean()) < 2 and abs(pixels.std() - gray.std()) < 3, name
 
 
 def test_pixels_of_odd_formats():

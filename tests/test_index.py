@@ -127,6 +127,16 @@ def test_no_such_data(tmp_path):
     refused("no such file or folder", tmp_path / "nowhere", data=tmp_path / "nowhere")
 
 
+def test_a_pack_that_was_interrupted_is_no_folder_of_classes(tmp_path):
+    touch(tmp_path, ".packing.json", "records/train-000000.json.gz", "train-000000.tar")
+    refused("holds no manifest.json", "mopro-fast pack", data=tmp_path, num_classes=1)
+
+
+def test_a_folder_one_too_high_is_refused(tmp_path):
+    touch(tmp_path, "photos/cat/1.jpg", "photos/dog/1.jpg", "more/2.jpg")
+    refused("photos holds folders, not images", "give it", data=tmp_path, num_classes=2)
+
+
 def test_unknown_layout_says_what_was_looked_for(tmp_path):
     touch(tmp_path, "a.jpg")
     refused("train_filelist_google.txt", "val_filelist.txt", "class folders", data=tmp_path)

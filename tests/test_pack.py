@@ -339,6 +339,7 @@ def test_mistakes_end_in_one_line(data, packed, tmp_path, run):  # noqa: F811
         ([data, packed, "--size", 64], ["--shard-images 20, not 0"]),
         ([data / "val", packed, "--size", 64, "--shard-images", 20], ["of other data"]),
         ([packed, tmp_path / "out"], ["is a pack already"]),
+        ([data, tmp_path / "out", "--val", packed], ["is a pack already"]),
         ([tmp_path / "bad", tmp_path / "none"], ["none of the images", "mopro-fast check"]),
     ):
         status, _, error = run("pack", *args)

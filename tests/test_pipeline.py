@@ -13,8 +13,9 @@ import torch
 from PIL import Image, ImageOps
 
 from mopro_fast.data import decode, pipeline
-from mopro_fast.data.augment import AugmentConfig, color_jitter, crop_boxes
+from mopro_fast.data.augment import AugmentConfig, color_jitter, crop_boxes, draw
 from mopro_fast.data.index import load_index
+from mopro_fast.data.order import epoch_order
 from mopro_fast.data.pipeline import EvalLoader, TrainLoader
 from mopro_fast.errors import UserError
 
@@ -202,7 +203,7 @@ def test_boxes_in_dali_equal_crop_boxes(index):
     shapes = np.column_stack([rng.integers(1, 3000, (n, 2)), np.full(n, 3)])
     shapes[: n // 2, 0] = rng.integers(1, 60, n // 2)
     shapes[:100, :2] = rng.integers(1, 3, (100, 2))  # where an attempt may have no pixel
-    drawn = pipeline.draw(rng, n, AugmentConfig())
+    drawn = draw(rng, n, AugmentConfig())
     pipe = Pipeline(batch_size=n, num_threads=2, device_id=None, prefetch_queue_depth=1)
     with pipe:
         boxes = pipeline._crops(fn, fn.external_source(name="shapes"), fn.external_source(name="numbers"), 2)
@@ -263,6 +264,7 @@ def photos(tmp_path):
 def examined(index):
     found = [decode.examine(index.read(i)) for i in range(len(index))]
     columns = {name: np.array([getattr(f, name) for f in found]) for name in ("verdict", "width", "height")}
+    columns["reason"] = [f.reason for f in found]
     states = np.array([index.read_with_state(i)[1:] for i in range(len(index))])
     return dataclasses.replace(index, checked=SimpleNamespace(size=states[:, 0], mtime_ns=states[:, 1], **columns))
 
@@ -286,7 +288,7 @@ def test_a_file_that_breaks_is_replaced_and_named(photos, how, in_dali):
     bad = int(whole[1].ids[1])
     path = Path(photos.full_path(bad))
     train = new()
-    order = pipeline.epoch_order(photos, 0, 0, 0)
+    order = epoch_order(photos, 0, 0, 0)
     content = damage(path, how)
     batches = list(train.epoch(0))
     assert all(equal(batches[i], whole[i]) for i in (0, 2))
@@ -298,6 +300,25 @@ def test_a_file_that_breaks_is_replaced_and_named(photos, how, in_dali):
     assert equal(next(train.epoch(0, 1)), whole[1])  # repaired
 
 
+def test_the_reason_is_the_check_s(photos):
+    damage(Path(photos.full_path(4)), "text")
+    train = loader(examined(photos), batch_size=12)
+    for epoch in (0, 1):
+        list(train.epoch(epoch))
+    found = {(lost.row, lost.reason) for _, _, lost in train.lost}
+    assert found == {(4, "not an image: it begins with b'<html></html'")}
+
+
+def test_a_broken_image_is_replaced_where_the_one_left_out_is_broken_too(photos):
+    order = epoch_order(photos, 0, 0, 0)
+    for row in (order[0], order[-1]):  # 13 images are 3 batches of 4
+        damage(Path(photos.full_path(row)), "gone")
+    train = loader(photos, batch_size=4)
+    shown = rows_of(train, 0)
+    assert shown[1:] == order[1:12].tolist() and shown[0] in order[1:12]
+    assert [lost.row for _, _, lost in train.lost] == [order[0]]
+
+
 def test_a_changed_file_that_is_whole_is_shown(photos):
     Image.fromarray(picture(99, 70, 60)).save(photos.full_path(3))
     train = loader(photos, batch_size=13)
@@ -307,7 +328,7 @@ def test_a_changed_file_that_is_whole_is_shown(photos):
 def test_the_storage_is_gone(photos, tmp_path):
     (tmp_path / "c").rename(tmp_path / "d")
     train = loader(photos, batch_size=4)
-    with pytest.raises(UserError, match=r"cannot read .*jpg \(No such file.*nor any of 1 images .* is the storage"):
+    with pytest.raises(UserError, match=r"cannot read .*jpg \(No such file.*nor any of 21 images .* is the storage"):
         next(train.epoch(0))
     (tmp_path / "d").rename(tmp_path / "c")
     assert equal(next(train.epoch(0)), next(loader(photos, batch_size=4).epoch(0)))

@@ -136,6 +136,28 @@ def test_files_that_break_while_an_epoch_runs_are_named_and_replaced(photos, tmp
     assert Recorder(config(photos, out)).run() == 0  # with both files broken it is still the same run
 
 
+def test_interrupted_after_it_named_a_file_it_has_one_row_for_it(photos, tmp_path):
+    c = config(photos, tmp_path / "out")
+    trainer = Recorder(c)
+    gone = Path(trainer.index.full_path(trainer.loader._rows(0, 3)[0]))
+    gone.unlink()
+    train_step = trainer._train_step
+
+    def step(*given):
+        if trainer.global_step == 5:  # after the log's entry, before the checkpoint
+            raise MemoryError
+        train_step(*given)
+
+    trainer._train_step = step
+    with pytest.raises(MemoryError):
+        trainer.run()
+    before = table(tmp_path / "out/replaced.csv")
+    assert [(row["epoch"], row["step"], row["path"]) for row in before] == [("0", "3", gone.name)]
+    assert Recorder(c).run() == 0
+    rows = table(tmp_path / "out/replaced.csv")
+    assert rows[:1] == before and [row["epoch"] for row in rows].count("0") == 1
+
+
 def test_a_run_on_class_folders_goes_on_without_a_file_that_has_gone(photos, tmp_path):
     for i in range(IMAGES):
         (tmp_path / "classes" / str(i % 4)).mkdir(parents=True, exist_ok=True)

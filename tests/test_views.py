@@ -1,6 +1,7 @@
 """Crops and colours on a CPU, by csrc/views.cpp and by PyTorch. Colours against Pillow: test_augment.py."""
 
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -95,6 +96,25 @@ def test_without_a_compiler_the_views_are_the_same_within_a_level(both, monkeypa
         assert (again == coloured[1].numpy()).all() and (again != ours[1].numpy()).any()
 
 
+def test_a_task_that_fails_is_reported_when_no_other_reads_the_images_any_more(monkeypatch):
+    n, ended = 3, []
+
+    def crop(images, boxes, flips, out):
+        if not images[0].any():
+            raise ValueError("the first one")
+        time.sleep(0.1)
+        ended.append(1)
+
+    monkeypatch.setattr(views, "_crop", crop)
+    cropper = views.Cropper(8, threads=n)
+    images = [np.full((9, 9, 3), i, np.uint8) for i in range(n)]
+    result = cropper.start(images, draw(generator(0), n, AugmentConfig()), both=False)
+    with pytest.raises(ValueError, match="the first one"):
+        result()
+    assert len(ended) == n - 1
+    cropper.close()
+
+
 @BUILT
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -129,6 +149,9 @@ def test_wrong_colours_are_refused():
     images = np.zeros((2, 4, 4, 3), np.uint8)
     with pytest.raises(ValueError, match="order must hold operations 0 to 3"):
         views._views.color_jitter(images, **arguments | {"order": np.full((2, 1), 4)})
+    for factor in (np.nan, -np.inf, 1e9):
+        with pytest.raises(ValueError, match="factors must be numbers"):
+            views._views.color_jitter(images, **arguments | {"factors": np.full((2, 4), factor, np.float32)})
     with pytest.raises(ValueError, match="gray must be"):
         views._views.color_jitter(images, **arguments | {"gray": np.zeros(3, bool)})
     with pytest.raises(TypeError):  # a copy would take the changes

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mopro_fast.data import augment
+
 
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     logits = _instance_logits(q, k, queue, temperature)
@@ -89,6 +91,30 @@ def mopro_loss(
     pairs = ((logits, target), (scores, target), (instance, first))
     accuracy = [(x.detach().topk(1, dim=1).indices[:, 0] == y).float().mean() for x, y in pairs]
     return SimpleNamespace(loss=loss, accuracy=accuracy, labels=new, kept=kept)
+
+
+def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """torchvision's ToTensor and Normalize, on uint8 [N, H, W, 3], in the type of mean and std."""
+    return (images.permute(0, 3, 1, 2).to(mean.dtype).div(255) - mean[:, None, None]) / std[:, None, None]
+
+
+def two_views(
+    pixels: Tensor, images: Tensor, boxes: Tensor, flips: Tensor, gray: Tensor, factors: Tensor, order: Tensor,
+    size: int,
+) -> Tensor:  # fmt: skip
+    """Image by image as torchvision's transforms on tensors, which the official code has on Pillow's; the colours as
+    in mopro_fast.data.augment, all images at once. Resized in the type of ``factors``."""
+    views = []
+    places = zip(images.tolist(), boxes.tolist(), flips.tolist(), strict=True)
+    for (first, height, width), its_boxes, its_flips in places:
+        image = pixels[first : first + 3 * height * width].view(height, width, 3).permute(2, 0, 1)
+        for (top, left, h, w), flip in zip(its_boxes, its_flips, strict=True):
+            crop = image[None, :, top : top + h, left : left + w].to(factors.dtype)
+            crop = F.interpolate(crop, (size, size), mode="bilinear", antialias=True).round_().byte()
+            views.append(crop.flip(3) if flip else crop)
+    q, k = torch.cat(views).permute(0, 2, 3, 1).unflatten(0, (len(images), -1)).unbind(1)
+    jitter = augment.Jitter(gray.cpu().numpy(), factors.float().cpu().numpy(), order.cpu().numpy())
+    return torch.stack([q, augment.color_jitter(k.contiguous(), jitter)])
 
 
 def _instance_logits(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:

@@ -9,6 +9,7 @@ import io
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,58 +18,29 @@ from tqdm import tqdm
 
 from mopro_fast import ops
 from mopro_fast.data import decode
-from mopro_fast.data.augment import AugmentConfig, Views, crop_boxes, draw, to_device
+from mopro_fast.data.augment import crop_boxes, to_device
+from mopro_fast.data.batches import Batch, TrainBatches
 from mopro_fast.data.decode import DecodeError
 from mopro_fast.data.index import Index
-from mopro_fast.data.order import epoch_order, substitutes
-from mopro_fast.data.pipeline import AUGMENT, Batch
 from mopro_fast.data.reader import Lost
 from mopro_fast.errors import UserError
 from mopro_fast.ops.two_views import largest_side
 
+_CHUNK = 1024  # images decoded ahead at most: what an interruption waits for, and what lies in memory
 
-class DeviceTrainLoader:
-    """pipeline.TrainLoader with the images on ``device``: a batch is one copy to the device and one kernel there.
 
-    ``threads`` decode the images, here, once it is known that they fit the memory: else a UserError. One that cannot
-    be decoded is replaced whenever its turn comes, as TrainLoader does: ``lost`` collects (epoch, step, Lost) until
-    it is emptied.
+class DeviceTrainLoader(TrainBatches):
+    """Training batches of images on ``device``: a batch is one copy to the device and one kernel there.
+
+    ``threads`` decode the images, here, once it is known that they fit the memory: else a UserError. shared: of
+    TrainBatches.
     """
 
-    def __init__(
-        self,
-        index: Index,
-        *,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        image_size: int,
-        augment: AugmentConfig,
-        two_views: bool = True,
-        device: torch.device,
-        threads: int,
-        shuffle_shards: int = 0,
-    ) -> None:
-        self.steps_per_epoch = len(index.usable) // (batch_size * world_size)
-        if self.steps_per_epoch == 0:
-            raise UserError(
-                f"batch larger than the data: {batch_size * world_size} rows over all ranks, {len(index.usable)} "
-                f"images in {index.source}: lower --batch-size"
-            )
-        self._index, self._augment, self._two_views, self._device = index, augment, two_views, device
-        self._batch_size, self._rank, self._world_size, self._seed = batch_size, rank, world_size, seed
-        self._image_size, self._threads, self._shuffle_shards = image_size, threads, shuffle_shards
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))  # an epoch and its order
-        self.lost: list[tuple[int, int, Lost]] = []
+    def __init__(self, index: Index, **shared: Any) -> None:
+        super().__init__(index, **shared)
         self._images = np.zeros((len(index), 3), np.int64)  # offset in _pixels, height, width; zeros: not there
         self._reasons: dict[int, str] = {}  # why those are not there that should be
         self._pixels: torch.Tensor | None = self._decode()
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """The batches of steps [start_step, steps_per_epoch) of this epoch."""
-        for step in range(start_step, self.steps_per_epoch):
-            yield self._batch(epoch, step)
 
     def close(self) -> None:
         """Free the images' memory. The loader decodes again when asked for a batch."""
@@ -88,7 +60,7 @@ class DeviceTrainLoader:
             height, width = shapes[first]
             raise UserError(
                 f"{self._index.name(rows[first])} has {width}x{height} pixels, --cache device takes sides of at most "
-                f"{largest}: pack the data with a smaller --size, or use --cache none"
+                f"{largest}: pack the data with a smaller --size, or use --cache no"
             )
         ends = 3 * shapes.prod(1).cumsum()
         needed = int(ends[-1])
@@ -123,13 +95,13 @@ class DeviceTrainLoader:
 
     def _readable(self, epoch: int, step: int) -> np.ndarray:
         """The rows of :meth:`_rows`, those that are not there replaced."""
-        rows, shown = self._rows(epoch, step), self.steps_per_epoch * self._batch_size * self._world_size
+        rows = self._rows(epoch, step)
         missing = np.flatnonzero(self._images[rows, 1] == 0)
         if missing.size:
             rows = rows.copy()
         for i in missing:
             row = int(rows[i])
-            others = substitutes(self._order[1], shown, self._seed, epoch, row)
+            others = self._others(epoch)(row)
             there = others[self._images[others, 1] > 0]
             if not there.size:
                 raise UserError(
@@ -139,17 +111,6 @@ class DeviceTrainLoader:
             rows[i] = there[0]
             self.lost.append((epoch, step, Lost(row, int(there[0]), self._reasons[row])))
         return rows
-
-    def _rows(self, epoch: int, step: int) -> np.ndarray:
-        """int64 [N]: the index's rows that this rank shows at this step."""
-        if self._order[0] != epoch:
-            self._order = (epoch, epoch_order(self._index, self._seed, epoch, self._shuffle_shards))
-        first = (step * self._world_size + self._rank) * self._batch_size
-        return self._order[1][first : first + self._batch_size]
-
-    def _draw(self, epoch: int, step: int) -> Views:
-        rng = np.random.Generator(np.random.PCG64((AUGMENT, self._seed, epoch, step)))
-        return draw(rng, self._batch_size, self._augment, skip=self._rank * self._batch_size)
 
 
 class DeviceEvalLoader:
@@ -258,9 +219,12 @@ def _decoded(
         except OSError as error:
             return error.strerror or type(error).__name__
 
-    with ThreadPoolExecutor(threads) as pool:
-        done = pool.map(work, rows.tolist())
-        yield from tqdm(done, desc="decoding", total=len(rows), unit="img", disable=None if show else True, leave=False)
+    bar = tqdm(desc="decoding", total=len(rows), unit="img", disable=None if show else True, leave=False)
+    with ThreadPoolExecutor(threads) as pool, bar:
+        for first in range(0, len(rows), _CHUNK):
+            for result in pool.map(work, rows[first : first + _CHUNK].tolist()):
+                yield result
+                bar.update()
 
 
 def _require_memory(needed: int, images: int, device: torch.device) -> None:
@@ -268,7 +232,7 @@ def _require_memory(needed: int, images: int, device: torch.device) -> None:
     if needed > free:
         raise UserError(
             f"--cache device needs {needed} bytes for {images} images, {device} has {free} free: "
-            "pack the data with a smaller --size, or use --cache none"
+            "pack the data with a smaller --size, or use --cache no"
         )
 
 

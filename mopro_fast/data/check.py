@@ -7,7 +7,6 @@ line by line into a file beside it, from which an interrupted check goes on.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -28,7 +27,7 @@ from tqdm import tqdm
 from mopro_fast.data import workers as processes
 from mopro_fast.data.decode import CANNOT_READ, CONVERTED, OK, UNREADABLE, VERDICTS, examine_files
 from mopro_fast.data.index import WEBVISION_LISTS, Index, Split, _recognise, _subfolders, load_index
-from mopro_fast.data.shards import is_pack, replacing, verify_pack
+from mopro_fast.data.shards import is_pack, locked, replacing, verify_pack
 from mopro_fast.errors import UserError
 
 FILE = ".mopro_fast_index.parquet"
@@ -69,8 +68,6 @@ class Checked:
     """int32 [n]."""
     reason: list[str]
     """[n], "kind" or "kind: detail"; empty if OK."""
-    format: list[str]
-    """[n], Pillow's names."""
     path: str
     """The Parquet file."""
     read: int
@@ -121,7 +118,7 @@ def _check(index: Index, workers: int, progress: bool, path: str, partial: IO[by
 def _checked(table: pa.Table, path: str, read: int) -> Checked:
     verdict = pc.index_in(table["verdict"], value_set=pa.array(VERDICTS)).to_numpy().astype(np.uint8)
     numbers = [table[name].to_numpy() for name in ("bytes", "mtime_ns", "width", "height")]
-    return Checked(verdict, *numbers, table["reason"].to_pylist(), table["format"].to_pylist(), path, read)
+    return Checked(verdict, *numbers, table["reason"].to_pylist(), path, read)
 
 
 def default_path(index: Index) -> str:
@@ -179,16 +176,11 @@ def _open_partial(path: str) -> Iterator[tuple[str, IO[bytes]]]:
     At a normal end the partial file is removed.
     """
     path = _writable(path)
-    with open(f"{path}.partial", "a+b", buffering=0) as partial:
-        try:
-            fcntl.flock(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another check writes {path}: wait for it") from None
-        try:
+    try:
+        with locked(f"{path}.partial", f"another check writes {path}: wait for it") as partial:
             yield path, partial
-            os.unlink(partial.name)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}: make room there, or set --index") from None
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}: make room there, or set --index") from None
 
 
 def _writable(path: str) -> str:
@@ -222,12 +214,19 @@ def _read(path: str) -> pa.Table:
 
 
 def _read_partial(partial: IO[bytes]) -> pa.Table:
-    """What an interrupted check found, the newest first; a line that it did not finish is cut off."""
+    """What an interrupted check found, the newest first; a line that it did not finish is cut off.
+
+    A power failure may have left zeros in place of others.
+    """
     partial.seek(0)
     text = partial.read()
     complete = text[: text.rfind(b"\n") + 1]
     partial.truncate(len(complete))
-    return _table([json.loads(line) for line in reversed(complete.splitlines())])
+    found = []
+    for line in reversed(complete.splitlines()):
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return _table(found)
 
 
 def _table(found: list) -> pa.Table:

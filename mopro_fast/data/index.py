@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from mopro_fast.data.shards import MANIFEST, ShardSet, is_pack, open_shards
+from mopro_fast.data.shards import MANIFEST, STATE, ShardSet, is_pack, open_shards
 from mopro_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def load_index(
 def _recognise(data: str) -> str:
     if os.path.isfile(data):
         return "list"
-    if is_pack(data):
+    if is_pack(data) or os.path.isfile(os.path.join(data, STATE)):
         return "shards"
     lists = [name for names in WEBVISION_LISTS.values() for name in names]
     if any(os.path.isfile(os.path.join(data, name)) for name in lists):
@@ -276,6 +276,8 @@ def _folders(data: str, split: Split, num_classes: int, keep_classes: int | None
     for label, name in enumerate(classes):
         with os.scandir(os.path.join(data, name)) as entries:
             images = sorted(e.name for e in entries if _is_image(e.name) and e.is_file())
+        if not images and _subfolders(os.path.join(data, name)):
+            raise UserError(f"{os.path.join(data, name)} holds folders, not images: if these are the classes, give it")
         paths += [f"{name}/{image}" for image in images]
         labels += [label] * len(images)
     if not paths:

@@ -4,7 +4,7 @@ import numpy as np
 
 from mopro_fast.data.index import Index
 
-_ORDER, _SUBSTITUTE = 0, 2  # first words of the generators' seeds; pipeline.py has 1
+_ORDER, _SUBSTITUTE = 0, 2  # first words of the generators' seeds; batches.py has 1
 _CANDIDATES = 20
 
 
@@ -25,12 +25,10 @@ def epoch_order(index: Index, seed: int, epoch: int, shuffle_shards: int) -> np.
 
 
 def substitutes(order: np.ndarray, shown: int, seed: int, epoch: int, row: int) -> np.ndarray:
-    """int64 [20]: rows to show in place of ``row``, one after the other until one can be read.
+    """int64 [20 to 40]: rows to show in place of ``row``, one after the other until one can be read.
 
-    From those that the epoch leaves out, order[shown:], if there are any.
+    First those that the epoch leaves out, order[shown:], up to 20; these may be few, and broken as well: then any.
     """
-    rest = order[shown:] if shown < len(order) else order
     rng = np.random.default_rng((_SUBSTITUTE, seed, epoch, row))
-    if len(rest) > 1000:
-        return rest[rng.integers(len(rest), size=_CANDIDATES)]
-    return rest[rng.permutation(len(rest))[:_CANDIDATES]]
+    left_out = rng.permutation(order[shown:])[:_CANDIDATES]
+    return np.concatenate([left_out, order[rng.integers(len(order), size=_CANDIDATES)]])

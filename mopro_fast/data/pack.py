@@ -5,7 +5,6 @@ number alone, and in the training split on a fixed shuffle, since data often com
 """
 
 import csv
-import fcntl
 import hashlib
 import io
 import json
@@ -13,7 +12,7 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -32,9 +31,11 @@ from mopro_fast.data.shards import (
     FORMAT,
     MANIFEST,
     RECORDS,
+    STATE,
     VERSION,
     ShardJob,
     is_pack,
+    locked,
     read_manifest,
     read_record,
     replacing,
@@ -44,7 +45,6 @@ from mopro_fast.errors import UserError
 
 SKIPPED = "skipped.csv"
 LEAST_SIZE = 16  # px: the smallest image the recipes train on
-_STATE = ".packing.json"  # what a pack that is not complete is made of
 _SHARD_IMAGES = 500, 10_000  # fewest and most, where the user leaves it to us: then there are 64 shards
 _TABLE = pa.schema(
     [
@@ -91,8 +91,9 @@ def main(argv: list[str]) -> int:
             zero = "" if name == "quality" else "0 or "
             raise UserError(f"--{name.replace('_', '-')} must be {zero}from {low} to {high}, got {value}")
     workers = worker_count(options.workers)
-    if is_pack(options.data):
-        raise UserError(f"{options.data} is a pack already: give the data it was made of")
+    for given in (options.data, options.val):
+        if given and is_pack(given):
+            raise UserError(f"{given} is a pack already: give the data it was made of")
     print(pack(load_splits(options.data, options.layout, options.root, options.val), options, workers))
     return 0
 
@@ -218,33 +219,28 @@ def _state(out: str, made_of: dict[str, Any]) -> Iterator[None]:
         if is_pack(out):
             _compare(out, read_manifest(out), made_of)
         present = os.listdir(out)
-        if present and not {MANIFEST, _STATE} & set(present):
+        if present and not {MANIFEST, STATE} & set(present):
             raise UserError(f"{out} is not empty and holds no pack: name an empty folder")
-        open(os.path.join(out, _STATE), "ab").close()  # first: it marks the folder as ours
+        open(os.path.join(out, STATE), "ab").close()  # first: it marks the folder as ours
         os.makedirs(os.path.join(out, RECORDS), exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}: name another folder") from None
-    with open(os.path.join(out, _STATE), "a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another process packs into {out}: wait for it, or name another folder") from None
+    busy = f"another process packs into {out}: wait for it, or name another folder"
+    with locked(os.path.join(out, STATE), busy) as file:
         file.seek(0)
-        text = file.read()
-        with suppress(ValueError):  # cut short by an interruption: then nothing else was written
-            _compare(out, json.loads(text), made_of)
-        file.truncate(0)
         try:
-            file.write(json.dumps(made_of).encode())
-            file.flush()
-        except OSError as error:
-            raise UserError(f"cannot write {out}: {error.strerror}: make room there") from None
+            _compare(out, json.loads(file.read()), made_of)
+        except ValueError:  # new, or cut short by an interruption: then nothing else was written
+            file.truncate(0)
+            try:
+                file.write(json.dumps(made_of).encode())
+            except OSError as error:
+                raise UserError(f"cannot write {out}: {error.strerror}: make room there") from None
         try:
             yield
-            os.unlink(file.name)
         finally:
             for left in Path(out).rglob(".*.tmp"):  # of workers that were killed, or ended because of another's error
-                left.unlink()
+                left.unlink(missing_ok=True)
 
 
 def _compare(out: str, there: dict[str, Any], here: dict[str, Any]) -> None:

@@ -1,94 +1,51 @@
 """The loaders: threads read, DALI decodes on a CPU or GPU, crops and colours follow.
 
-They keep no state. The order of an epoch is a function of (seed, epoch), the random numbers of a batch one of
-(seed, epoch, step) and the row in the batch of all ranks. So a run resumes exactly at any step without anything
-of the loader in a checkpoint, and W ranks with N rows see the pixels of one rank with W·N. Only an image that
-breaks during the run is another matter: see reader.py.
-
 Images are turned upright by their EXIF orientation (the official code ignores it). Resizing is Pillow's antialiased
 bilinear filter. On a GPU DALI resizes the training crops too, and its filter sees the pixels beyond their borders.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from mopro_fast.data.augment import ATTEMPTS, WIDEST, AugmentConfig, Crops, Views, color_jitter, draw, to_device
+from mopro_fast.data.augment import ATTEMPTS, WIDEST, Crops, color_jitter, to_device
+from mopro_fast.data.batches import Batch, TrainBatches
 from mopro_fast.data.index import Index
-from mopro_fast.data.order import epoch_order, substitutes
 from mopro_fast.data.reader import Lost, Reader, reading_threads
 from mopro_fast.data.stream import READ_AHEAD, Decoder, Job, Stream
 from mopro_fast.data.views import Cropper
 from mopro_fast.errors import UserError
 
-AUGMENT = 1  # first word of the generators' seeds; order.py has others
 _EVAL_AHEAD = 2  # batches that an evaluation decodes ahead
 
 
-class Batch(NamedTuple):
-    """One rank's rows of a step, on the loader's device."""
-
-    view_q: torch.Tensor
-    """uint8 [N, S, S, 3]."""
-    view_k: torch.Tensor | None
-    """uint8 [N, S, S, 3], or None with one view."""
-    labels: torch.Tensor
-    """int64 [N]; -1: none given."""
-    ids: torch.Tensor
-    """int64 [N]: rows of the index."""
-
-
-def require_rows(images: int, batch_size: int, source: str) -> None:
-    """Raise a UserError if an epoch would have no step."""
-    if images < batch_size:
-        raise UserError(
-            f"batch larger than the data: {batch_size} rows over all ranks, {images} images in {source}: "
-            "lower --batch-size"
-        )
-
-
-class TrainLoader:
-    """Endless, seekable training batches: ``for batch in loader.epoch(e, start_step)``.
+class TrainLoader(TrainBatches):
+    """Training batches from files or shards, by DALI.
 
     It works ahead, also across the end of an epoch: on ``prefetch`` batches in DALI (on a CPU, where these are whole
     images: one) and two more that are being read. Asking for another position than the next one drops what it has
-    prepared. ``batch_size`` counts this rank's rows. An image that cannot be read when its turn comes is replaced by
-    one that the epoch leaves out: ``lost`` collects (epoch, step, Lost) until it is emptied.
+    prepared.
 
-    shuffle_shards: see order.epoch_order. hw_decoder_load: share of the JPEGs for a GPU's own decoder.
-    crop_in_dali: by default on a GPU only.
+    shared: of TrainBatches. hw_decoder_load: share of the JPEGs for a GPU's own decoder. crop_in_dali: by default on
+    a GPU only.
     """
 
     def __init__(
         self,
         index: Index,
         *,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        image_size: int,
-        augment: AugmentConfig,
-        two_views: bool = True,
-        device: torch.device,
-        threads: int,
         prefetch: int = 2,
-        shuffle_shards: int = 0,
         hw_decoder_load: float = 0.65,
         crop_in_dali: bool | None = None,
+        **shared: Any,
     ) -> None:
-        require_rows(len(index.usable), batch_size * world_size, index.source)
-        self.steps_per_epoch = len(index.usable) // (batch_size * world_size)
-        self._index, self._augment, self._two_views, self._device = index, augment, two_views, device
-        self._batch_size, self._rank, self._world_size, self._seed = batch_size, rank, world_size, seed
-        self._image_size, self._shuffle_shards = image_size, shuffle_shards
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))  # an epoch and its order
-        self.lost: list[tuple[int, int, Lost]] = []
+        super().__init__(index, **shared)
+        image_size, device, threads = self._image_size, self._device, self._threads
         in_dali = device.type == "cuda" if crop_in_dali is None else crop_in_dali
         self._cropper = None if in_dali else Cropper(image_size, threads)
-        views = 2 if two_views else 1
+        views = 2 if self._two_views else 1
 
         def define(fn, images, shape, numbers):
             if not in_dali:
@@ -96,15 +53,10 @@ class TrainLoader:
             boxes = _crops(fn, shape(), numbers(), views)
             return [fn.resize(images, size=[image_size] * 2, roi_start=a, roi_end=b) for a, b in boxes]
 
-        decoder = Decoder(define, batch_size, threads, device, hw_decoder_load)
+        decoder = Decoder(define, self._batch_size, threads, device, hw_decoder_load)
         self._stream = Stream(Reader(index, reading_threads(threads)), decoder, 1 + prefetch if in_dali else 2)
         self._next: tuple[int, int] | None = None  # the position that the stream stands at
         self._cropping: tuple[Job, Callable[[], list[torch.Tensor]]] | None = None
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """The batches of steps [start_step, steps_per_epoch) of this epoch."""
-        for step in range(start_step, self.steps_per_epoch):
-            yield self._batch((epoch, step))
 
     def close(self) -> None:
         """Stop all threads and free DALI's memory. The loader starts again when asked for a batch."""
@@ -116,18 +68,20 @@ class TrainLoader:
     def memory(self) -> str:
         """How far the loader works ahead and what that takes, for the log."""
         view = self._batch_size * (2 if self._two_views else 1) * self._image_size**2 * 3
-        decoding, checked = self._stream.depth, self._index.checked
+        decoding, checked, shards = self._stream.depth, self._index.checked, self._index.shards
         parts = {f"{decoding if self._cropper is None else 2} batches of views": view * decoding}
-        if checked is not None:
-            usable = self._index.usable
-            if self._cropper is not None:
-                pixels = np.mean(checked.width[usable].astype(np.int64) * checked.height[usable])
-                parts[f"{decoding} of whole images"] = decoding * self._batch_size * 3 * pixels
+        usable = self._index.usable
+        if checked is not None and self._cropper is not None:
+            pixels = np.mean(checked.width[usable].astype(np.int64) * checked.height[usable])
+            parts[f"{decoding} of whole images"] = decoding * self._batch_size * 3 * pixels
+        sizes = checked.size[usable] if checked is not None else shards and shards.size[self._index.in_shards]
+        if sizes is not None:
             files = (decoding + READ_AHEAD) * self._batch_size
-            parts[f"{decoding + READ_AHEAD} of files"] = files * checked.size[usable].mean()
+            parts[f"{decoding + READ_AHEAD} of files"] = files * sizes.mean()
         return "read and decoded ahead: " + ", ".join(f"{name} ({size / 1e6:.0f} MB)" for name, size in parts.items())
 
-    def _batch(self, position: tuple[int, int]) -> Batch:
+    def _batch(self, epoch: int, step: int) -> Batch:
+        position = epoch, step
         if self._next != position:
             self._drop()
             self._stream.restart(self._jobs(position))
@@ -171,29 +125,11 @@ class TrainLoader:
         return (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
 
     def _jobs(self, position: tuple[int, int]) -> Iterator[Job]:
-        shown = self.steps_per_epoch * self._batch_size * self._world_size
         while True:
-            epoch = position[0]
-            rows, drawn = self._rows(*position), self._draw(*position)
-            order = self._order[1]
-
-            def others(row: int, order=order, epoch=epoch) -> np.ndarray:
-                return substitutes(order, shown, self._seed, epoch, row)
-
+            drawn = self._draw(*position)
             numbers = None if self._cropper else _pack([drawn.q, drawn.k] if self._two_views else [drawn.q])
-            yield Job(rows, others, numbers, drawn)
+            yield Job(self._rows(*position), self._others(position[0]), numbers, drawn)
             position = self._after(position)
-
-    def _rows(self, epoch: int, step: int) -> np.ndarray:
-        """int64 [N]: the index's rows that this rank shows at this step."""
-        if self._order[0] != epoch:
-            self._order = (epoch, epoch_order(self._index, self._seed, epoch, self._shuffle_shards))
-        first = (step * self._world_size + self._rank) * self._batch_size
-        return self._order[1][first : first + self._batch_size]
-
-    def _draw(self, epoch: int, step: int) -> Views:
-        rng = np.random.Generator(np.random.PCG64((AUGMENT, self._seed, epoch, step)))
-        return draw(rng, self._batch_size, self._augment, skip=self._rank * self._batch_size)
 
 
 class EvalLoader:

@@ -55,11 +55,13 @@ class Reader:
         self._lock = threading.Lock()
         self._cleaned: dict[int, tuple[tuple[int, int], np.ndarray]] = {}
         self._room = _CLEANED_BYTES
-        self._refusals: dict[int, str] = {}
+        self._refusals: dict[int, str] = {}  # why a row is UNREADABLE or _REFUSED
         n = len(index)
         if index.checked is not None:
             self._verdict = index.checked.verdict.copy()
             self._state = np.stack([index.checked.size, index.checked.mtime_ns], axis=1)
+            for i in np.flatnonzero(self._verdict == UNREADABLE).tolist():
+                self._refusals[i] = index.checked.reason[i]
         elif index.shards is not None:  # pack has written only what DALI decodes
             self._verdict = np.full(n, OK, np.uint8)
             self._state = np.stack([index.shards.size[index.in_shards], np.zeros(n, np.int64)], axis=1)
@@ -137,7 +139,7 @@ class Reader:
         if state != self._state[row].tolist():
             verdict = self._examine(row, data, state)
         if verdict in (UNREADABLE, _REFUSED):
-            raise _Broken(self._refusals.get(row, "unreadable when it was checked"))
+            raise _Broken(self._refusals[row])
         if verdict == OK:
             return np.frombuffer(data, np.uint8)
         key = (state[0], state[1])

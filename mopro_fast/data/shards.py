@@ -7,6 +7,7 @@ what is missing or has changed is packed again; ``manifest.json``, written last,
 """
 
 import contextlib
+import fcntl
 import gzip
 import hashlib
 import io
@@ -40,6 +41,7 @@ from mopro_fast.errors import UserError
 
 MANIFEST = "manifest.json"
 RECORDS = "records"
+STATE = ".packing.json"  # what a pack that is not complete is made of
 VERSION = 1
 FORMAT = "mopro_fast pack"
 _OPEN = 512  # files kept open per set: many systems allow a process 1024
@@ -306,6 +308,25 @@ def replacing(path: str, own: str = "") -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+@contextlib.contextmanager
+def locked(path: str, busy: str) -> Iterator[BinaryIO]:
+    """A file to read and append to, for one process at a time; removed at a normal end.
+
+    busy: message of the UserError where another process has it.
+    """
+    with open(path, "a+b", buffering=0) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(busy) from None
+        except OSError:
+            pass  # some network file systems have no locks
+        if os.fstat(file.fileno()).st_nlink == 0:  # the other one has removed it meanwhile
+            raise UserError(busy)
+        yield file
+        os.unlink(path)
 
 
 def _source(job: ShardJob) -> str:

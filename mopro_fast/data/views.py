@@ -4,7 +4,7 @@ Where the package was built without a C++ compiler PyTorch does it: the same col
 """
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 import torch
@@ -47,6 +47,7 @@ class Cropper:
         tasks = [self._pool.submit(work, slice(first, min(first + each, n))) for first in range(0, n, each)]
 
         def result() -> list[torch.Tensor]:
+            wait(tasks)  # also those after one that fails: all read the images
             for task in tasks:
                 task.result()
             return [torch.from_numpy(view) for view in out]

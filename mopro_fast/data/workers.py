@@ -4,6 +4,7 @@ They are fresh interpreters on a pipe, not forks (CUDA and threads do not surviv
 run the caller's script again, and wait forever for a parent that was killed).
 """
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -70,10 +71,11 @@ class _Worker:
             start_new_session=True,  # Ctrl-C goes to the caller alone, who ends the workers
         )
         theirs.close()
-        self.connection.send(function)
+        self.start(function)
 
-    def start(self, task: tuple) -> None:
-        self.connection.send(task)
+    def start(self, task: Any) -> None:
+        with contextlib.suppress(ConnectionError):  # it has ended while it had nothing to do: receive() says so
+            self.connection.send(task)
 
     def receive(self) -> Any:
         try:

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from mopro_fast.config import DataConfig, TrainConfig
+from mopro_fast.data.batches import TrainBatches, require_rows
 from mopro_fast.data.cache import DeviceEvalLoader, DeviceTrainLoader
 from mopro_fast.data.check import Checked, check
 from mopro_fast.data.decode import UNREADABLE, VERDICTS
 from mopro_fast.data.index import Index, load_index
-from mopro_fast.data.pipeline import EvalLoader, TrainLoader, require_rows
+from mopro_fast.data.pipeline import EvalLoader, TrainLoader
 from mopro_fast.data.shards import is_pack, read_manifest
 from mopro_fast.errors import UserError
 from mopro_fast.training.distributed import by_rank0, world
@@ -44,7 +45,8 @@ def load(c: TrainConfig, resumed: bool) -> dict[str, Index]:
 def write_list(index: Index, path: Path) -> None:
     """For as_begun(): class folders have no list of their own."""
     if index.classes is not None and index.shards is None:
-        path.write_text("".join(f"{name} {label}\n" for name, label in zip(index.paths, index.labels, strict=True)))
+        lines = [f"{name} {label}\n" for name, label in zip(index.paths, index.labels, strict=True)]
+        path.write_text("".join(lines), encoding="utf-8")
 
 
 def as_begun(index: Index, path: Path, digest: str) -> Index:
@@ -78,7 +80,7 @@ def readable(index: Index, name: str, workers: int, left_out: np.ndarray | None 
     return dataclasses.replace(index, checked=checked, left_out=left_out)
 
 
-def train_loader(c: TrainConfig, index: Index, device: torch.device) -> TrainLoader | DeviceTrainLoader:
+def train_loader(c: TrainConfig, index: Index, device: torch.device) -> TrainBatches:
     rank, ranks = world()
     options = dict(
         batch_size=c.optim.batch_size // ranks,
@@ -130,7 +132,7 @@ def has_val_split(data: str) -> bool:
 
 def write_left_out(index: Index, path: Path) -> None:
     """A csv line, path and reason, for each image that the run does not show."""
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         rows = [(index.paths[i], index.checked.reason[i]) for i in index.left_out]
         csv.writer(file).writerows([("path", "reason"), *rows])
 

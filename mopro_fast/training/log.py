@@ -56,13 +56,17 @@ class RunLog:
         if not self.active:
             return
         path = self.out / "replaced.csv"
-        new = not path.exists()
-        with path.open("a", newline="") as file:
+        there: set[tuple[str, ...]] = set()  # the steps since the latest checkpoint come again after an interruption
+        if path.exists():
+            with path.open(newline="", encoding="utf-8") as file:
+                there = {tuple(line[:3]) for line in csv.reader(file)}
+        with path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            if new:
+            if not there:
                 writer.writerow(["epoch", "step", "path", "reason", "shown instead"])
             for epoch, step, (row, by, reason) in lost:
-                writer.writerow([epoch, step, index.paths[row], reason, index.paths[by]])
+                if (str(epoch), str(step), index.paths[row]) not in there:
+                    writer.writerow([epoch, step, index.paths[row], reason, index.paths[by]])
                 if row not in self.named:
                     self.say(f"cannot read {index.name(row)} ({reason}): another image is shown, here and from now on")
                 self.named.add(row)
