@@ -18,7 +18,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "autocast": torc
 @dataclass(frozen=True)
 class Shape:
     """N rows, C classes, Q queue slots, M gathered rows (0: N), D dimensions; or a model's parameters; or feature maps
-    [N, C, side, side]."""
+    [N, C, side, side], and the K channels of which a convolution makes them."""
 
     N: int = 0
     C: int = 0
@@ -29,11 +29,12 @@ class Shape:
     model: str = ""
     shadows: bool = False
     side: int = 0
+    K: int = 0
 
     @property
     def kind(self) -> str:
-        """The field that says which ops the shape is for: "model", "side" or none."""
-        return "model" if self.model else "side" if self.side else ""
+        """The field that says which ops the shape is for, or none."""
+        return next((field for field in KINDS if getattr(self, field)), "")
 
     @property
     def rows(self) -> int:
@@ -53,6 +54,7 @@ class Shape:
         return torch.float32 if self.dtype == "float32" else torch.bfloat16
 
 
+KINDS = ("model", "K", "side")
 # Fields of Shape that an op's time depends on.
 FIELDS = {
     "ema_update_": ("model", "shadows"),
@@ -63,6 +65,7 @@ FIELDS = {
     "prototype_contrast": ("N", "C"),
     "prototype_update_": ("M", "C"),
     "batch_norm_act": ("N", "C", "side"),
+    "conv1x1_stats_": ("N", "K", "C", "side"),
     "mopro_loss": ("N", "C", "Q"),
     "head": ("N", "C", "Q", "M"),
 }
@@ -85,7 +88,8 @@ class Case:
 
     def state(self, device: str) -> SimpleNamespace:
         """The inputs: random, the same for every variant of a case."""
-        return {"model": model_state, "side": map_state, "": head_state}[self.shape.kind](self.shape, device)
+        states = {"model": model_state, "K": convolution_state, "side": map_state, "": head_state}
+        return states[self.shape.kind](self.shape, device)
 
     def cost(self) -> floor.Cost:
         s = self.shape
@@ -98,6 +102,7 @@ class Case:
             "prototype_contrast": (s.N, s.C, s.D, s.size),
             "prototype_update_": (s.rows, s.C, s.D, s.size),
             "batch_norm_act": (s.N, s.C, s.side, s.size),
+            "conv1x1_stats_": (s.N, s.K, s.C, s.side, s.size),
             "mopro_loss": (s.N, s.C, s.Q, s.D, s.size, s.size, s.logits_dtype.itemsize),
             "head": (s.N, s.C, s.Q, s.D, s.rows, s.size, s.logits_dtype.itemsize),
         }
@@ -142,6 +147,20 @@ def map_state(shape: Shape, device: str) -> SimpleNamespace:
     z = F.batch_norm(s.x.float(), None, None, s.weight, s.bias, training=True).add_(s.residual)
     s.dy.masked_fill_(z.abs_() < 1e-3, 0)
     return s
+
+
+def convolution_state(shape: Shape, device: str) -> SimpleNamespace:
+    g = torch.Generator(device).manual_seed(0)
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(size, generator=g, device=device)
+
+    x = randn(shape.N, shape.side, shape.side, shape.K).permute(0, 3, 1, 2).to(DTYPES[shape.dtype])
+    norm = (randn(1, shape.K), randn(1, shape.K).abs() + 0.5, randn(shape.K), randn(shape.K))
+    return SimpleNamespace(
+        x=x, weight=randn(shape.C, shape.K, 1, 1) / shape.K**0.5, norm=norm,
+        running_mean=randn(shape.C), running_var=randn(shape.C).abs(),
+    )  # fmt: skip
 
 
 def head_state(shape: Shape, device: str) -> SimpleNamespace:
@@ -194,8 +213,8 @@ def float64(state: SimpleNamespace) -> SimpleNamespace:
     """The same values in float64: with the official formulation, the oracle."""
 
     def wide(x):
-        if isinstance(x, list):
-            return [wide(y) for y in x]
+        if isinstance(x, list | tuple):
+            return type(x)(wide(y) for y in x)
         return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
     return SimpleNamespace(**{name: wide(value) for name, value in vars(state).items()})
@@ -206,7 +225,8 @@ LARGE = Shape(N=1024, C=5000, Q=65536)
 GATHERED = 2048
 MODELS = (Shape(model="resnet50"), Shape(model="resnet50", shadows=True))
 STAGES = tuple(Shape(N=256, C=c, side=side) for c, side in ((256, 56), (512, 28), (1024, 14), (2048, 7)))  # ResNet-50
-QUICK_MAPS = (Shape(N=6, C=24, side=9), Shape(N=33, C=3, side=1))
+CONVOLUTIONS = tuple(replace(s, K=s.C // 4) for s in STAGES)  # conv3 of their blocks
+QUICK_MAPS = (Shape(N=6, C=24, side=9), Shape(N=33, C=3, side=1), Shape(N=6, C=24, side=9, K=40))
 QUICK = (Shape(N=33, C=57, Q=198, M=66), Shape(N=7, C=10, Q=21, D=32))
 
 
@@ -214,7 +234,7 @@ def full() -> list[Case]:
     """Every op, the settings that the documentation shows first: peers that compile are given up when time is spent."""
     found = []
     others = [replace(bank, N=n) for bank in (PAPER, LARGE) for n in (32, 256, 1024, 4096)]
-    for shape in (PAPER, replace(PAPER, M=GATHERED), LARGE, *MODELS, *STAGES, *others):
+    for shape in (PAPER, replace(PAPER, M=GATHERED), LARGE, *MODELS, *STAGES, *CONVOLUTIONS, *others):
         for dtype in DTYPES if shape.N else ("float32",):
             found += [Case(op, replace(shape, dtype=dtype)) for op in ops_of(shape, dtype)]
     return _distinct(found)
@@ -236,7 +256,7 @@ def ops_of(shape: Shape, dtype: str) -> list[str]:
 
 def kind_of(fields: tuple[str, ...]) -> str:
     """Of the shapes that an op with these fields takes."""
-    return next((kind for kind in ("model", "side") if kind in fields), "")
+    return next((field for field in KINDS if field in fields), "")
 
 
 def _distinct(found: list[Case]) -> list[Case]:

@@ -215,7 +215,7 @@ PAPER = [
     {"N": 256, "C": 1000, "Q": 8192, "M": 2048},
 ]
 SHOWN = [*PAPER, {"model": "resnet50", "shadows": True}, {"N": 1024, "C": 5000, "Q": 65536, "M": 1024}]
-SHOWN += [{"N": 256, "C": c, "side": side} for c, side in ((256, 56), (2048, 7))]
+SHOWN += [{"N": 256, "C": c, "side": side} | k for c, side in ((256, 56), (2048, 7)) for k in ({}, {"K": c // 4})]
 # table: (result file, function)
 TABLES = {
     "demo_accuracy": ("demo_accuracy", demo_accuracy),

@@ -14,8 +14,8 @@ import variants
 from cases import Case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-GPU = {"": cases.PAPER, "model": cases.MODELS[0], "side": cases.STAGES[0]}
-CPU = {"": cases.QUICK[0], "model": cases.Shape(model="few"), "side": cases.QUICK_MAPS[0]}
+GPU = {"": cases.PAPER, "model": cases.MODELS[0], "side": cases.STAGES[0], "K": cases.CONVOLUTIONS[0]}
+CPU = {"": cases.QUICK[0], "model": cases.Shape(model="few"), "side": cases.QUICK_MAPS[0], "K": cases.QUICK_MAPS[2]}
 SHAPES = GPU if DEVICE == "cuda" else CPU
 CASES = [Case(op, SHAPES[cases.kind_of(fields)]) for op, fields in cases.FIELDS.items()]
 
