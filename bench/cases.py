@@ -15,13 +15,13 @@ from mopro_fast.models.resnet import ResNet
 
 # Of q, keys, queue and prototypes that are read; under autocast, which is what trains, the logits alone are bfloat16.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "autocast": torch.float32}
-KINDS = ("model", "side", "S")  # fields of a shape that is for other ops than the head's
+KINDS = ("model", "K", "side", "S")  # fields of a shape that is for other ops than the head's
 
 
 @dataclass(frozen=True)
 class Shape:
     """N rows, C classes, Q queue slots, M gathered rows (0: N), D dimensions; or a model's parameters; or feature maps
-    [N, C, side, side]; or N images.
+    [N, C, side, side], and the K channels of which a convolution makes them; or N images.
 
     S: side of their views, in pixels. dtype: of the result, if they are normalised.
     """
@@ -36,6 +36,7 @@ class Shape:
     model: str = ""
     shadows: bool = False
     side: int = 0
+    K: int = 0
 
     @property
     def kind(self) -> str:
@@ -70,6 +71,7 @@ FIELDS = {
     "prototype_contrast": ("N", "C"),
     "prototype_update_": ("M", "C"),
     "batch_norm_act": ("N", "C", "side"),
+    "conv1x1_stats_": ("N", "K", "C", "side"),
     "mopro_loss": ("N", "C", "Q"),
     "head": ("N", "C", "Q", "M"),
     "normalize": ("N", "S"),
@@ -94,7 +96,7 @@ class Case:
 
     def state(self, device: str) -> SimpleNamespace:
         """The inputs: random, the same for every variant of a case."""
-        states = {"model": model_state, "side": map_state, "S": image_state, "": head_state}
+        states = {"model": model_state, "K": convolution_state, "side": map_state, "S": image_state, "": head_state}
         return states[self.shape.kind](self.shape, device)
 
     def cost(self) -> floor.Cost:
@@ -111,6 +113,7 @@ class Case:
             "prototype_contrast": (s.N, s.C, s.D, s.size),
             "prototype_update_": (s.rows, s.C, s.D, s.size),
             "batch_norm_act": (s.N, s.C, s.side, s.size),
+            "conv1x1_stats_": (s.N, s.K, s.C, s.side, s.size),
             "mopro_loss": (s.N, s.C, s.Q, s.D, s.size, s.size, s.logits_dtype.itemsize),
             "head": (s.N, s.C, s.Q, s.D, s.rows, s.size, s.logits_dtype.itemsize),
         }
@@ -182,6 +185,20 @@ def map_state(shape: Shape, device: str) -> SimpleNamespace:
     return s
 
 
+def convolution_state(shape: Shape, device: str) -> SimpleNamespace:
+    g = torch.Generator(device).manual_seed(0)
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(size, generator=g, device=device)
+
+    x = randn(shape.N, shape.side, shape.side, shape.K).permute(0, 3, 1, 2).to(DTYPES[shape.dtype])
+    norm = (randn(1, shape.K), randn(1, shape.K).abs() + 0.5, randn(shape.K), randn(shape.K))
+    return SimpleNamespace(
+        x=x, weight=randn(shape.C, shape.K, 1, 1) / shape.K**0.5, norm=norm,
+        running_mean=randn(shape.C), running_var=randn(shape.C).abs(),
+    )  # fmt: skip
+
+
 def head_state(shape: Shape, device: str) -> SimpleNamespace:
     """Unit rows and labels such that every decision is far from its threshold, in four kinds of rows.
 
@@ -232,8 +249,8 @@ def float64(state: SimpleNamespace) -> SimpleNamespace:
     """The same values in float64: with the official formulation, the oracle."""
 
     def wide(x):
-        if isinstance(x, list):
-            return [wide(y) for y in x]
+        if isinstance(x, list | tuple):
+            return type(x)(wide(y) for y in x)
         return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
     return SimpleNamespace(**{name: wide(value) for name, value in vars(state).items()})
@@ -245,7 +262,8 @@ GATHERED = 2048
 MODELS = (Shape(model="resnet50"), Shape(model="resnet50", shadows=True))
 IMAGES = (Shape(N=256, S=224), Shape(N=256, S=112), Shape(N=256, S=32))
 STAGES = tuple(Shape(N=256, C=c, side=side) for c, side in ((256, 56), (512, 28), (1024, 14), (2048, 7)))  # ResNet-50
-QUICK_MAPS = (Shape(N=6, C=24, side=9), Shape(N=33, C=3, side=1))
+CONVOLUTIONS = tuple(replace(s, K=s.C // 4) for s in STAGES)  # conv3 of their blocks
+QUICK_MAPS = (Shape(N=6, C=24, side=9), Shape(N=33, C=3, side=1), Shape(N=6, C=24, side=9, K=40))
 QUICK = (Shape(N=33, C=57, Q=198, M=66), Shape(N=7, C=10, Q=21, D=32), Shape(N=5, S=17))
 
 
@@ -253,7 +271,7 @@ def full() -> list[Case]:
     """Every op, the settings that the documentation shows first: peers that compile are given up when time is spent."""
     found = []
     others = [replace(bank, N=n) for bank in (PAPER, LARGE) for n in (32, 256, 1024, 4096)]
-    for shape in (PAPER, replace(PAPER, M=GATHERED), LARGE, *MODELS, *STAGES, *IMAGES, *others):
+    for shape in (PAPER, replace(PAPER, M=GATHERED), LARGE, *MODELS, *STAGES, *CONVOLUTIONS, *IMAGES, *others):
         found += cases_of(shape)
     return _distinct(found)
 

@@ -73,6 +73,12 @@ def batch_norm_act(n: int, c: int, side: int, size: int) -> Cost:
     return Cost(6 * n * c * side**2 * size + 32 * c, 0)
 
 
+def conv1x1_stats_(n: int, k: int, c: int, side: int, size: int) -> Cost:
+    """Read x, weight and four vectors of the norm; write y and its statistics, read and write the running ones."""
+    positions = n * side**2
+    return Cost((positions * (k + c) + k * c) * size + 16 * k + 24 * c, 2 * positions * k * c)
+
+
 def head(n: int, c: int, q: int, d: int, m: int, size: int, logits_size: int) -> Cost:
     """mopro_loss forward and backward, then the queue and the prototypes with M gathered rows.
 

@@ -274,14 +274,9 @@ PAPER = [
     {"N": 256, "C": 1000, "Q": 8192, "M": 256},
     {"N": 256, "C": 1000, "Q": 8192, "M": 2048},
 ]
-SHOWN = [
-    *PAPER,
-    {"model": "resnet50", "shadows": True},
-    {"N": 1024, "C": 5000, "Q": 65536, "M": 1024},
-    {"N": 256, "C": 256, "side": 56},
-    {"N": 256, "C": 2048, "side": 7},
-    {"N": 256, "S": 224},
-]
+SHOWN = [*PAPER, {"model": "resnet50", "shadows": True}, {"N": 1024, "C": 5000, "Q": 65536, "M": 1024}]
+SHOWN += [{"N": 256, "C": c, "side": side} | k for c, side in ((256, 56), (2048, 7)) for k in ({}, {"K": c // 4})]
+SHOWN += [{"N": 256, "S": 224}]
 # table: (result file, function)
 TABLES = {
     "demo_accuracy": ("demo_accuracy", demo_accuracy),

@@ -13,8 +13,8 @@ import torch
 import variants
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LARGE = cases.PAPER, cases.MODELS[0], cases.STAGES[0], cases.IMAGES[0]
-SMALL = *cases.QUICK, cases.Shape(model="few"), cases.QUICK_MAPS[0]
+LARGE = cases.PAPER, cases.MODELS[0], cases.STAGES[0], cases.CONVOLUTIONS[0], cases.IMAGES[0]
+SMALL = *cases.QUICK, cases.Shape(model="few"), *cases.QUICK_MAPS
 ALL = [case for shape in (LARGE if DEVICE == "cuda" else SMALL) for case in cases.cases_of(shape)]
 CASES = [next(case for case in ALL if case.op == op) for op in cases.FIELDS]
 

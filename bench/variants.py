@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import apex_peers
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mopro_fast import ops
@@ -93,6 +94,23 @@ def batch_norm_act(function: Callable, s: SimpleNamespace, layout: torch.memory_
         return {"y": y, **dict(zip(names, grads, strict=True)), **{n: getattr(s, n) for n in RUNNING}}
 
     return call
+
+
+def conv1x1_stats_(function: Callable, s: SimpleNamespace, layout: torch.memory_format = torch.channels_last) -> Call:
+    x = s.x.contiguous(memory_format=layout)
+
+    def call():
+        with torch.no_grad():
+            y, mean, rstd = function(x, s.weight, s.running_mean, s.running_var, s.norm)
+        return {"y": y, "mean": mean, "rstd": rstd, **{n: getattr(s, n) for n in RUNNING}}
+
+    return call
+
+
+def conv2d_between_ops(x: Tensor, weight: Tensor, running_mean: Tensor, running_var: Tensor, norm: tuple[Tensor, ...]):
+    """PyTorch's convolution between our normalising pass and our statistics: what conv1x1_stats_ saves."""
+    y = F.conv2d(torch.ops.mopro_fast.batch_norm_act(x, *norm, None, True), weight.to(x.dtype))
+    return y, *torch.ops.mopro_fast.batch_norm_stats_(y, running_mean, running_var, 0.1, 1e-5, 0)
 
 
 RUNNING = ("running_mean", "running_var")
@@ -327,6 +345,15 @@ OPS = {
         others={
             "official, channels_last": lambda s: batch_norm_act(official.batch_norm_act, s),
             "apex, float16": apex_peers.missing() or apex_batch_norm_act,
+        },
+    ),
+    "conv1x1_stats_": Op(
+        ours=lambda s: conv1x1_stats_(ops.conv1x1_stats_, s),
+        official=lambda s: conv1x1_stats_(official.conv1x1_stats_, s, torch.contiguous_format),
+        compiled=lambda s: conv1x1_stats_(compiled(official.conv1x1_stats_), s),  # in channels_last
+        others={
+            "official, channels_last": lambda s: conv1x1_stats_(official.conv1x1_stats_, s),
+            "conv2d between our ops": lambda s: conv1x1_stats_(conv2d_between_ops, s),
         },
     ),
     "mopro_loss": _plain(mopro_loss, "mopro_loss"),

@@ -69,10 +69,7 @@ def batch_norm_stats_finish_kernel(
                 tl.load(split_m2_ptr + at, ok, 0.0),
                 1,
             )
-            share = more / (count + more)
-            delta = more_mean - mean
-            mean += delta * share
-            m2 += more_m2 + delta * delta * (count * share)
+            mean, m2 = merge(count, mean, m2, more, more_mean, more_m2)
             count += more
         at, ok = group_tile(first_group, groups, c, channels, BLOCK_G)
         tl.store(mean_ptr + at, mean, ok)
@@ -123,6 +120,14 @@ def split_tile(
     row = g.to(tl.int64)[:, None] * splits + s[None, :]
     ok = (g < groups)[:, None] & (s < splits)[None, :]
     return row[:, :, None] * channels + c[None, None, :], ok[:, :, None] & (c < channels)[None, None, :]
+
+
+@triton.jit
+def merge(count, mean, m2, more, more_mean, more_m2):
+    """Mean and M2 of two parts; the second has members."""
+    share = more / (count + more)
+    delta = more_mean - mean
+    return mean + delta * share, m2 + more_m2 + delta * delta * (count * share)
 
 
 @triton.jit

@@ -112,6 +112,14 @@ def calls():
                 yield kernels.batch_norm_act, (x, stats, stats, channel, channel, residual, relu)
                 y = x if relu and residual is not None else None
                 yield kernels.batch_norm_act_backward, (x, x, y, stats, stats, channel, channel, relu)
+    for in_channels, channels, side, group in [(64, 64, 56, 0), (256, 64, 56, 0), (512, 2048, 7, 32), (3, 5, 3, 0)]:
+        of_x = [torch.empty(2 if group else 1, in_channels)] * 2 + [torch.empty(in_channels)] * 2
+        for dtype in (f32, bf16, f16):
+            x = torch.empty(2 * (group or 4), in_channels, side, side, dtype=dtype)
+            x = x.to(memory_format=torch.channels_last)
+            weight, running = torch.empty(channels, in_channels, 1, 1), torch.empty(channels)
+            for norm in (of_x, []):
+                yield kernels.conv1x1_stats_, (x, weight, running, running, norm, 0.1, 1e-5, group)
 
 
 def main() -> int:

@@ -171,6 +171,8 @@ def test_floors_are_those_worked_out_by_hand():
     assert floor.correct_labels(1, 1, 1, 4) == floor.Cost(4 + 4 + 4 + 8 + 8 + 1, 2)
     # x, residual, y and three gradients; weight, bias, both running statistics; these two and two gradients written
     assert floor.batch_norm_act(1, 1, 1, 4).bytes == 6 * 4 + 8 * 4
+    # x, weight, y; four vectors of the norm; y's two statistics, both running ones read and written
+    assert floor.conv1x1_stats_(1, 1, 1, 1, 4) == floor.Cost(3 * 4 + 4 * 4 + 6 * 4, 2)
     assert floor.mopro_loss(1, 1, 1, 1, 4, 4, 4).bytes == 4 * 4 + 2 * 4 + 4 + 4 + 17 + 36 - 4
 
 

@@ -52,6 +52,7 @@ def test_every_kernel_is_compiled(reports):
         ("batch_norm_stats_", [], 2),
         ("batch_norm_act", [True], 1),  # relu
         ("batch_norm_act_backward", [True], 3),
+        ("conv1x1_stats_", [], 2),
     ],
 )
 def test_launches(op, flags, launches, reports):

@@ -72,6 +72,20 @@ def batch_norm_act(
     return F.relu(x, inplace=True)
 
 
+def conv1x1_stats_(
+    x: Tensor, weight: Tensor, running_mean: Tensor, running_var: Tensor, norm: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """BatchNorm with given statistics, ReLU, convolution, and what the next BatchNorm takes from its output."""
+    mean, rstd, norm_weight, norm_bias = norm
+    z = F.batch_norm(x, mean[0], rstd[0] ** -2, norm_weight, norm_bias, eps=0.0)
+    y = F.conv2d(F.relu(z, inplace=True), weight.to(x.dtype))
+    var, mean = torch.var_mean(_wide(y), (0, 2, 3))
+    running_mean.lerp_(mean, 0.1)
+    running_var.lerp_(var, 0.1)
+    count = y.numel() // y.shape[1]
+    return y, mean[None], (var * ((count - 1) / count) + 1e-5).rsqrt()[None]
+
+
 def mopro_loss(
     logits: Tensor, q: Tensor, k: Tensor, queue: Tensor, prototypes: Tensor, labels: Tensor, *,
     temperature: float, alpha: float, threshold: float, w_proto: float, w_inst: float,

@@ -7,6 +7,7 @@ same input on the same device, never waits for the device, has a fake kernel and
 
 from mopro_fast.ops.backends import use_backend
 from mopro_fast.ops.batch_norm_act import batch_norm_act
+from mopro_fast.ops.conv1x1_stats import conv1x1_stats_
 from mopro_fast.ops.correct_labels import correct_labels
 from mopro_fast.ops.ema_update import ema_update_
 from mopro_fast.ops.info_nce import info_nce
@@ -21,6 +22,7 @@ from mopro_fast.ops.two_views import two_views
 __all__ = [
     "METRICS",
     "batch_norm_act",
+    "conv1x1_stats_",
     "correct_labels",
     "ema_update_",
     "info_nce",

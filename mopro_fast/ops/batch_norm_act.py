@@ -6,10 +6,31 @@ from torch import Tensor
 from mopro_fast.ops import backends, checks
 
 
+def parameter_type(x: Tensor) -> torch.dtype:
+    """Of statistics and parameters."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def check_statistics(
+    x: Tensor, channels: int, running_mean: Tensor, running_var: Tensor, group: int, momentum: float, eps: float
+) -> None:
+    """Refuse what no statistics per group of x's rows can be taken with; channels: of the running statistics."""
+    checks.tensor("running_mean", running_mean, (channels,), (parameter_type(x),), x.device)
+    checks.tensor("running_var", running_var, (channels,), (parameter_type(x),), x.device)
+    checks.unit_interval("momentum", momentum)
+    checks.positive("eps", eps)
+    n, _, height, width = x.shape
+    if isinstance(group, bool) or not isinstance(group, int | torch.SymInt) or group < 0:
+        raise ValueError(f"group must be a whole number of at least 0, got {group}")
+    if group and n % group:
+        raise ValueError(f"group must divide the {n} rows of x, got {group}")
+    if n and (group or n) * height * width == 1:
+        raise ValueError(f"x must have at least two values per channel and group, got shape {list(x.shape)}")
+
+
 def _stats_fake(x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float, group: int):
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     groups = len(x) // group if group else 1
-    return tuple(x.new_empty(groups, x.shape[1], dtype=dtype) for _ in range(2))
+    return tuple(x.new_empty(groups, x.shape[1], dtype=parameter_type(x)) for _ in range(2))
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -90,22 +111,11 @@ def batch_norm_act(
     """
     device = checks.device_of("x", x)
     checks.tensor("x", x, ("N", "C", "H", "W"), checks.FLOATS, device)
-    n, channels, height, width = x.shape
-    wide = (torch.float64 if x.dtype == torch.float64 else torch.float32,)
-    checks.tensor("weight", weight, (channels,), wide, device)
-    checks.tensor("bias", bias, (channels,), wide, device)
-    checks.tensor("running_mean", running_mean, (channels,), wide, device)
-    checks.tensor("running_var", running_var, (channels,), wide, device)
+    checks.tensor("weight", weight, (x.shape[1],), (parameter_type(x),), device)
+    checks.tensor("bias", bias, (x.shape[1],), (parameter_type(x),), device)
     if residual is not None:
-        checks.tensor("residual", residual, (n, channels, height, width), (x.dtype,), device)
-    checks.unit_interval("momentum", momentum)
-    checks.positive("eps", eps)
-    if isinstance(group, bool) or not isinstance(group, int | torch.SymInt) or group < 0:
-        raise ValueError(f"group must be a whole number of at least 0, got {group}")
-    if group and n % group:
-        raise ValueError(f"group must divide the {n} rows of x, got {group}")
-    if n and (group or n) * height * width == 1:
-        raise ValueError(f"x must have at least two values per channel and group, got shape {list(x.shape)}")
+        checks.tensor("residual", residual, tuple(x.shape), (x.dtype,), device)
+    check_statistics(x, x.shape[1], running_mean, running_var, group, momentum, eps)
     with torch.no_grad():
         mean, rstd = torch.ops.mopro_fast.batch_norm_stats_(x, running_mean, running_var, momentum, eps, group)
     return torch.ops.mopro_fast.batch_norm_act(x, mean, rstd, weight, bias, residual, relu)

@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mopro_fast.data import augment
@@ -277,6 +278,17 @@ def batch_norm_act_backward(
     dx = (g - g_sum[:, None] / positions).sub_(x_hat.mul_(gx_sum[:, None] / positions)).mul_((rstd * weight)[:, None])
     dresidual = like.new_empty(0) if y is None else _from_groups(g, like)
     return _from_groups(dx, like), gx_sum.sum(0), g_sum.sum(0), dresidual
+
+
+def conv1x1_stats_(
+    x: Tensor, weight: Tensor, running_mean: Tensor, running_var: Tensor, norm: list[Tensor], momentum: float,
+    eps: float, group: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> y in x's type, its mean and 1/√(var + eps) [groups, Cout]"""
+    z = batch_norm_act(x, *norm, None, True) if norm else x
+    z, weight = wide(z, weight.to(x.dtype))
+    y = F.linear(z.permute(0, 2, 3, 1), weight.flatten(1)).to(x.dtype).permute(0, 3, 1, 2)
+    return y, *batch_norm_stats_(y, running_mean, running_var, momentum, eps, group)
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
