@@ -103,10 +103,14 @@ def calls():
             view = torch.empty(8, size, size, 3, dtype=torch.uint8)
             yield kernels.normalize, (view, None, out_type)
             yield kernels.normalize, (view, gray, out_type)
-    for channels, side, group in [(64, 112, 0), (256, 56, 0), (2048, 7, 32), (3, 5, 0), (1, 1, 4)]:
-        stats, channel = torch.empty(8 if group else 1, channels), torch.empty(channels)
-        for dtype in (f32, bf16, f16):
-            x = torch.empty(8 * (group or 1), channels, side, side, dtype=dtype).to(memory_format=torch.channels_last)
+    for channels, side, group, types in [
+        (64, 112, 0, (f32, bf16, f16)),
+        (2048, 7, 32, (f32, bf16)),
+        (3, 5, 4, (bf16,)),
+    ]:
+        stats, channel = torch.empty(2 if group else 1, channels), torch.empty(channels)
+        for dtype in types:
+            x = torch.empty(2 * (group or 4), channels, side, side, dtype=dtype).to(memory_format=torch.channels_last)
             yield kernels.batch_norm_stats_, (x, channel, channel, 0.1, 1e-5, group)
             for relu, residual in [(True, x), (True, None), (False, x), (False, None)]:
                 yield kernels.batch_norm_act, (x, stats, stats, channel, channel, residual, relu)
@@ -114,7 +118,7 @@ def calls():
                 yield kernels.batch_norm_act_backward, (x, x, y, stats, stats, channel, channel, relu)
     for in_channels, channels, side, group in [(64, 64, 56, 0), (256, 64, 56, 0), (512, 2048, 7, 32), (3, 5, 3, 0)]:
         of_x = [torch.empty(2 if group else 1, in_channels)] * 2 + [torch.empty(in_channels)] * 2
-        for dtype in (f32, bf16, f16):
+        for dtype in (f32, bf16, f16) if group else (f32, bf16):
             x = torch.empty(2 * (group or 4), in_channels, side, side, dtype=dtype)
             x = x.to(memory_format=torch.channels_last)
             weight, running = torch.empty(channels, in_channels, 1, 1), torch.empty(channels)
