@@ -28,7 +28,7 @@ from mopro_fast.errors import UserError
 from mopro_fast.models import mopro as mopro_module
 from mopro_fast.models.build import build, build_encoder
 from mopro_fast.models.mopro import MoPro, StepOutput
-from mopro_fast.models.resnet import GroupedBatchNorm2d
+from mopro_fast.models.resnet import Bottleneck, GroupedBatchNorm2d
 from mopro_fast.training import inputs
 from mopro_fast.training.step import Shuffle, TrainStep
 
@@ -114,6 +114,14 @@ def plain_norms(config: TrainConfig) -> MoPro:
     for m in model.modules():
         if isinstance(m, GroupedBatchNorm2d):
             m.fused = "off"
+    return model
+
+
+def fused_key_convolutions(config: TrainConfig) -> MoPro:
+    model = build(config)
+    for m in model.encoder_k.modules():
+        if isinstance(m, Bottleneck):
+            m.fused_conv = True
     return model
 
 
@@ -240,7 +248,10 @@ def variants(case: Case, clone: Path | None, everything: bool) -> dict[str, Call
             made |= {
                 "ours, no CUDA graph": lambda c: ours(c, cuda_graph=False),
                 "ours, BatchNorm in plain PyTorch": lambda c: ours(c, plain_norms),
-                "the same, encoders under torch.compile": lambda c: ours(c, plain_norms, compile=True),
+                "ours, key encoder's 1×1 convolutions with BatchNorm": lambda c: ours(c, fused_key_convolutions),
+                "ours, BatchNorm in plain PyTorch, encoders under torch.compile": lambda c: ours(
+                    c, plain_norms, compile=True
+                ),
                 "ours, activations computed twice": lambda c: ours(c, recompute=True),
                 "ours, weights cast in every step": lambda c: ours(c, bf16_weights=False),
                 "ours, ops in plain PyTorch": without_fused_ops,
