@@ -10,6 +10,14 @@ COMMANDS = {
     "train": ("mopro_fast.training.command", "train a model: mopro-fast train RECIPE --data PATH --out FOLDER"),
     "check": ("mopro_fast.data.check", "read every image once: which are odd or broken, and why"),
     "pack": ("mopro_fast.data.pack", "write the images into shards that train fast: mopro-fast pack DATA OUT"),
+    "import": (
+        "mopro_fast.downstream.importing",
+        "a checkpoint of the official code, torchvision or safetensors into ours",
+    ),
+    "export": (
+        "mopro_fast.downstream.export",
+        "a checkpoint for the official code, torchvision, timm, detectron2, ONNX",
+    ),
     "env": ("mopro_fast.environment", "what this installation has: versions, GPU, extension, backends"),
 }
 

@@ -1,21 +1,29 @@
-"""Weights from every format, and files that must be refused."""
+"""Weights from and to every format, and files that must be refused."""
 
 import argparse
+import json
 import os
 import pickle
 from pathlib import Path
 
+import killed_run
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from mopro_fast import cli
 from mopro_fast.config import MoProConfig, TrainConfig
-from mopro_fast.downstream.weights import load_encoder, load_weights
+from mopro_fast.downstream import importing
+from mopro_fast.downstream.export import export
+from mopro_fast.downstream.weights import digest, load_encoder, load_weights
 from mopro_fast.errors import UserError
 from mopro_fast.models.build import build
 from mopro_fast.models.mopro import MoPro
 from mopro_fast.training import checkpoint
+from mopro_fast.training.loop import Trainer
 
 CPU = torch.device("cpu")
 
@@ -201,3 +209,130 @@ def test_bad_files_are_refused_in_one_line_and_nothing_is_executed(files, tmp_pa
     assert not (tmp_path / "executed").exists()
     pickle.loads((tmp_path / "malicious-4.tar").read_bytes())
     assert (tmp_path / "executed").exists(), "the malicious files are harmless: the test proves nothing"
+
+
+@pytest.mark.parametrize("format", ["official", "safetensors"])
+def test_a_whole_model_comes_back_from_an_export_the_same(files, tmp_path, format):
+    weights = load_weights(files["mopro_fast"])
+    export(weights, tmp_path / "out", format)
+    back = load_weights(tmp_path / "out")
+    assert back.keys_updated and back.kind == format and back.config == weights.config and back.epoch == 3
+    assert all(torch.equal(t, weights.state[name]) for name, t in back.state.items())
+    assert back.state.keys() == weights.state.keys()
+    importing.main([str(tmp_path / "out"), str(tmp_path / "ours.pt")])
+    ours = load_weights(tmp_path / "ours.pt")
+    assert digest(ours.state) == digest(weights.state), "imported, it is not the model that was exported"
+    if format == "official":
+        for i, slot in weights.optimizer["state"].items():
+            assert torch.equal(ours.optimizer["state"][i]["momentum_buffer"], slot["momentum_buffer"])
+
+
+def test_an_official_file_is_exported_as_it_was(files, tmp_path):
+    export(load_weights(files["official"]), tmp_path / "out.tar", "official")
+    before, after = checkpoint.read(files["official"]), checkpoint.read(tmp_path / "out.tar")
+    assert before["state_dict"].keys() == after["state_dict"].keys() and after["epoch"] == 90
+    assert all(torch.equal(t, after["state_dict"][name]) for name, t in before["state_dict"].items())
+    parameters = [p.detach() for p in small_model().parameters()]
+    torch.optim.SGD(parameters, lr=0.1, momentum=0.9).load_state_dict(after["optimizer"])  # as train.py does
+    assert after["optimizer"]["param_groups"][0]["params"] == before["optimizer"]["param_groups"][0]["params"]
+    for i, slot in before["optimizer"]["state"].items():
+        assert torch.equal(slot["momentum_buffer"], after["optimizer"]["state"][i]["momentum_buffer"])
+
+
+def test_an_import_moves_the_key_encoder_once(files, tmp_path):
+    importing.main([str(files["official"]), str(tmp_path / "ours.pt")])
+    before, after = load_weights(files["official"]).state, load_weights(tmp_path / "ours.pt").state
+    for name, t in before.items():
+        if name.startswith("encoder_k.") and not name.endswith(("running_mean", "running_var", "tracked")):
+            t = t.double() * 0.999 + 0.001 * before[name.replace("_k.", "_q.")].double()
+            assert torch.allclose(after[name].double(), t, rtol=1e-6, atol=0) and not torch.equal(
+                after[name], before[name]
+            )
+        else:
+            assert torch.equal(after[name], t)
+
+
+@pytest.mark.parametrize("classifier", [True, False])
+@pytest.mark.parametrize("name", ["out.pth", "out.safetensors"])
+def test_a_torchvision_state_dict(files, tmp_path, name, classifier):
+    export(load_weights(files["mopro_fast"]), tmp_path / name, "torchvision", classifier)
+    found = load_file(tmp_path / name) if name.endswith("safetensors") else checkpoint.read(tmp_path / name)
+    encoder = small_model().encoder_q.state_dict()
+    expected = {n for n in encoder if not n.startswith(("fc", "classifier"))}
+    assert found.keys() == expected | ({"fc.weight", "fc.bias"} if classifier else set())
+    assert all(torch.equal(found[n], encoder[n]) for n in expected)
+    assert not classifier or torch.equal(found["fc.weight"], encoder["classifier.weight"])
+    assert load_weights(tmp_path / name).num_classes == (5 if classifier else None)
+
+
+def test_the_detectron2_pickle_has_its_names(files, tmp_path):
+    export(load_weights(files["mopro_fast"]), tmp_path / "out.pkl", "detectron2")
+    found = pickle.loads((tmp_path / "out.pkl").read_bytes())
+    assert found["matching_heuristics"] is True
+    model, encoder = found["model"], small_model().encoder_q
+    for theirs, ours in {
+        "stem.conv1.weight": encoder.conv1.weight,
+        "stem.conv1.norm.running_var": encoder.bn1.running_var,
+        "res3.0.shortcut.weight": encoder.layer2[0].downsample[0].weight,
+        "res3.0.shortcut.norm.bias": encoder.layer2[0].downsample[1].bias,
+        "res5.1.conv2.norm.weight": encoder.layer4[1].bn2.weight,
+    }.items():
+        assert (model[theirs] == ours.detach().numpy()).all()
+    assert len(model) == len([n for n in encoder.state_dict() if not n.startswith(("fc", "classifier"))])
+
+
+def test_the_onnx_file_computes_the_same_on_any_size(files, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    export(load_weights(files["mopro_fast"]), tmp_path / "out.onnx", "onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "out.onnx")
+    encoder, _ = load_encoder(files["mopro_fast"], CPU)
+    assert json.loads(session.get_modelmeta().custom_metadata_map["mean"])[0] == 0.485
+    for shape in ((1, 3, 64, 64), (3, 3, 96, 80)):
+        images = torch.rand(shape)
+        features, logits = session.run(["features", "logits"], {"images": images.numpy()})
+        with torch.no_grad():
+            expected = encoder.features(images)
+            torch.testing.assert_close(torch.from_numpy(features), expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(torch.from_numpy(logits), encoder.classifier(expected), rtol=1e-4, atol=1e-3)
+
+
+def test_exported_to_the_official_format_and_imported_a_training_goes_on_with_the_same_bits(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(32):
+        Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(images / f"{i}.png")
+    (images / "list.txt").write_text("".join(f"{i}.png {i % 4}\n" for i in range(32)))
+    c = killed_run.config(images / "list.txt", tmp_path / "whole")
+    assert Trainer(c).run() == 0
+    after_one, finished = (
+        tmp_path / "whole/checkpoints/step_000000004.pt",
+        checkpoint.all_of(tmp_path / "whole/checkpoints"),
+    )
+    export(load_weights(after_one), tmp_path / "official.tar", "official")
+    config = str(tmp_path / "whole/config.json")
+    importing.main([str(tmp_path / "official.tar"), str(tmp_path / "ours.pt"), config])
+    c.run.out, c.run.resume = str(tmp_path / "resumed"), str(tmp_path / "ours.pt")
+    assert Trainer(c).run() == 0
+    a, b = (load_weights(p) for p in (finished[-1], tmp_path / "resumed/checkpoints" / finished[-1].name))
+    assert (a.epoch, b.epoch) == (2, 2) and digest(a.state) == digest(b.state)
+    c.mopro.queue_size = 32
+    (tmp_path / "other.json").write_text(c.to_json())
+    with pytest.raises(UserError, match="another architecture: queue is 64×8 there and 32×8"):
+        importing.main([str(tmp_path / "official.tar"), str(tmp_path / "no.pt"), str(tmp_path / "other.json")])
+
+
+def test_the_command_line(files, tmp_path, capsys):
+    def status(*args) -> int:
+        with pytest.raises(SystemExit) as caught:
+            cli.main([str(a) for a in args])
+        return caught.value.code
+
+    assert status("export", files["official"], tmp_path / "o.pth", "--format", "timm", "--classifier", "False") == 0
+    said = capsys.readouterr()
+    assert "timm, resnet18 of width 0.125, 5 classes" in said.out and "width 0.125 multiplies" in said.err
+    assert status("import", tmp_path / "o.pth", tmp_path / "ours.pt") == 0
+    assert "no classes, from torchvision" in capsys.readouterr().out
+    assert status("import", tmp_path / "o.pth") == 2 and status("export", tmp_path / "no", "x", "--format", "timm") == 2
+    assert status("export", files["official"], tmp_path / "no/x", "--format", "timm") == 2
+    assert capsys.readouterr().err.count("\n") == 3

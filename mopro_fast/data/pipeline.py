@@ -216,11 +216,13 @@ class EvalLoader:
         device: torch.device,
         threads: int,
         hw_decoder_load: float = 0.65,
+        rows: np.ndarray | None = None,
     ) -> None:
+        """rows: int64, show these of the index on this rank, in this order."""
         if resize < image_size:
             raise UserError(f"cannot crop {image_size} px from a shorter side of {resize} px: raise --eval-resize")
         self._index, self._device = index, device
-        mine = index.usable[rank::world_size]
+        mine = index.usable[rank::world_size] if rows is None else rows
         self._batches = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
         self.lost: list[Lost] = []
 

@@ -45,6 +45,8 @@ class Weights:
     """torch.optim.SGD's state dict over the parameters of encoder_q, in their order."""
     config: dict[str, Any] | None
     """The config of the run, where the file has one."""
+    keys_updated: bool
+    """encoder_k has moved after encoder_q's last step; the official code moves it at the beginning of the next."""
 
     def encoder(self) -> dict[str, Tensor]:
         """The query encoder's tensors by ResNet's names."""
@@ -69,7 +71,8 @@ def load_weights(path: str | Path) -> Weights:
     epoch = found.get("epoch")
     epoch = epoch if isinstance(epoch, int) else None
     optimizer = _optimizer(found.get("optimizer"), state)
-    return Weights(path, kind, state, model, num_classes, epoch, size, resize, optimizer, config)
+    updated = about.get("keys_updated", kind != "official") in (True, "True")
+    return Weights(path, kind, state, model, num_classes, epoch, size, resize, optimizer, config, updated)
 
 
 def load_encoder(path: str | Path, device: torch.device) -> tuple[ResNet, Weights]:
