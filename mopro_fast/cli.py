@@ -10,6 +10,10 @@ COMMANDS = {
     "train": ("mopro_fast.training.command", "train a model: mopro-fast train RECIPE --data PATH --out FOLDER"),
     "check": ("mopro_fast.data.check", "read every image once: which are odd or broken, and why"),
     "pack": ("mopro_fast.data.pack", "write the images into shards that train fast: mopro-fast pack DATA OUT"),
+    "clean": (
+        "mopro_fast.downstream.clean",
+        "correct or remove every training label: mopro-fast clean CKPT --data PATH --out FOLDER",
+    ),
     "import": (
         "mopro_fast.downstream.importing",
         "a checkpoint of the official code, torchvision or safetensors into ours",

@@ -216,14 +216,16 @@ class EvalLoader:
         device: torch.device,
         threads: int,
         hw_decoder_load: float = 0.65,
-        rows: np.ndarray | None = None,
+        batches: list[np.ndarray] | None = None,
     ) -> None:
-        """rows: int64, show these of the index on this rank, in this order."""
+        """batches: what this rank shows instead, int64 rows of the index, at most batch_size each."""
         if resize < image_size:
             raise UserError(f"cannot crop {image_size} px from a shorter side of {resize} px: raise --eval-resize")
         self._index, self._device = index, device
-        mine = index.usable[rank::world_size] if rows is None else rows
-        self._batches = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
+        if batches is None:
+            mine = index.usable[rank::world_size]
+            batches = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
+        self._batches = batches
         self.lost: list[Lost] = []
 
         def define(fn, images, shape, _numbers):
