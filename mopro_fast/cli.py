@@ -14,6 +14,14 @@ COMMANDS = {
         "mopro_fast.downstream.clean",
         "correct or remove every training label: mopro-fast clean CKPT --data PATH --out FOLDER",
     ),
+    "retrain": (
+        "mopro_fast.downstream.retrain",
+        "re-train the classifier on cleaned labels: mopro-fast retrain CKPT --cleaned TABLE …",
+    ),
+    "finetune": (
+        "mopro_fast.downstream.finetune",
+        "train on a share of labelled data: mopro-fast finetune CKPT --data PATH …",
+    ),
     "import": (
         "mopro_fast.downstream.importing",
         "a checkpoint of the official code, torchvision or safetensors into ours",

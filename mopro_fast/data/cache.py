@@ -49,6 +49,7 @@ class DeviceTrainLoader:
         device: torch.device,
         threads: int,
         shuffle_shards: int = 0,
+        repeats: np.ndarray | None = None,
     ) -> None:
         self.steps_per_epoch = len(index.usable) // (batch_size * world_size)
         if self.steps_per_epoch == 0:
@@ -58,7 +59,8 @@ class DeviceTrainLoader:
             )
         self._index, self._augment, self._two_views, self._device = index, augment, two_views, device
         self._batch_size, self._rank, self._world_size, self._seed = batch_size, rank, world_size, seed
-        self._image_size, self._threads, self._shuffle_shards = image_size, threads, shuffle_shards
+        self._image_size, self._threads = image_size, threads
+        self._shuffle_shards, self._repeats = shuffle_shards, repeats
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))  # an epoch and its order
         self.lost: list[tuple[int, int, Lost]] = []
         self._images = np.zeros((len(index), 3), np.int64)  # offset in _pixels, height, width; zeros: not there
@@ -143,7 +145,8 @@ class DeviceTrainLoader:
     def _rows(self, epoch: int, step: int) -> np.ndarray:
         """int64 [N]: the index's rows that this rank shows at this step."""
         if self._order[0] != epoch:
-            self._order = (epoch, epoch_order(self._index, self._seed, epoch, self._shuffle_shards))
+            order = epoch_order(self._index, self._seed, epoch, self._shuffle_shards, self._repeats)
+            self._order = (epoch, order)
         first = (step * self._world_size + self._rank) * self._batch_size
         return self._order[1][first : first + self._batch_size]
 

@@ -57,7 +57,7 @@ class TrainLoader:
     prepared. ``batch_size`` counts this rank's rows. An image that cannot be read when its turn comes is replaced by
     one that the epoch leaves out: ``lost`` collects (epoch, step, Lost) until it is emptied.
 
-    shuffle_shards: see order.epoch_order. hw_decoder_load: share of the JPEGs for a GPU's own decoder.
+    shuffle_shards, repeats: see order.epoch_order. hw_decoder_load: share of the JPEGs for a GPU's own decoder.
     crop_in_dali: by default on a GPU only.
     """
 
@@ -78,12 +78,13 @@ class TrainLoader:
         shuffle_shards: int = 0,
         hw_decoder_load: float = 0.65,
         crop_in_dali: bool | None = None,
+        repeats: np.ndarray | None = None,
     ) -> None:
         require_rows(len(index.usable), batch_size * world_size, index.source)
         self.steps_per_epoch = len(index.usable) // (batch_size * world_size)
         self._index, self._augment, self._two_views, self._device = index, augment, two_views, device
         self._batch_size, self._rank, self._world_size, self._seed = batch_size, rank, world_size, seed
-        self._image_size, self._shuffle_shards = image_size, shuffle_shards
+        self._image_size, self._shuffle_shards, self._repeats = image_size, shuffle_shards, repeats
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))  # an epoch and its order
         self.lost: list[tuple[int, int, Lost]] = []
         in_dali = device.type == "cuda" if crop_in_dali is None else crop_in_dali
@@ -187,7 +188,8 @@ class TrainLoader:
     def _rows(self, epoch: int, step: int) -> np.ndarray:
         """int64 [N]: the index's rows that this rank shows at this step."""
         if self._order[0] != epoch:
-            self._order = (epoch, epoch_order(self._index, self._seed, epoch, self._shuffle_shards))
+            order = epoch_order(self._index, self._seed, epoch, self._shuffle_shards, self._repeats)
+            self._order = (epoch, order)
         first = (step * self._world_size + self._rank) * self._batch_size
         return self._order[1][first : first + self._batch_size]
 

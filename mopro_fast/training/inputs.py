@@ -78,7 +78,10 @@ def readable(index: Index, name: str, workers: int, left_out: np.ndarray | None 
     return dataclasses.replace(index, checked=checked, left_out=left_out)
 
 
-def train_loader(c: TrainConfig, index: Index, device: torch.device) -> TrainLoader | DeviceTrainLoader:
+def train_loader(
+    c: TrainConfig, index: Index, device: torch.device, repeats: np.ndarray | None = None
+) -> TrainLoader | DeviceTrainLoader:
+    """repeats: see order.epoch_order."""
     rank, ranks = world()
     options = dict(
         batch_size=c.optim.batch_size // ranks,
@@ -91,6 +94,7 @@ def train_loader(c: TrainConfig, index: Index, device: torch.device) -> TrainLoa
         device=device,
         threads=threads(c.data),
         shuffle_shards=c.data.shuffle_shards,
+        repeats=repeats,
     )
     if c.data.cache == "device":
         return DeviceTrainLoader(index, **options)
