@@ -116,6 +116,20 @@ def launches(result: dict) -> str:
     return "\n".join([*head, *rows, "", f"{note}; commit {result['conditions']['commit']}."])
 
 
+def parity(result: dict) -> str:
+    head = ["| official code and ours | compared | difference | limit | |", "|---|---|---|---|---|"]
+    rows = [
+        f"| {r['what']} | {r['of']} | {r['difference']:.2g} {r['unit']} | {r['limit']:.2g} "
+        f"| {'ok' if r['passed'] else '**fails**'} |"
+        for r in result["rows"]
+    ]
+    c = result["conditions"]
+    note = f"{c['gpu'] or c['cpu']}; PyTorch {c['torch']}; commit {c['commit']}."
+    if result["stand_ins"]:
+        note += f" Replaced for the official scripts: {'; '.join(result['stand_ins'])}."
+    return "\n".join([*head, *rows, "", note])
+
+
 def requirements(result: dict) -> str:
     words = {True: "yes", False: "**no**", None: "not measured"}
     rows = [
@@ -222,6 +236,7 @@ TABLES = {
     "ops": ("ops_gpu", ops),
     "launches": ("launches", launches),
     "loader": ("loader", loader),
+    "parity": ("parity", parity),
     "ops_requirements": ("ops_gpu", requirements),
     "ops_figure": ("ops_gpu", figure),
 }
