@@ -109,6 +109,10 @@ def make_images(root: Path) -> None:
         size = (256, 256) if i < SQUARE else tuple(rng.integers(180, 500, 2).tolist())
         colour, texture = rng.integers(0, 256, 3), rng.integers(-60, 60, (9, 9, 3))  # images differ in their means
         image = Image.fromarray((colour + texture).clip(0, 255).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+        grain = rng.normal(
+            0, 12, (*image.size[::-1], 1)
+        )  # as photographs have: without it rounding is all that is fine
+        image = Image.fromarray((np.array(image) + grain).clip(0, 255).astype(np.uint8))
         name = f"{'google' if i < SQUARE else 'flickr'}/{i:03d}.{'png' if i < SQUARE else 'jpg'}"
         image.save(root / name, **({} if i < SQUARE else {"quality": 95}))
         lines.append(f"{name} {rng.integers(CLASSES)}\n")

@@ -22,7 +22,7 @@ from mopro_fast.data.order import balancing_repeats, epoch_order
 from mopro_fast.downstream.finetune import Finetune, choose, with_share
 from mopro_fast.downstream.retrain import Retrain, with_cleaned_labels
 from mopro_fast.downstream.supervised import Supervised
-from mopro_fast.downstream.weights import digest, load_weights
+from mopro_fast.downstream.weights import digest, load_encoder, load_weights
 from mopro_fast.errors import UserError
 from mopro_fast.models.build import build
 from mopro_fast.training import checkpoint
@@ -206,6 +206,37 @@ def test_what_is_shown_are_images_that_stayed_with_their_new_labels(data, model,
     assert not any(i % 10 == 9 for i in shown)
     first, rare = ([shown[i] for i, y in enumerate(CLASSES) if y == wanted and i % 10 != 9] for wanted in (0, 3))
     assert np.mean(rare) > 1.5 * np.mean(first)
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_an_epoch_is_the_official_one_written_out(data, model, tmp_path, freeze):
+    """Two optimizers as in classifier_retrain.py; the encoder's, with --finetune, keeps its learning rate."""
+    c = retrain(data, tmp_path)
+    c.freeze, c.optim.epochs, c.optim.milestones = freeze, 2, (1,)
+    c.optim.encoder_lr = None if freeze else 0.05
+    trainer = Supervised(c, load_weights(model), with_cleaned_labels)
+    batches = [[*trainer.loader.epoch(epoch)] for epoch in (0, 1)]
+    trainer.loader.close()
+    encoder, _ = load_encoder(model, torch.device("cpu"))
+    classifier = encoder.classifier
+    body = [p for n, p in encoder.named_parameters() if not n.startswith(("classifier", "fc"))]
+    optimizer = torch.optim.SGD(classifier.parameters(), 0.1, momentum=0.9)
+    optimizer_encoder = torch.optim.SGD(body, 0.05, momentum=0.9)
+    for epoch, shown in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = 0.1 * 0.1**epoch
+        encoder.train(not freeze)
+        for batch in shown:
+            with torch.set_grad_enabled(not freeze):
+                features = encoder.features(ops.normalize(batch.view_q))
+            loss = F.cross_entropy(classifier(features), batch.labels)
+            encoder.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if not freeze:
+                optimizer_encoder.step()
+    run(c, model)
+    for name, t in encoder.state_dict().items():
+        torch.testing.assert_close(last(tmp_path)["model"][f"encoder_q.{name}"], t, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_mixup_mixes_images_and_losses(data, model, tmp_path):
