@@ -10,7 +10,7 @@ bilinear filter. On a GPU DALI resizes the training crops too, and its filter se
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -203,7 +203,7 @@ class EvalLoader:
 
     Iterate, as often as needed, over (images uint8 [n, S, S, 3], labels int64 [n], ids int64 [n]) on ``device``; the
     last batch may be smaller, and a rank may have none. Images that cannot be read when their turn comes are left
-    out; ``lost`` has those of the latest pass.
+    out; ``lost`` has those of the latest pass. filter: of resizing, antialiased.
     """
 
     def __init__(
@@ -219,6 +219,7 @@ class EvalLoader:
         threads: int,
         hw_decoder_load: float = 0.65,
         batches: list[np.ndarray] | None = None,
+        filter: Literal["linear", "cubic"] = "linear",
     ) -> None:
         """batches: what this rank shows instead, int64 rows of the index, at most batch_size each."""
         if resize < image_size:
@@ -231,8 +232,11 @@ class EvalLoader:
         self.lost: list[Lost] = []
 
         def define(fn, images, shape, _numbers):
+            from nvidia.dali import types
+
             start, end = _central(fn, shape(), resize, image_size)
-            return [fn.resize(images, size=[image_size] * 2, roi_start=start, roi_end=end)]
+            kind = {"linear": types.INTERP_LINEAR, "cubic": types.INTERP_CUBIC}[filter]
+            return [fn.resize(images, size=[image_size] * 2, roi_start=start, roi_end=end, interp_type=kind)]
 
         decoder = Decoder(define, batch_size, threads, device, hw_decoder_load)
         self._stream = Stream(Reader(index, reading_threads(threads)), decoder, 1 + _EVAL_AHEAD)
