@@ -134,7 +134,7 @@ def run_ours(root: str) -> dict:
     jobs = len(os.sched_getaffinity(0))
     scores = lowshot.svm_scores(train, test, task.train_labels, task.test_labels, draws, cost=0.5, jobs=jobs)
     classes = max(c for _, _, c in scores) + 1
-    values = {key: [scores[*key, c][0] for c in range(classes)] for key in draws}
+    values = {key: [scores[(*key, c)][0] for c in range(classes)] for key in draws}
     by_k: dict[str, list[float]] = {}
     for (k, _run), of_run in values.items():
         by_k.setdefault(str(k), []).append(float(np.mean(of_run)))
@@ -183,7 +183,7 @@ def write_places(root: str) -> None:
         paths = [f"{c}/{split}{i:05d}.png" for i, c in enumerate(labels)]
         for path, c in zip(paths, labels, strict=True):
             (images / path).parent.mkdir(parents=True, exist_ok=True)
-            picture(prototypes[c], 600, rng).save(images / path)
+            picture(prototypes[c], 250, rng).save(images / path)
         lines = "".join(f"{path} {c}\n" for path, c in zip(paths, labels, strict=True))
         (lists / f"{split}_places205.csv").write_text(lines)
 

@@ -30,6 +30,12 @@ COMMANDS = {
         "mopro_fast.downstream.export",
         "a checkpoint for the official code, torchvision, timm, detectron2, ONNX",
     ),
+    "eval": ("mopro_fast.downstream.evaluate", "accuracy, calibration and confusions of a checkpoint's classifier"),
+    "lowshot": (
+        "mopro_fast.downstream.lowshot",
+        "linear SVMs on frozen features, k images per class: VOC07, Places205",
+    ),
+    "probe": ("mopro_fast.downstream.probe", "a linear classifier on frozen features: OmniBenchmark's protocol"),
     "env": ("mopro_fast.environment", "what this installation has: versions, GPU, extension, backends"),
 }
 

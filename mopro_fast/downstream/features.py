@@ -39,7 +39,7 @@ class EncoderConfig:
     image_size: int | None = None
     """Side of the central crop, in pixels (default: the checkpoint's)."""
     eval_resize: int | None = None
-    """Shorter side before the crop (default: the checkpoint's, or image_size·256/224)."""
+    """Shorter side before the crop (default: the checkpoint's, or image_size·256/224; of probe: image_size)."""
     batch_size: int = 256
     """Images per rank and step."""
     threads: int = 0
@@ -53,11 +53,16 @@ class EncoderConfig:
 class Frozen:
     """The encoder of a checkpoint, in evaluation mode, and what it says of images.
 
-    folder: where outputs are kept. filter: of resizing.
+    folder: where outputs are kept. filter: of resizing. margin: shorter side before the crop, by the crop's.
     """
 
     def __init__(
-        self, checkpoint: str, config: EncoderConfig, folder: Path, filter: Literal["linear", "cubic"] = "linear"
+        self,
+        checkpoint: str,
+        config: EncoderConfig,
+        folder: Path,
+        filter: Literal["linear", "cubic"] = "linear",
+        margin: float | None = None,
     ) -> None:
         for name in ("batch_size", "image_size"):
             value = getattr(config, name)
@@ -70,11 +75,11 @@ class Frozen:
         size = config.image_size or self.weights.image_size
         if size is None:
             raise UserError(f"{checkpoint} does not say at what size its images were seen: set --image-size")
-        own_resize = self.weights.eval_resize if size == self.weights.image_size else None
+        own_resize = self.weights.eval_resize if size == self.weights.image_size and margin is None else None
         self._loader_options = {
             "batch_size": config.batch_size,
             "image_size": size,
-            "resize": config.eval_resize or own_resize or round(size * 256 / 224),
+            "resize": config.eval_resize or own_resize or round(size * (margin or 256 / 224)),
             "filter": filter,
             "device": self.device,
             "threads": inputs.threads(DataConfig(threads=config.threads)),
