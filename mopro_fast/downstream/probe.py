@@ -210,9 +210,9 @@ def closure(net: nn.Linear, optimizer: torch.optim.Optimizer, train: Rows, lam: 
 def accuracy(net: nn.Linear, rows: Rows, classes: int) -> dict[str, float]:
     """Percent: of all images, and the mean over the classes that have any."""
     hit = net(rows.features).argmax(1) == rows.labels
-    hits, images = (torch.bincount(x, minlength=classes) for x in (rows.labels[hit], rows.labels))
+    hits, images = (torch.bincount(x, minlength=classes).cpu().double() for x in (rows.labels[hit], rows.labels))
     of_class = (hits / images)[images > 0]
-    return {"top1": 100 * hit.float().mean().item(), "mean_per_class": 100 * of_class.mean().item()}
+    return {"top1": float(100 * hits.sum() / images.sum()), "mean_per_class": float(100 * of_class.mean())}
 
 
 def report(o: Probe, images: dict[str, int], classes: int, results: dict[str, list[dict]]) -> dict:
