@@ -60,12 +60,10 @@ def compared(theirs: dict, ours: dict) -> dict:
         "svms": ours["svms"],
         "official": theirs["means"],
         "ours": means,
-        "largest difference of a mean": max(abs(means[k] - theirs["means"][k]) for k in theirs["means"]),
+        "largest_mean_difference": max(abs(means[k] - theirs["means"][k]) for k in theirs["means"]),
     }
     if theirs["aps"]:
-        result["largest difference of an average precision"] = max(
-            abs(a - b) for a, b in zip(theirs["aps"], ours["all"], strict=True)
-        )
+        result["largest_ap_difference"] = max(abs(a - b) for a, b in zip(theirs["aps"], ours["all"], strict=True))
     return result
 
 

@@ -74,7 +74,7 @@ def compared(script: Path, rows: dict[str, probe.Rows], number: int) -> dict:
         "evaluations": len(theirs),
         "official": theirs[-1][3],
         "ours": ours[-1][3],
-        "largest difference": float(np.abs(np.subtract(theirs, ours)).max()),
+        "largest_difference": float(np.abs(np.subtract(theirs, ours)).max()),
     }
     print(result)
     return result
@@ -169,8 +169,8 @@ def calibration(clone: Path) -> dict:
         correct = rng.random(images) < confidence**2
         theirs = tools.calib_err(confidence, correct, p="2")
         differences.append(abs(theirs - evaluate.rms_calibration(confidence, correct, last_bin=False)))
-    print({"sets": len(differences), "largest difference": float(max(differences))})
-    return {"sets": len(differences), "largest difference": 100 * float(max(differences))}
+    print({"sets": len(differences), "largest_difference": float(max(differences))})
+    return {"sets": len(differences), "largest_difference": 100 * float(max(differences))}
 
 
 if __name__ == "__main__":

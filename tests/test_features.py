@@ -96,14 +96,20 @@ def test_interrupted_it_goes_on(tmp_path, index, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["x.npy"]
 
 
-def work_on_rank(rank, ranks, index, path):
-    found = compute(index, path, sums, 3, OPTIONS)
-    assert np.array_equal(found, sums(pixels(index)))
+def work_on_rank(rank, ranks, folder, index):
+    shown = []
+    judge = frozen(folder, f"of {ranks}")
+    encode = judge.encoder.features
+    judge.encoder.features = lambda images: shown.append(len(images)) or encode(images)
+    judge.features(index, "set")
+    assert shown == ([8, 8] if rank == 0 else [8, 6])
 
 
-def test_ranks_share_the_work(tmp_path, index):
-    on_ranks(2, work_on_rank, index, tmp_path / "x.npy")
-    assert [p.name for p in tmp_path.iterdir()] == ["x.npy"]
+def test_the_bytes_do_not_depend_on_the_ranks(folder, index):
+    on_ranks(2, work_on_rank, folder, index)
+    frozen(folder, "of 1").features(index, "set")
+    one, two = (list((folder / f"of {ranks}").iterdir()) for ranks in (1, 2))
+    assert [p.name for p in one] == [p.name for p in two] and one[0].read_bytes() == two[0].read_bytes()
 
 
 def test_broken_images_are_left_out_and_named(tmp_path, folder, capsys):

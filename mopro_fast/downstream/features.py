@@ -1,7 +1,6 @@
 """A frozen encoder's outputs for every image of an index, computed once: over all ranks, resumable, kept on disk."""
 
 import contextlib
-import dataclasses
 import fcntl
 import hashlib
 import sys
@@ -118,14 +117,17 @@ class Frozen:
 def compute(index: Index, path: Path, step: Callable[[Tensor], Tensor], width: int, loader_options: dict) -> np.ndarray:
     """step(uint8 images [N, S, S, 3]) -> [N, width] for every usable image; float32 [n, width], NaN for the others.
 
-    Ranks share the work, and what any of them has done stays in files beside ``path`` until all is there: an
-    interrupted call goes on from them, with any number of ranks.
+    Ranks share the work batch by batch, and what any of them has done stays in files beside ``path`` until all is
+    there: an interrupted call goes on from them. The batches are the same whoever computes them, so are the bytes.
     """
     rank, ranks = world()
+    size = loader_options["batch_size"]
+    batches = [index.usable[first : first + size] for first in range(0, len(index.usable), size)]
     with _locked(path) if rank == 0 else contextlib.nullcontext():
-        todo = by_rank0(lambda: None if path.is_file() else _missing(path, index.usable))
+        todo = by_rank0(lambda: None if path.is_file() else _missing(path, len(index), batches))
         if todo is not None:
-            lost = gather_lists(_work(index, todo[rank::ranks], path, step, loader_options), patient=True)
+            mine = [batches[i] for i in todo[rank::ranks]]
+            lost = gather_lists(_work(index, mine, path, step, loader_options), patient=True)
             by_rank0(lambda: _join(path, len(index), width))
             if lost and rank == 0:
                 named = ", ".join(index.name(row) for row in lost[:_NAMED])
@@ -139,19 +141,20 @@ def compute(index: Index, path: Path, step: Callable[[Tensor], Tensor], width: i
 
 @torch.inference_mode()
 def _work(
-    index: Index, rows: np.ndarray, path: Path, step: Callable[[Tensor], Tensor], loader_options: dict
+    index: Index, batches: list[np.ndarray], path: Path, step: Callable[[Tensor], Tensor], loader_options: dict
 ) -> list[int]:
-    """Compute these rows and write them into parts; -> those that could not be read."""
-    if not len(rows):
+    """Compute these batches of rows and write them into parts; -> the rows that could not be read."""
+    if not batches:
         return []
     rank = world()[0]
-    mine = dataclasses.replace(index, left_out=np.setdiff1d(index.ids, rows))
-    loader = EvalLoader(mine, rank=0, world_size=1, **loader_options)
+    loader = EvalLoader(index, rank=0, world_size=1, batches=batches, **loader_options)
     done: list[tuple[np.ndarray, np.ndarray]] = []
     saved, held = time.monotonic(), 0
     quiet = rank != 0 or not sys.stderr.isatty()
     try:
-        with tqdm(total=len(rows), desc=path.stem.rpartition("-")[0], unit=" images", disable=quiet) as bar:
+        with tqdm(
+            total=sum(map(len, batches)), desc=path.stem.rpartition("-")[0], unit=" images", disable=quiet
+        ) as bar:
             for images, _labels, ids in loader:
                 done.append((ids.cpu().numpy(), step(images).cpu().numpy()))
                 bar.update(len(ids))
@@ -169,8 +172,9 @@ def _work(
 
 def _write_part(path: Path, done: list[tuple[np.ndarray, np.ndarray]]) -> None:
     ids, values = (np.concatenate(column) for column in zip(*done, strict=True))
+    name = hashlib.sha256(ids.tobytes()).hexdigest()[:16]  # another batch size gives other parts
     try:
-        with replacing(str(path.with_suffix(f".{ids[0]}.part"))) as file:
+        with replacing(str(path.with_suffix(f".{name}.part"))) as file:
             np.savez(file, ids=ids, values=values)
     except OSError as error:
         raise UserError(f"cannot write into {path.parent}: {error.strerror}: make room there") from None
@@ -180,10 +184,12 @@ def _parts(path: Path) -> list[Path]:
     return sorted(path.parent.glob(f"{path.stem}.*.part"))
 
 
-def _missing(path: Path, usable: np.ndarray) -> np.ndarray:
-    """int64, sorted: the rows that no part holds."""
-    found = [np.load(part)["ids"] for part in _parts(path)]
-    return np.setdiff1d(usable, np.concatenate(found) if found else [])
+def _missing(path: Path, rows: int, batches: list[np.ndarray]) -> list[int]:
+    """The numbers of the batches that are not whole in the parts."""
+    there = np.zeros(rows, bool)
+    for part in _parts(path):
+        there[np.load(part)["ids"]] = True
+    return [i for i, batch in enumerate(batches) if not there[batch].all()]
 
 
 def _join(path: Path, rows: int, width: int) -> None:
