@@ -126,6 +126,16 @@ def test_a_subset_is_judged_among_its_own_classes(folder, classes):
     assert {c["class"] for c in r["per_class"]} == set(SUBSET)
 
 
+def test_the_first_classes_of_larger_data(folder, tmp_path):
+    write_checkpoint(tmp_path / "c.pt", classes=4)
+    arguments = ["--data", folder / "data", "--out", tmp_path / "out", "--device", "cpu", "--keep-classes", "4"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["eval", *map(str, [tmp_path / "c.pt", *arguments])])
+    assert not stop.value.code
+    r = json.loads((tmp_path / "out" / "eval.json").read_text())["sets"]["val"]
+    assert (r["images"], r["classes"], [c["class"] for c in r["per_class"]]) == (36, 4, list(CLASSES[:4]))
+
+
 def test_names_given_decide_the_order(folder, tmp_path):
     (tmp_path / "reversed.txt").write_text("\n".join(reversed(CLASSES)))
     data = ["--data", folder / "data"]

@@ -143,6 +143,25 @@ def test_class_folders(tmp_path, checkpoint, capsys):
     assert result["images"] == {"train": 120, "test": 18, "val": 30}
 
 
+def test_interrupted_it_goes_on_with_the_next_lambda(tmp_path, checkpoint, monkeypatch):
+    data = write_folders(tmp_path / "data", {"train": 4, "val": 2})
+    arguments = ["probe", checkpoint, "--data", data, "--out", tmp_path / "out", *OPTIONS, "--holdout", "0.25"]
+    whole, asked = fit, []
+
+    def dies(rows, classes, lam, *rest):
+        asked.append(lam)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return whole(rows, classes, lam, *rest)
+
+    monkeypatch.setattr(probe, "fit", dies)
+    assert run(*arguments) == 130 and not (tmp_path / "out" / "probe.json").exists()
+    assert run(*arguments) == 0 and asked == [0.001, 0.1, 0.1]
+    interrupted = (tmp_path / "out" / "probe.json").read_text()
+    assert run(*arguments) == 0 and asked == [0.001, 0.1, 0.1, 0.001, 0.1]
+    assert (tmp_path / "out" / "probe.json").read_text() == interrupted
+
+
 def test_a_realm_of_omnibenchmark(tmp_path, checkpoint):
     realm = write_folders(tmp_path / "n015", {"images": 12})
     lists = realm / "annotations" / "v2"

@@ -42,6 +42,8 @@ class Eval:
     """Further sets as NAME=PATH: WebVision, a list file, class folders, shards."""
     root: str | None = None
     """Folder that the paths of list files start from (default: each list's own folder)."""
+    keep_classes: int | None = None
+    """Use only the images with a label below this (webvision-mini: 50) of data that has more classes."""
     classes: str | None = None
     """The names of the model's classes in order: a file with one at the start of each line (WebVision's
     info/synsets.txt), or a folder with all class folders (ImageNet's val/). Default: those of the first set that has
@@ -57,7 +59,8 @@ def main(argv: list[str]) -> int:
     if o.top < 0:
         raise UserError(f"--top must be at least 0, got {o.top}")
     paths = _sets(o)
-    indexes = {name: load_index(path, "val", num_classes=None, root=o.root) for name, path in paths.items()}
+    options = {"num_classes": None, "root": o.root, "keep_classes": o.keep_classes}
+    indexes = {name: load_index(path, "val", **options) for name, path in paths.items()}
     frozen = Frozen(o.checkpoint, o.encoder, Path(o.out) / "predictions")
     classes = frozen.weights.num_classes
     if classes is None:
