@@ -11,6 +11,7 @@ from processes import on_ranks
 
 from mopro_fast import ops
 from mopro_fast.data.index import load_index
+from mopro_fast.data.pipeline import EvalLoader
 from mopro_fast.downstream import features
 from mopro_fast.downstream.features import EncoderConfig, Frozen, compute
 from mopro_fast.errors import UserError
@@ -51,6 +52,20 @@ def test_features_are_those_of_the_encoder(folder, index):
         expected = judge.encoder.features(ops.normalize(pixels(index)))
     assert found.shape == (30, judge.encoder.feature_dim) and found.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_cubic_filter_is_pillows(tmp_path):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 57, 3), np.uint8))
+    (tmp_path / "c").mkdir()
+    image.save(tmp_path / "c" / "0.png")
+    index = load_index(tmp_path, "val", num_classes=None)
+    resized = image.resize((22, SIDE), Image.Resampling.BICUBIC)  # int(57·16/40)
+    expected = np.asarray(resized.crop((3, 0, 3 + SIDE, SIDE))).astype(int)
+    gaps = {}
+    for filter in ("cubic", "linear"):
+        ((images, _, _),) = EvalLoader(index, rank=0, world_size=1, filter=filter, **OPTIONS)
+        gaps[filter] = np.abs(images[0].numpy() - expected).mean()
+    assert gaps["cubic"] < 1 < 3 < gaps["linear"], gaps  # levels of 256, in an image of noise
 
 
 def test_what_is_there_is_not_computed_again(folder, index, monkeypatch):

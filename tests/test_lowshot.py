@@ -183,6 +183,20 @@ def test_class_folders_and_their_mistakes(tmp_path, capsys):
         assert stop.value.code == 2 and named in error and len(error.splitlines()) == 1
 
 
+def test_numbers_without_images_are_no_classes(tmp_path):
+    write_folders(tmp_path, {"": 3}, CLASSES[:2])
+    for name, images in (("train", "01"), ("test", "2")):
+        lines = "".join(f"{CLASSES[c]}/{i}.png {3 * c}\n" for c in (0, 1) for i in images)
+        (tmp_path / f"{name}.txt").write_text(lines)
+    task = lowshot.load(str(tmp_path / "train.txt"), str(tmp_path / "test.txt"))
+    lowshot._require_enough(task, (1, 2))
+    assert sorted(draw(task.train_labels, (2,), 1, 0)[2, 0]) == [0, 1, 2, 3]
+    with (tmp_path / "test.txt").open("a") as file:
+        file.write("n01/0.png 1\n")
+    with pytest.raises(UserError, match="class 1 has 0 images in .*train.txt, fewer than the 2 needed: add some"):
+        lowshot._require_enough(lowshot.load(str(tmp_path / "train.txt"), str(tmp_path / "test.txt")), (1, 2))
+
+
 def test_lists_of_voc_that_do_not_fit_together(tmp_path):
     write_voc(tmp_path, images=20)
     main = tmp_path / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main"

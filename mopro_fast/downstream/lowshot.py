@@ -275,18 +275,19 @@ def _validate(o: Lowshot) -> None:
 
 
 def _require_enough(task: Task, ks: tuple[int, ...]) -> None:
-    """As many images of each class as are drawn, and some to test on."""
-    for name, labels, least in (("train", task.train_labels, max(ks)), ("test", task.test_labels, 1)):
-        several = labels.ndim == 2
-        counts = (labels > 0).sum(0) if several else np.bincount(labels[labels >= 0], minlength=len(task.classes))
-        if several or name == "train":
-            fewest = int(counts.argmin())
-            if counts[fewest] < least:
-                hint = f"lower --k to {counts[fewest]}" if name == "train" and counts[fewest] else "leave it out"
-                raise UserError(
-                    f"class {task.classes[fewest]} has {counts[fewest]} images in {getattr(task, name).source}, "
-                    f"fewer than {least}: {hint}"
-                )
+    """As many images of each class as are drawn; for average precision also one to test on."""
+    several = task.train_labels.ndim == 2
+    drawn, tested = (
+        (labels > 0).sum(0) if several else np.bincount(labels[labels >= 0], minlength=len(task.classes))
+        for labels in (task.train_labels, task.test_labels)
+    )
+    for counts, least, index in ((drawn, max(ks), task.train), (tested, int(several), task.test)):
+        short = np.flatnonzero((counts < least) & (several | (drawn + tested > 0)))  # a number without images is none
+        if len(short):
+            n = counts[short[0]]
+            hint = f"lower --k to {n}" if n and index is task.train else "add some, or leave the class out"
+            name = task.classes[short[0]]
+            raise UserError(f"class {name} has {n} images in {index.source}, fewer than the {least} needed: {hint}")
 
 
 def report(o: Lowshot, task: Task, scores: dict[tuple[int, int, int], tuple[float, bool]]) -> dict:
