@@ -4,7 +4,8 @@
 
 The script runs whole, on the CPU, once for each λ; its data set is replaced by made-up features and its network by one
 that hands them on. Its first weights depend on how many random numbers its loaders drew; here both start from the same.
-Compared is every accuracy that it logs. The calibration error is computed on made-up predictions.
+Compared is every accuracy that it logs. The calibration error is computed on made-up predictions. The script needs
+PyYAML.
 """
 
 import argparse

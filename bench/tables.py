@@ -179,7 +179,7 @@ def parity_lowshot(result: dict) -> str:
     voc, places = result["rows"]
     note = (
         f"Percent. Largest differences: {voc['largest_ap_difference']:.0e} of {voc['svms']} average precisions, "
-        f"{places['largest_mean_difference']:.0e} of the accuracies."
+        f"{places['largest_mean_difference'] or 0:.1g} of the accuracies."
     )
     return "\n".join([*rows, "", f"{note} {_where(result)}"])
 
