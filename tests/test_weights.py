@@ -189,6 +189,7 @@ def damaged_files(files: dict[str, Path], folder: Path) -> dict[Path, str]:
     cases |= {folder / "vit.pt": "holds no ResNet", folder / "list.pt": "holds a list"}
     cases[folder / "number.pt"] = "no checkpoint of"
     cases[folder / "absent.pt"] = "no checkpoint at"
+    cases[folder] = "no run's folder"
     q = "module.encoder_q.layer2.0.conv1.weight"
     cases[changed("lost.pt", lambda s: s.pop(q))] = "layer2.0.conv1.weight is absent, expected 16×8×3×3"
     cases[changed("wide.pt", lambda s: s.update({q: torch.zeros(3, 3)}))] = "layer2.0.conv1.weight is 3×3"
@@ -314,8 +315,9 @@ def test_exported_to_the_official_format_and_imported_a_training_goes_on_with_th
     importing.main([str(tmp_path / "official.tar"), str(tmp_path / "ours.pt"), config])
     c.run.out, c.run.resume = str(tmp_path / "resumed"), str(tmp_path / "ours.pt")
     assert Trainer(c).run() == 0
-    a, b = (load_weights(p) for p in (finished[-1], tmp_path / "resumed/checkpoints" / finished[-1].name))
+    a, b = (load_weights(p) for p in (finished[-1], tmp_path / "resumed"))  # of a folder the newest
     assert (a.epoch, b.epoch) == (2, 2) and digest(a.state) == digest(b.state)
+    assert b.path.name == a.path.name
     c.mopro.queue_size = 32
     (tmp_path / "other.json").write_text(c.to_json())
     with pytest.raises(UserError, match="another architecture: queue is 64×8 there and 32×8"):

@@ -54,7 +54,7 @@ class Clean:
     """Correct or remove every training label by the model's classifier and prototypes."""
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")]
-    """A checkpoint with prototypes, of any format that this package reads."""
+    """A checkpoint with prototypes, of any format that this package reads, or a run's folder: its newest."""
     data: str = ""
     """Training data: a WebVision folder, a list file ("path label" per line), class folders, or packed shards."""
     out: str = ""
@@ -162,6 +162,7 @@ def _begin(out: Path, settings: dict) -> dict[str, int] | None:
             raise UserError(f"{out} holds a cleaning with another {changed[0]}: choose another --out")
         if "totals" in found and (out / TABLE).is_file():
             print(f"{out} is finished", file=sys.stderr)
+            shutil.rmtree(out / "parts", ignore_errors=True)
             return found["totals"]
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: name a folder")

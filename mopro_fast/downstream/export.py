@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 import torch
 import tyro
@@ -27,7 +27,7 @@ class Export:
     """Write a checkpoint in the format of another package. What it holds is the same to the last bit."""
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")]
-    """A checkpoint of any format that this package reads."""
+    """A checkpoint of any format that this package reads, or a run's folder: its newest."""
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """The file to write."""
     format: Literal["official", "torchvision", "timm", "safetensors", "detectron2", "onnx"]
@@ -52,22 +52,28 @@ def main(argv: list[str]) -> int:
 
 def export(weights: Weights, out: str | Path, format: str, classifier: bool = True) -> None:
     """Write ``out``, whole or not at all."""
-    out = Path(out)
+    with new_file(Path(out)) as file:
+        if format == "official":
+            torch.save(official(weights), file)
+        elif format in ("torchvision", "timm"):
+            state = torchvision(weights, classifier)
+            file.write(_safetensors(state, {})) if str(out).endswith(".safetensors") else torch.save(state, file)
+        elif format == "safetensors":
+            file.write(_safetensors(weights.state, _about(weights)))
+        elif format == "detectron2":
+            pickle.dump(detectron2(weights), file)
+        else:
+            file.write(onnx(weights, classifier))
+
+
+@contextmanager
+def new_file(out: Path) -> Iterator[BinaryIO]:
+    """replacing(), with a UserError where ``out`` cannot be written."""
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"cannot write {out}: name a file in a folder that exists")
     try:
         with replacing(str(out)) as file:
-            if format == "official":
-                torch.save(official(weights), file)
-            elif format in ("torchvision", "timm"):
-                state = torchvision(weights, classifier)
-                file.write(_safetensors(state, {})) if out.suffix == ".safetensors" else torch.save(state, file)
-            elif format == "safetensors":
-                file.write(_safetensors(weights.state, _about(weights)))
-            elif format == "detectron2":
-                pickle.dump(detectron2(weights), file)
-            else:
-                file.write(onnx(weights, classifier))
+            yield file
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from None
 

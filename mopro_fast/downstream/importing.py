@@ -12,7 +12,7 @@ import torch
 
 from mopro_fast import __version__, ops
 from mopro_fast.config import DataConfig, MoProConfig, TrainConfig, from_dict
-from mopro_fast.data.shards import replacing
+from mopro_fast.downstream.export import new_file
 from mopro_fast.downstream.weights import K, Q, Weights, load_weights
 from mopro_fast.errors import UserError
 from mopro_fast.models.build import build
@@ -36,13 +36,10 @@ def main(argv: list[str]) -> int:
     if len(argv) < 2 or argv[0].startswith("-") or argv[1].startswith("-"):
         raise UserError("two files come first: mopro-fast import FILE OUT (more: mopro-fast import --help)")
     source, out, rest = argv[0], Path(argv[1]), argv[2:]
-    if out.is_dir() or not out.parent.is_dir():
-        raise UserError(f"cannot write {out}: name a file in a folder that exists")
     weights = load_weights(source)
     config = command.parse(rest) if rest else config_of(weights)
-    state = resumable(weights, config) if rest else plain(weights, config)
-    with replacing(str(out)) as file:
-        torch.save(state, file)
+    with new_file(out) as file:
+        torch.save(resumable(weights, config) if rest else plain(weights, config), file)
     m = weights.model
     done = "" if weights.epoch is None else f", {weights.epoch} epochs done"
     print(f"{out}: {m.arch} of width {m.width:g}, {weights.num_classes or 'no'} classes{done}, from {weights.kind}")

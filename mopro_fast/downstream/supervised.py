@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -101,7 +101,7 @@ def main(argv: list[str], command: str, default: C, narrow: Callable[[C, Index],
         if command == "retrain":  # on the data of the training
             default.data.keep_classes = (weights.config or {}).get("data", {}).get("keep_classes")
     config = tyro.cli(
-        Annotated[type(default), tyro.conf.arg(name="")],
+        type(default),
         args=rest,
         default=default,
         prog=f"mopro-fast {command} {given}",

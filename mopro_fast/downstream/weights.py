@@ -54,8 +54,16 @@ class Weights:
 
 
 def load_weights(path: str | Path) -> Weights:
-    """Read a file of any known kind. Raises a UserError if it is damaged or holds something else."""
+    """Read a file of any known kind, or the newest checkpoint of a run's folder.
+
+    Raises a UserError if it is damaged or holds something else.
+    """
     path = Path(path)
+    if path.is_dir():
+        saved = checkpoint.all_of(path / "checkpoints")
+        if not saved:
+            raise UserError(f"{path} is no run's folder: it has no checkpoints/step_*.pt")
+        path = saved[-1]
     found = _read_safetensors(path) if _is_safetensors(path) else checkpoint.read(path)
     tensors, kind = _tensors(found, path)
     about = found.get("mopro_fast") or {}  # of files that this package exported
