@@ -119,6 +119,20 @@ def launches(result: dict) -> str:
     return "\n".join([*head, *rows, "", f"{note}; commit {result['conditions']['commit']}."])
 
 
+def parity(result: dict) -> str:
+    head = ["| official code and ours | compared | difference | limit | |", "|---|---|---|---|---|"]
+    rows = [
+        f"| {r['what']} | {r['of']} | {r['difference']:.2g} {r['unit']} | {r['limit']:.2g} "
+        f"| {'ok' if r['passed'] else '**fails**'} |"
+        for r in result["rows"]
+    ]
+    c = result["conditions"]
+    note = f"{c['gpu'] or c['cpu']}; PyTorch {c['torch']}; commit {c['commit']}."
+    if result["stand_ins"]:
+        note += f" Replaced for the official scripts: {'; '.join(result['stand_ins'])}."
+    return "\n".join([*head, *rows, "", note])
+
+
 def requirements(result: dict) -> str:
     words = {True: "yes", False: "**no**", None: "not measured"}
     rows = [
@@ -264,6 +278,42 @@ def _megabytes(size: float) -> str:
     return f"{size / 1e6:.2f}" if size >= 1e4 else f"{size / 1e6:.6f}".rstrip("0").rstrip(".")
 
 
+def parity_lowshot(result: dict) -> str:
+    """The same features through the official lowshot_svm.py and through ours; bench/parity_lowshot.py."""
+    head = ["labels as in", "k", "official", "ours"]
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for r in result["rows"]:
+        name = {"voc": "VOC07, mAP", "places": "Places205, accuracy"}[r["set"]]
+        rows += [f"| {name} | {k} | {r['official'][k]:.4f} | {r['ours'][k]:.4f} |" for k in r["official"]]
+    voc, places = result["rows"]
+    note = (
+        f"Percent. Largest differences: {voc['largest_ap_difference']:.0e} of {voc['svms']} average precisions, "
+        f"{places['largest_mean_difference'] or 0:.1g} of the accuracies."
+    )
+    return "\n".join([*rows, "", f"{note} {_where(result)}"])
+
+
+def parity_probe(result: dict) -> str:
+    """OmniBenchmark's script and ours; the calibration error and its source; bench/parity_probe.py."""
+    rows = ["| λ | OmniBenchmark's script | ours | largest difference |", "|---|---|---|---|"]
+    rows += [
+        f"| {r['lambda']:g} | {r['official']:.2f} | {r['ours']:.2f} | {r['largest_difference']:.0e} |"
+        for r in result["lambdas"]
+    ]
+    c = result["calibration"]
+    note = (
+        f"Test accuracy at the last of {result['lambdas'][0]['evaluations']} evaluations, percent; the difference is "
+        "the largest of all accuracies in all of them. RMS calibration error against its source: at most "
+        f"{c['largest_difference']:.0e} points in {c['sets']} sets."
+    )
+    return "\n".join([*rows, "", f"{note} {_where(result)}"])
+
+
+def _where(result: dict) -> str:
+    c = result["conditions"]
+    return f"{c['gpu'] or c['cpu']}; PyTorch {c['torch']}; commit {c['commit']}."
+
+
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.0f}" if value >= 100 or value == int(value) else f"{value:.2f}"
 
@@ -288,6 +338,9 @@ TABLES = {
     "scaling_bytes": ("scaling", scaling_bytes),
     "scaling_speed": ("scaling", scaling_speed),
     "scaling_assumptions": ("scaling", scaling_assumptions),
+    "parity": ("parity", parity),
+    "parity_lowshot": ("parity_lowshot", parity_lowshot),
+    "parity_probe": ("parity_probe", parity_probe),
     "ops_requirements": ("ops_gpu", requirements),
     "ops_figure": ("ops_gpu", lambda r: f"![Time of every op against its floor, {r['conditions']['gpu']}](ops.svg)"),
     "throughput_gpu": ("throughput_gpu", throughput),

@@ -16,6 +16,32 @@ COMMANDS = {
         "time a training step here: ours, the official code's, plain training",
     ),
     "report": ("mopro_fast.report.command", "one HTML page about a run: curves, corrected labels, images, prototypes"),
+    "clean": (
+        "mopro_fast.downstream.clean",
+        "correct or remove every training label: mopro-fast clean CKPT --data PATH --out FOLDER",
+    ),
+    "retrain": (
+        "mopro_fast.downstream.retrain",
+        "re-train the classifier on cleaned labels: mopro-fast retrain CKPT --cleaned TABLE …",
+    ),
+    "finetune": (
+        "mopro_fast.downstream.finetune",
+        "train on a share of labelled data: mopro-fast finetune CKPT --data PATH …",
+    ),
+    "import": (
+        "mopro_fast.downstream.importing",
+        "a checkpoint of the official code, torchvision or safetensors into ours",
+    ),
+    "export": (
+        "mopro_fast.downstream.export",
+        "a checkpoint for the official code, torchvision, timm, detectron2, ONNX",
+    ),
+    "eval": ("mopro_fast.downstream.evaluate", "accuracy, calibration and confusions of a checkpoint's classifier"),
+    "lowshot": (
+        "mopro_fast.downstream.lowshot",
+        "linear SVMs on frozen features, k images per class: VOC07, Places205",
+    ),
+    "probe": ("mopro_fast.downstream.probe", "a linear classifier on frozen features: OmniBenchmark's protocol"),
     "env": ("mopro_fast.environment", "what this installation has: versions, GPU, extension, backends"),
 }
 

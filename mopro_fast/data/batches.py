@@ -48,7 +48,7 @@ class TrainBatches:
 
     ``batch_size`` counts this rank's rows. An image that cannot be read when its turn comes is replaced by one that
     the epoch leaves out, if there is any: ``lost`` collects (epoch, step, Lost) until it is emptied.
-    shuffle_shards: see order.epoch_order.
+    shuffle_shards, repeats: see order.epoch_order.
     """
 
     def __init__(
@@ -65,13 +65,15 @@ class TrainBatches:
         device: torch.device,
         threads: int,
         shuffle_shards: int = 0,
+        repeats: np.ndarray | None = None,
     ) -> None:
         require_rows(len(index.usable), batch_size * world_size, index.source)
         self.steps_per_epoch = len(index.usable) // (batch_size * world_size)
         self.lost: list[tuple[int, int, Lost]] = []
         self._index, self._augment, self._two_views, self._device = index, augment, two_views, device
         self._batch_size, self._rank, self._world_size, self._seed = batch_size, rank, world_size, seed
-        self._image_size, self._threads, self._shuffle_shards = image_size, threads, shuffle_shards
+        self._image_size, self._threads = image_size, threads
+        self._shuffle_shards, self._repeats = shuffle_shards, repeats
         self._latest: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))  # an epoch and its order
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
@@ -84,7 +86,7 @@ class TrainBatches:
 
     def _order(self, epoch: int) -> np.ndarray:
         if self._latest[0] != epoch:
-            self._latest = (epoch, epoch_order(self._index, self._seed, epoch, self._shuffle_shards))
+            self._latest = (epoch, epoch_order(self._index, self._seed, epoch, self._shuffle_shards, self._repeats))
         return self._latest[1]
 
     def _rows(self, epoch: int, step: int) -> np.ndarray:

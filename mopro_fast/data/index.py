@@ -83,6 +83,19 @@ class Index:
         """int64 [n]: the shard of each image."""
         return self.shards.shard[self.in_shards]
 
+    def take(self, rows: np.ndarray) -> "Index":
+        """The index of these rows only, not checked."""
+        return Index(
+            self.root,
+            self.paths[rows],
+            self.labels[rows],
+            self.classes,
+            self.source,
+            self.list_file,
+            self.shards,
+            None if self.in_shards is None else self.in_shards[rows],
+        )
+
     def full_path(self, i: int) -> str:
         return os.path.join(self.root, self.paths[i])
 
@@ -108,7 +121,7 @@ def load_index(
     data: str | os.PathLike,
     split: Split,
     *,
-    num_classes: int,
+    num_classes: int | None,
     layout: Literal["auto", "webvision", "list", "folder", "shards"] = "auto",
     root: str | os.PathLike | None = None,
     keep_classes: int | None = None,
@@ -117,7 +130,8 @@ def load_index(
     """Read the index of ``data``: a WebVision folder, a list file ("path label" per line), class folders or shards.
 
     root: where the paths of a list file start (default: its own folder). keep_classes: take only the images with
-    a label below this (of class folders, the first ones by name). missing: files of lists may be. Raises UserError.
+    a label below this (of class folders, the first ones by name). num_classes: None takes any labels and any number of
+    class folders. missing: files of lists may be. Raises UserError.
     """
     data = os.fspath(data)
     if not os.path.exists(data):
@@ -153,9 +167,10 @@ def _recognise(data: str) -> str:
     )
 
 
-def _shards(data: str, split: Split, num_classes: int, keep_classes: int | None) -> Index:
+def _shards(data: str, split: Split, num_classes: int | None, keep_classes: int | None) -> Index:
     shards = open_shards(data, split)
     lowest = NO_LABEL if split == "train" else 0
+    num_classes = 1 << 62 if num_classes is None else num_classes
     for label in (int(shards.label.min(initial=lowest)), int(shards.label.max(initial=lowest))):
         if label < lowest or (keep_classes is None and label >= num_classes):
             raise UserError(f"{data}: label {label} of a {split} image is outside [{lowest}, {num_classes})")
@@ -166,7 +181,7 @@ def _shards(data: str, split: Split, num_classes: int, keep_classes: int | None)
     return Index(data, shards.paths[rows], shards.label[rows], classes, data, shards=shards, in_shards=rows)
 
 
-def _webvision(data: str, split: Split, num_classes: int, keep_classes: int | None, missing: bool) -> Index:
+def _webvision(data: str, split: Split, num_classes: int | None, keep_classes: int | None, missing: bool) -> Index:
     names = WEBVISION_LISTS[split]
     lists = [path for name in names if os.path.isfile(path := os.path.join(data, name))]
     if not lists:
@@ -176,7 +191,7 @@ def _webvision(data: str, split: Split, num_classes: int, keep_classes: int | No
 
 
 def _from_lists(
-    lists: list[str], root: str, split: Split, num_classes: int, keep_classes: int | None, missing: bool
+    lists: list[str], root: str, split: Split, num_classes: int | None, keep_classes: int | None, missing: bool
 ) -> Index:
     all_paths: list[str] = []
     all_labels = []
@@ -184,7 +199,7 @@ def _from_lists(
         paths, labels, lines = _read_list(name)
         lowest = NO_LABEL if split == "train" else 0
         bad = labels < lowest
-        if keep_classes is None:
+        if keep_classes is None and num_classes is not None:
             bad |= labels >= num_classes
         if bad.any():
             _refuse_label(name, lines[bad.argmax()], labels[bad.argmax()], split, num_classes)
@@ -255,7 +270,7 @@ def _require_files(root: str, paths: list[str], source: str) -> None:
         )
 
 
-def _folders(data: str, split: Split, num_classes: int, keep_classes: int | None) -> Index:
+def _folders(data: str, split: Split, num_classes: int | None, keep_classes: int | None) -> Index:
     if not os.path.isdir(data):
         raise UserError(f"{data} is not a folder: give a folder of class folders, or another --layout")
     subfolders = _subfolders(data)
@@ -264,7 +279,7 @@ def _folders(data: str, split: Split, num_classes: int, keep_classes: int | None
         subfolders = _subfolders(data)
     if not subfolders:
         raise UserError(f"{data} holds no class folders: expected {data}/CLASS/IMAGE.jpg")
-    enough = len(subfolders) == num_classes if keep_classes is None else len(subfolders) >= keep_classes
+    enough = num_classes in (None, len(subfolders)) if keep_classes is None else len(subfolders) >= keep_classes
     if not enough:
         setting = f"--num-classes {num_classes}" if keep_classes is None else f"--keep-classes {keep_classes}"
         raise UserError(

@@ -8,20 +8,45 @@ _ORDER, _SUBSTITUTE = 0, 2  # first words of the generators' seeds; batches.py h
 _CANDIDATES = 20
 
 
-def epoch_order(index: Index, seed: int, epoch: int, shuffle_shards: int) -> np.ndarray:
-    """int64 [usable rows]: a permutation of ``index.usable``.
+def epoch_order(
+    index: Index, seed: int, epoch: int, shuffle_shards: int, repeats: np.ndarray | None = None
+) -> np.ndarray:
+    """int64 [usable rows]: a permutation of ``index.usable``; with repeats, of as many rows drawn from it.
 
     Files: any permutation. Shards: their own order is shuffled, and rows mix with those of the ``shuffle_shards``
     shards that are open at the time (0: with all), so that what is read lies in a few files.
+
+    repeats: int64 [usable rows]; the rows are drawn, without putting back, from a list that has each this many times.
     """
     rows = index.usable
     rng = np.random.default_rng((_ORDER, seed, epoch))
-    order = rows[rng.permutation(len(rows))]
+    order = rows[rng.permutation(len(rows)) if repeats is None else _drawn(rng, repeats)]
     if index.shards is None or not shuffle_shards:
         return order
     shard = index.shard_of
     place = rng.permutation(shard.max() + 1)
     return order[np.argsort(place[shard[order]] // shuffle_shards, kind="stable")]
+
+
+def balancing_repeats(labels: np.ndarray) -> np.ndarray:
+    """int64 [n]: how often each image is in the official list for classifier re-training.
+
+    Classes are drawn in proportion to the square root of their size; the largest one's images are there ten times.
+    """
+    _, inverse, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    shares = (1 / sizes) ** 0.5
+    shares = shares / shares.sum()  # cancels, but for the last bits, which decide what is cut to which whole number
+    return (10 * shares / shares.min()).astype(np.int64)[inverse]
+
+
+def _drawn(rng: np.random.Generator, repeats: np.ndarray) -> np.ndarray:
+    """int64 [n]: the first n of a shuffled list that has i repeats[i] times, without that list."""
+    ends = repeats.cumsum()
+    places = np.empty(0, np.int64)
+    while len(places) < len(ends):
+        places = np.concatenate([places, rng.integers(ends[-1], size=len(ends))])
+        places = places[np.sort(np.unique(places, return_index=True)[1])]  # a place drawn again is passed over
+    return np.searchsorted(ends, places[: len(ends)], side="right")
 
 
 def substitutes(order: np.ndarray, shown: int, seed: int, epoch: int, row: int) -> np.ndarray:

@@ -5,7 +5,7 @@ bilinear filter. On a GPU DALI resizes the training crops too, and its filter se
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -137,7 +137,7 @@ class EvalLoader:
 
     Iterate, as often as needed, over (images uint8 [n, S, S, 3], labels int64 [n], ids int64 [n]) on ``device``; the
     last batch may be smaller, and a rank may have none. Images that cannot be read when their turn comes are left
-    out; ``lost`` has those of the latest pass.
+    out; ``lost`` has those of the latest pass. filter: of resizing, antialiased.
     """
 
     def __init__(
@@ -152,17 +152,25 @@ class EvalLoader:
         device: torch.device,
         threads: int,
         hw_decoder_load: float = 0.65,
+        batches: list[np.ndarray] | None = None,
+        filter: Literal["linear", "cubic"] = "linear",
     ) -> None:
+        """batches: what this rank shows instead, int64 rows of the index, at most batch_size each."""
         if resize < image_size:
             raise UserError(f"cannot crop {image_size} px from a shorter side of {resize} px: raise --eval-resize")
         self._index, self._device = index, device
-        mine = index.usable[rank::world_size]
-        self._batches = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
+        if batches is None:
+            mine = index.usable[rank::world_size]
+            batches = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
+        self._batches = batches
         self.lost: list[Lost] = []
 
         def define(fn, images, shape, _numbers):
+            from nvidia.dali import types
+
             start, end = _central(fn, shape(), resize, image_size)
-            return [fn.resize(images, size=[image_size] * 2, roi_start=start, roi_end=end)]
+            kind = {"linear": types.INTERP_LINEAR, "cubic": types.INTERP_CUBIC}[filter]
+            return [fn.resize(images, size=[image_size] * 2, roi_start=start, roi_end=end, interp_type=kind)]
 
         decoder = Decoder(define, batch_size, threads, device, hw_decoder_load)
         self._stream = Stream(Reader(index, reading_threads(threads)), decoder, 1 + _EVAL_AHEAD)

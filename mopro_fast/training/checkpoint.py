@@ -1,7 +1,10 @@
 """Checkpoints: written atomically, the newest few kept, read without executing anything in them."""
 
+import argparse
 import os
 import re
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -36,30 +39,54 @@ def all_of(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step_*.pt") if NAME.search(p.name))
 
 
-def load(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of this package onto the CPU."""
+def read(path: str | Path) -> Any:
+    """What torch.save wrote, on the CPU. Only plain data is read; nothing in the file is executed."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):  # PyTorch reads past the checksums that it writes
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise UserError(f"{path} is damaged: {damaged} does not match its checksum; copy it again")
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():  # saved options
+            warnings.simplefilter("ignore")  # of pickles that are refused right after
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # whatever a broken or foreign file makes the unpickler raise
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if code:
+            raise UserError(f"{path} is refused: it holds code ({code[1]}), not only tensors; none was run") from None
         raise UserError(f"cannot read the checkpoint {path}: {type(error).__name__}; is it a whole file?") from None
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of this package onto the CPU."""
+    state = read(path)
     if not isinstance(state, dict) or "model" not in state or "config" not in state:
         raise UserError(f"{path} is not a checkpoint of mopro_fast (it has no model and config)")
     return state
 
 
 def load_weights(model: torch.nn.Module, path: str | Path) -> None:
-    """Initialise ``model`` from a checkpoint: its query encoder must fit; key encoder, queue and prototypes if they do.
+    """Initialise ``model`` from a file of any known format: its query encoder must fit; the rest if it does.
 
-    A key encoder that the checkpoint lacks (cross-entropy) starts as a copy of the query encoder, as always.
+    A key encoder that the file lacks (cross-entropy) starts as a copy of the query encoder, as always. A head that it
+    lacks (torchvision's have no projection) keeps its fresh weights.
     """
-    own, weights = model.state_dict(), load(path)["model"]
-    query = {name: w for name, w in weights.items() if name.startswith("encoder_q.")}
+    from mopro_fast.downstream.weights import HEADS, K, Q
+    from mopro_fast.downstream.weights import load_weights as read_weights
+
+    own, weights = model.state_dict(), read_weights(path).state
+    query = {name: w for name, w in weights.items() if name.startswith(Q)}
+    for name, w in own.items():
+        if name.startswith(tuple(Q + head for head in HEADS)):
+            query.setdefault(name, w)
     for name, w in query.items():
-        weights.setdefault(name.replace("encoder_q.", "encoder_k.", 1), w)
-    check_fits({name: w for name, w in own.items() if name.startswith("encoder_q.")}, query, path)
+        weights.setdefault(name.replace(Q, K, 1), w)
+    check_fits({name: w for name, w in own.items() if name.startswith(Q)}, query, path)
     fitting = {name: w for name, w in weights.items() if name in own and own[name].shape == w.shape}
     model.load_state_dict(own | fitting)
 

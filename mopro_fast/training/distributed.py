@@ -136,21 +136,29 @@ def by_rank0(compute: Callable[[], T]) -> T:
     rank, ranks = world()
     if ranks == 1:
         return compute()
-    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
+    group = _patient_group()
     box = [compute() if rank == 0 else None]
     dist.broadcast_object_list(box, src=0, group=group)
     dist.destroy_process_group(group)
     return box[0]
 
 
-def gather_lists(mine: list) -> list:
-    """The ranks' lists (of small picklable objects) joined, on every rank."""
+def gather_lists(mine: list, patient: bool = False) -> list:
+    """The ranks' lists (of small picklable objects) joined, on every rank; patient: for as long as one needs."""
     _, ranks = world()
     if ranks == 1:
         return mine
     parts: list = [None] * ranks
-    dist.all_gather_object(parts, mine)
+    group = _patient_group() if patient else None
+    dist.all_gather_object(parts, mine, group=group)
+    if patient:
+        dist.destroy_process_group(group)
     return [x for part in parts for x in part]
+
+
+def _patient_group() -> dist.ProcessGroup:
+    """Ranks meet in it however long one of them works alone."""
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
 
 
 def sync_buffers(module: nn.Module) -> None:

@@ -80,7 +80,8 @@ def readable(index: Index, name: str, workers: int, left_out: np.ndarray | None 
     return dataclasses.replace(index, checked=checked, left_out=left_out)
 
 
-def train_loader(c: TrainConfig, index: Index, device: torch.device) -> TrainBatches:
+def train_loader(c: TrainConfig, index: Index, device: torch.device, repeats: np.ndarray | None = None) -> TrainBatches:
+    """repeats: see order.epoch_order."""
     rank, ranks = world()
     options = dict(
         batch_size=c.optim.batch_size // ranks,
@@ -93,6 +94,7 @@ def train_loader(c: TrainConfig, index: Index, device: torch.device) -> TrainBat
         device=device,
         threads=threads(c.data),
         shuffle_shards=c.data.shuffle_shards,
+        repeats=repeats,
     )
     if c.data.cache == "device":
         return DeviceTrainLoader(index, **options)

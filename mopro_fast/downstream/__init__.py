@@ -1,0 +1,1 @@
+"""What people train MoPro for: weights in and out, cleaned labels, retrained classifiers, features, evaluations."""

@@ -1,0 +1,62 @@
+"""What a long command has finished, so that the same command, interrupted, goes on."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from mopro_fast.data.shards import replacing
+from mopro_fast.errors import UserError
+from mopro_fast.training.distributed import by_rank0, world
+
+
+class Done:
+    """The results of finished pieces of work by their keys, a line each in a hidden file per rank.
+
+    settings: all that the results depend on; others are not seen. Every rank reads the results of all ranks.
+    """
+
+    def __init__(self, folder: Path, name: str, settings: dict[str, Any]) -> None:
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        self._folder, self._name = folder, f".{name}-{digest}"
+        self.results: dict[str, Any] = by_rank0(self._read)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = (folder / f"{self._name}.{world()[0]}.jsonl").open("a", buffering=1)
+        except OSError as error:
+            raise UserError(f"cannot write into {folder}: {error.strerror}: name another --out") from None
+
+    def add(self, key: str, result: Any) -> None:
+        self.results[key] = result
+        self._file.write(f"\n{json.dumps([key, result])}\n")
+
+    def remove(self) -> None:
+        """When all is finished and written elsewhere; on one rank."""
+        self._file.close()
+        for path in self._files():
+            path.unlink()
+
+    def _files(self) -> list[Path]:
+        return sorted(self._folder.glob(f"{self._name}.*.jsonl"))
+
+    def _read(self) -> dict[str, Any]:
+        found = {}
+        for path in self._files():
+            for line in path.read_text().splitlines():
+                try:
+                    key, result = json.loads(line)
+                except ValueError:  # a line that a kill cut off, or none
+                    continue
+                found[key] = result
+        return found
+
+
+def write_json(path: Path, value: Any) -> None:
+    """The whole file or none."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(os.fspath(path)) as file:
+            file.write(json.dumps(value, indent=2).encode() + b"\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None

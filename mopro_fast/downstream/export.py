@@ -1,0 +1,194 @@
+"""``mopro-fast export CKPT OUT --format …``: a checkpoint in the formats of others."""
+
+import json
+import logging
+import pickle
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, Literal
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+from mopro_fast import __version__
+from mopro_fast.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from mopro_fast.data.shards import replacing
+from mopro_fast.downstream.weights import K, Weights, build_encoder, digest, load_weights
+from mopro_fast.errors import UserError
+
+
+@dataclass
+class Export:
+    """Write a checkpoint in the format of another package. What it holds is the same to the last bit."""
+
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")]
+    """A checkpoint of any format that this package reads, or a run's folder: its newest."""
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """The file to write."""
+    format: Literal["official", "torchvision", "timm", "safetensors", "detectron2", "onnx"]
+    """official: all of the model and its optimizer, for salesforce/MoPro's scripts; safetensors: all of the model;
+    torchvision, timm: a ResNet's state dict (as safetensors where the file is called so); detectron2: a pickle of the
+    backbone; onnx: normalised images to features and logits."""
+    classifier: bool = True
+    """torchvision, timm, onnx: with the classifier, if there is one."""
+
+
+def main(argv: list[str]) -> int:
+    o = tyro.cli(Export, args=argv, prog="mopro-fast export", config=(tyro.conf.FlagConversionOff,))
+    weights = load_weights(o.checkpoint)
+    export(weights, o.out, o.format, o.classifier)
+    m = weights.model
+    classes = "no classifier" if weights.num_classes is None else f"{weights.num_classes} classes"
+    print(f"{o.out}: {o.format}, {m.arch} of width {m.width:g}, {classes}")
+    for note in notes(weights, o.format):
+        print(f"note: {note}", file=sys.stderr)
+    return 0
+
+
+def export(weights: Weights, out: str | Path, format: str, classifier: bool = True) -> None:
+    """Write ``out``, whole or not at all."""
+    with new_file(Path(out)) as file:
+        if format == "official":
+            torch.save(official(weights), file)
+        elif format in ("torchvision", "timm"):
+            state = torchvision(weights, classifier)
+            file.write(_safetensors(state, {})) if str(out).endswith(".safetensors") else torch.save(state, file)
+        elif format == "safetensors":
+            file.write(_safetensors(weights.state, _about(weights)))
+        elif format == "detectron2":
+            pickle.dump(detectron2(weights), file)
+        else:
+            file.write(onnx(weights, classifier))
+
+
+@contextmanager
+def new_file(out: Path) -> Iterator[BinaryIO]:
+    """replacing(), with a UserError where ``out`` cannot be written."""
+    if out.is_dir() or not out.parent.is_dir():
+        raise UserError(f"cannot write {out}: name a file in a folder that exists")
+    try:
+        with replacing(str(out)) as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from None
+
+
+def notes(weights: Weights, format: str) -> Iterator[str]:
+    """What the format's own loaders will not take of this model."""
+    m = weights.model
+    if m.stem == "small" and format not in ("safetensors", "onnx"):
+        yield f"the small stem (3×3, no pooling) is not {format}'s: its own ResNet does not load this"
+    if m.width != 1 and format in ("torchvision", "timm"):
+        yield f"width {m.width:g} multiplies all of a block's channels: {format}'s own ResNets do not load this"
+    if format == "official" and (lacks := [n for n in ("queue", "prototypes") if n not in weights.state]):
+        yield f"{' and '.join(lacks)} are not in this checkpoint: the official train.py and noise_cleaning.py need them"
+
+
+def official(weights: Weights) -> dict[str, Any]:
+    """What the official train.py saves, and an entry of ours that its scripts do not look at."""
+    state = {f"module.{name}": t for name, t in weights.state.items()}
+    if "queue" in weights.state:
+        state["module.queue"] = weights.state["queue"].T.contiguous()
+    found = {"epoch": weights.epoch or 0, "arch": weights.model.arch, "state_dict": state}
+    if weights.optimizer is not None:
+        group = dict(weights.optimizer["param_groups"][0], lr=float(weights.optimizer["param_groups"][0]["lr"]))
+        copies = 2 if any(name.startswith(K) for name in weights.state) else 1  # it has the key encoder's as well
+        group["params"] = list(range(copies * len(group["params"])))
+        found["optimizer"] = {"state": weights.optimizer["state"], "param_groups": [group]}
+    return found | {"mopro_fast": _about(weights)}
+
+
+def torchvision(weights: Weights, classifier: bool) -> dict[str, Tensor]:
+    """The state dict of a torchvision or timm ResNet; without a classifier for timm's num_classes=0."""
+    state = {n: t for n, t in weights.encoder().items() if not n.startswith(("fc1.", "fc2."))}
+    if not classifier:
+        state = {n: t for n, t in state.items() if not n.startswith("classifier.")}
+    return {n.replace("classifier.", "fc."): t for n, t in state.items()}
+
+
+def detectron2(weights: Weights) -> dict[str, Any]:
+    """The backbone as detectron2's MODEL.WEIGHTS takes it; docs/transfer.md has the settings."""
+    names = {f"layer{i}": f"res{i + 1}" for i in (1, 2, 3, 4)}
+    names |= {f"bn{i}": f"conv{i}.norm" for i in (1, 2, 3)}
+    names |= {"downsample.0": "shortcut", "downsample.1": "shortcut.norm"}
+    model = {}
+    for name, t in torchvision(weights, classifier=False).items():
+        name = name if name.startswith("layer") else f"stem.{name}"
+        for old, new in names.items():
+            name = name.replace(old, new)
+        model[name] = t.numpy()
+    return {"model": model, "__author__": "mopro_fast", "matching_heuristics": True}
+
+
+class _FeaturesAndLogits(nn.Module):
+    def __init__(self, weights: Weights, classifier: bool) -> None:
+        super().__init__()
+        self.encoder, self.classifier = build_encoder(weights).eval(), classifier
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        features = self.encoder.features(images)
+        return (features, self.encoder.classifier(features)) if self.classifier else (features,)
+
+
+def onnx(weights: Weights, classifier: bool) -> bytes:
+    """images float32 [N, 3, H, W], normalised as ImageNet's, any N, H, W → features, logits."""
+    try:
+        import onnx as package
+        import onnxscript  # noqa: F401
+    except ImportError:
+        raise UserError("--format onnx needs two packages: pip install onnx onnxscript") from None
+    model = _FeaturesAndLogits(weights, classifier and weights.num_classes is not None)
+    size = weights.image_size or 32
+    with _quiet():
+        program = torch.onnx.export(
+            model,
+            (torch.zeros(2, 3, size, size),),
+            input_names=["images"],
+            output_names=["features", "logits"][: 1 + model.classifier],
+            dynamic_shapes={"images": {0: "N", 2: "H", 3: "W"}},
+            dynamo=True,
+            verbose=False,
+        )
+    written = program.model_proto
+    about = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "image_size": size, "eval_resize": weights.eval_resize}
+    package.helper.set_model_props(written, {k: json.dumps(v) for k, v in about.items()} | _strings(_about(weights)))
+    return written.SerializeToString()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns of what it lacks and of Python's own deprecations."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _about(weights: Weights) -> dict[str, Any]:
+    """What the other format has no place for; :func:`load_weights` reads it back."""
+    about = {"version": __version__, "keys_updated": weights.keys_updated}
+    if weights.config is not None:
+        about["config"] = json.dumps(weights.config)
+    return about | ({} if weights.epoch is None else {"epoch": weights.epoch})
+
+
+def _strings(about: dict[str, Any]) -> dict[str, str]:
+    return {name: str(value) for name, value in about.items()}
+
+
+def _safetensors(state: dict[str, Tensor], about: dict[str, Any]) -> bytes:
+    from safetensors.torch import save
+
+    return save(state, {"format": "pt", "sha256": digest(state), **_strings(about)})

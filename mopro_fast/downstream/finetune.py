@@ -1,0 +1,90 @@
+"""``mopro-fast finetune CKPT --data DATA --out FOLDER --share 0.01``: all weights on a share of labelled data."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
+import numpy as np
+
+from mopro_fast.config import DataConfig
+from mopro_fast.data.augment import AugmentConfig
+from mopro_fast.data.index import NO_LABEL, Index
+from mopro_fast.downstream import supervised
+from mopro_fast.downstream.supervised import SupervisedConfig, SupervisedOptim
+from mopro_fast.errors import UserError
+
+CHOICE = 4  # first word of the generator's seed; supervised.py has 3
+
+
+@dataclass
+class Finetune(SupervisedConfig):
+    """Train encoder and classifier on a share of a labelled set. The defaults are the official settings."""
+
+    share: float = 1.0
+    """Share of the training images, drawn by --seed (0.01 and 0.1 in the paper)."""
+    balanced: bool = False
+    """Draw this share of every class, at least one image of each, instead of all images alike."""
+    list: str | None = None
+    """Take the images that this file names, a path or a file's name per line, instead of a share."""
+    freeze: bool = False
+    """Train the classifier alone; the encoder stays in evaluation mode."""
+    data: DataConfig = field(default_factory=lambda: DataConfig(augment=AugmentConfig(scale=(0.08, 1.0))))
+    optim: SupervisedOptim = field(
+        default_factory=lambda: SupervisedOptim(epochs=40, lr=0.005, milestones=(20, 30), decay=0.2, weight_decay=0.0)
+    )
+
+
+def main(argv: list[str]) -> int:
+    return supervised.main(argv, "finetune", Finetune(), with_share)
+
+
+def with_share(config: Finetune, index: Index) -> Index:
+    """The index with the label −1 for all images but the chosen ones."""
+    if not 0 < config.share <= 1:
+        raise UserError(f"--share must lie in (0, 1], got {config.share}")
+    if config.list is not None:
+        if config.share != 1 or config.balanced:
+            raise UserError("--list names the images: it goes with neither --share nor --balanced")
+        chosen = _named(config.list, index)
+    else:
+        chosen = choose(index.labels, config.share, config.balanced, config.run.seed)
+    labels = np.full(len(index), NO_LABEL)
+    labels[chosen] = index.labels[chosen]
+    return dataclasses.replace(index, labels=labels)
+
+
+def choose(labels: np.ndarray, share: float, balanced: bool, seed: int) -> np.ndarray:
+    """int64: the rows drawn from those that have a label."""
+    rows = np.random.default_rng((CHOICE, seed)).permutation(np.flatnonzero(labels >= 0))
+    if not balanced:
+        return rows[: max(1, int(share * len(rows)))]
+    rows = rows[np.argsort(labels[rows], kind="stable")]
+    sizes = np.unique(labels[rows], return_counts=True)[1]
+    place = np.arange(len(rows)) - np.repeat(sizes.cumsum() - sizes, sizes)  # in its class
+    return rows[place < np.repeat(np.maximum(1, np.round(share * sizes)), sizes)]
+
+
+def _named(path: str, index: Index) -> np.ndarray:
+    """The rows of the images that the file names; a label after the path is passed over."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [line.strip() for line in file]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the list {path}: {error}") from None
+    row_of: dict[str, int] = {}
+    for row, name in enumerate(index.paths.tolist()):
+        row_of[PurePosixPath(name).name] = -1 if PurePosixPath(name).name in row_of else row
+    row_of |= {name: row for row, name in enumerate(index.paths.tolist())}
+    chosen = []
+    for number, line in enumerate(lines, 1):
+        if not line or line.startswith("#"):
+            continue
+        row = row_of.get(line, row_of.get(line.rsplit(maxsplit=1)[0]))
+        if row is None:
+            raise UserError(f"{path}:{number}: no such image in {index.source}: {line[:80]!r}")
+        if row < 0:
+            raise UserError(f"{path}:{number}: several images are called {line[:80]!r}: give their paths")
+        chosen.append(row)
+    if not chosen:
+        raise UserError(f"{path} names no image")
+    return np.unique(chosen)

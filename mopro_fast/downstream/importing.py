@@ -1,0 +1,107 @@
+"""``mopro-fast import FILE OUT [RECIPE …]``: a checkpoint of any known format as one of this package.
+
+Without a recipe OUT holds the model, for ``--init`` and for every command that takes a checkpoint. With a recipe and
+the options of a training, ``mopro-fast train`` with the same options and ``--resume OUT`` goes on from it.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mopro_fast import __version__, ops
+from mopro_fast.config import DataConfig, MoProConfig, TrainConfig, from_dict
+from mopro_fast.downstream.export import new_file
+from mopro_fast.downstream.weights import K, Q, Weights, load_weights
+from mopro_fast.errors import UserError
+from mopro_fast.models.build import build
+from mopro_fast.training import checkpoint, command, inputs
+from mopro_fast.training.loop import UNSEEN
+from mopro_fast.training.optim import build_optimizer
+
+USAGE = """usage: mopro-fast import FILE OUT [RECIPE --data PATH …]
+
+FILE: a checkpoint of the official code (salesforce/MoPro), of torchvision or timm, or safetensors.
+OUT:  the checkpoint to write, for `mopro-fast train … --init OUT` and every other command.
+
+To go on with an official training give a recipe and the options of `mopro-fast train` (all but --out), then run
+`mopro-fast train` with the same recipe and options and --resume OUT."""
+
+
+def main(argv: list[str]) -> int:
+    if "-h" in argv or "--help" in argv or not argv:
+        print(USAGE)
+        return 0
+    if len(argv) < 2 or argv[0].startswith("-") or argv[1].startswith("-"):
+        raise UserError("two files come first: mopro-fast import FILE OUT (more: mopro-fast import --help)")
+    source, out, rest = argv[0], Path(argv[1]), argv[2:]
+    weights = load_weights(source)
+    config = command.parse(rest) if rest else config_of(weights)
+    with new_file(out) as file:
+        torch.save(resumable(weights, config) if rest else plain(weights, config), file)
+    m = weights.model
+    done = "" if weights.epoch is None else f", {weights.epoch} epochs done"
+    print(f"{out}: {m.arch} of width {m.width:g}, {weights.num_classes or 'no'} classes{done}, from {weights.kind}")
+    if rest and weights.optimizer is None:
+        print("note: no SGD momentum in the file: it starts at zero", file=sys.stderr)
+    return 0
+
+
+def config_of(weights: Weights) -> TrainConfig:
+    """The config that the file brings, or the official settings with what the tensors' shapes say."""
+    if weights.config is not None and weights.config.keys() <= vars(TrainConfig()).keys():
+        return from_dict(TrainConfig, weights.config, str(weights.path))
+    queue = len(weights.state.get("queue", ())) or MoProConfig().queue_size
+    data = DataConfig(num_classes=weights.num_classes or 1000, image_size=weights.image_size or 32)
+    return TrainConfig(data=data, model=weights.model, mopro=MoProConfig(queue_size=queue))
+
+
+def plain(weights: Weights, config: TrainConfig) -> dict[str, Any]:
+    """A checkpoint that no run can go on from: it knows no data."""
+    return {
+        "version": __version__,
+        "config": config.to_json(),
+        "data_digest": "none: imported without --data",
+        "left_out": torch.empty(0, dtype=torch.int64),
+        "epoch": weights.epoch or 0,
+        "step": 0,
+        "model": updated(weights, config.mopro.key_momentum),
+        "optimizer": weights.optimizer,
+    }
+
+
+def resumable(weights: Weights, config: TrainConfig) -> dict[str, Any]:
+    """What the trainer saves at the end of an epoch."""
+    config.run.out = config.run.out or "."
+    config.validate()
+    with torch.device("meta"):
+        model = build(config)
+        optimizer = build_optimizer(model.encoder_q, config.optim).state_dict()
+    state = plain(weights, config)
+    checkpoint.check_fits(model.state_dict(), state["model"], weights.path)
+    sets = inputs.load(config, resumed=False)
+    index = inputs.readable(sets["train"], "train", inputs.threads(config.data))
+    optimizer["state"] = weights.optimizer["state"] if weights.optimizer else {}
+    return state | {
+        "data_digest": index.digest(),
+        "left_out": torch.from_numpy(index.left_out),
+        "ranks": 1,
+        "log_bytes": 0,
+        "counts": [0, 0],
+        "replaced": [0, 0],
+        "sums": {},
+        "assigned": torch.full((len(index),), UNSEEN, dtype=torch.int32),
+        "optimizer": optimizer,
+    }
+
+
+def updated(weights: Weights, momentum: float) -> dict[str, torch.Tensor]:
+    """The tensors, the key encoder as the trainer leaves it: moved after the query encoder's last step."""
+    state = dict(weights.state)
+    names = [n for n in state if n.startswith(K) and not n.endswith(("running_mean", "running_var", "batches_tracked"))]
+    if names and not weights.keys_updated:
+        keys = [state[name].clone() for name in names]
+        ops.ema_update_(keys, [state[name.replace(K, Q, 1)] for name in names], momentum)
+        state |= dict(zip(names, keys, strict=True))
+    return state

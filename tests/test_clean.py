@@ -1,0 +1,154 @@
+"""Noise cleaning: the verdicts of the method, the official file, the same bytes however it was run."""
+
+import json
+from pathlib import Path
+
+import killed_run
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from processes import on_ranks
+
+from mopro_fast.downstream import clean as module
+from mopro_fast.downstream.clean import OFFICIAL, TABLE, Clean, clean
+from mopro_fast.downstream.weights import load_encoder
+from mopro_fast.errors import UserError
+from mopro_fast.models.build import build
+
+IMAGES, BATCH, BROKEN = 150, 4, 77  # three parts of 64 rows
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A list of random images with labels 0 to 3, or none; one that nobody can read."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for i in range(IMAGES):
+        Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(folder / f"{i:03d} ü.png")
+    (folder / f"{BROKEN:03d} ü.png").write_bytes(b"not an image")
+    (folder / "list.txt").write_text("".join(f"{i:03d} ü.png {i % 5 - 1}\n" for i in range(IMAGES)))
+    return folder / "list.txt"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A random model that is sure of some images."""
+    torch.manual_seed(0)
+    config = killed_run.config(Path("x"), Path("y"))
+    config.mopro.alpha, config.mopro.threshold = 0.4, 0.6
+    model = build(config)
+    with torch.no_grad():
+        model.encoder_q.classifier.weight.mul_(60)
+        model.prototypes.copy_(F.normalize(torch.randn_like(model.prototypes), dim=1))
+    path = tmp_path_factory.mktemp("model") / "step.pt"
+    torch.save({"model": model.state_dict(), "config": config.to_json()}, path)
+    return path
+
+
+def options(model: Path, data: Path, out: Path, **changes) -> Clean:
+    return Clean(str(model), str(data), str(out), batch_size=BATCH, device="cpu", **changes)
+
+
+def files(out: Path) -> tuple[bytes, bytes]:
+    return (out / TABLE).read_bytes(), (out / OFFICIAL).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(model, data, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("whole")
+    clean(options(model, data, out), CPU)
+    return out
+
+
+def test_every_image_has_the_verdict_of_the_method(whole, model, data):
+    encoder, weights = load_encoder(model, CPU)
+    rows = pq.read_table(whole / TABLE).to_pylist()
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    assert [r["id"] for r in rows] == list(range(IMAGES))
+    for i, row in enumerate(rows):
+        assert (row["path"], row["given"]) == (f"{i:03d} ü.png", i % 5 - 1)
+        if i == BROKEN:
+            assert (row["verdict"], row["label"], row["best"], row["score_best"]) == ("unreadable", -1, -1, None)
+            continue
+        pixels = torch.from_numpy(np.array(Image.open(data.parent / row["path"]).resize((16, 16)))) / 255
+        with torch.no_grad():
+            logits, q = encoder(((pixels - mean) / std).permute(2, 0, 1)[None])
+        parts = logits[0].softmax(0), (weights.state["prototypes"] @ q[0] / 0.1).softmax(0)
+        mixed = 0.4 * parts[0] + 0.6 * parts[1]
+        best, given = int(mixed.argmax()), row["given"]
+        assert abs(mixed.max() - 0.6) > 1e-4 and abs(mixed[given] - 0.25) > 1e-4, "too near to judge"
+        label = best if mixed.max() > 0.6 else given if given >= 0 and mixed[given] > 1 / 4 else -1
+        assert (row["best"], row["label"]) == (best, label)
+        assert row["verdict"] == ("removed" if label < 0 else "kept" if label == given else "relabelled")
+        for name, p in zip(("score", "classifier", "prototype"), (mixed, *parts), strict=True):
+            assert row[f"{name}_best"] == pytest.approx(float(p[best]), abs=1e-5)
+            assert row[f"{name}_given"] == (None if given < 0 else pytest.approx(float(p[given]), abs=1e-5))
+    verdicts = [r["verdict"] for r in rows]
+    assert min(verdicts.count(v) for v in ("kept", "relabelled", "removed")) >= 10
+    totals = json.loads((whole / "clean.json").read_text())["totals"]
+    assert totals == {v: verdicts.count(v) for v in module.VERDICTS}
+
+
+def test_the_official_file_is_what_json_dump_writes(whole):
+    stay = [r for r in pq.read_table(whole / TABLE).to_pylist() if r["label"] >= 0]
+    expected = {"images": [r["path"] for r in stay], "labels": [r["label"] for r in stay]}
+    assert (whole / OFFICIAL).read_text() == json.dumps(expected)
+    assert sorted(p.name for p in whole.iterdir()) == ["clean.json", TABLE, OFFICIAL]
+
+
+def interrupted(model: Path, data: Path, out: Path, after: int) -> None:
+    """Stop as by Ctrl-C while a part is written."""
+    write, written = module._write_part, []
+
+    def stop(*args):
+        if len(written) == after:
+            raise KeyboardInterrupt
+        written.append(args[0])
+        write(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_write_part", stop)
+        with pytest.raises(KeyboardInterrupt):
+            clean(options(model, data, out), CPU)
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_interrupted_and_resumed_it_writes_the_same_bytes(whole, model, data, tmp_path, after):
+    interrupted(model, data, tmp_path, after)
+    assert not (tmp_path / TABLE).exists() and len(list((tmp_path / "parts").glob("*.parquet"))) == after
+    clean(options(model, data, tmp_path), CPU)
+    assert files(tmp_path) == files(whole)
+
+
+def _on_rank(_rank: int, _ranks: int, model: Path, data: Path, *outs: Path) -> None:
+    for out in outs:
+        clean(options(model, data, out), CPU)
+
+
+def test_two_ranks_write_the_same_bytes_and_go_on_where_one_stopped(whole, model, data, tmp_path):
+    interrupted(model, data, tmp_path / "begun", 1)
+    on_ranks(2, _on_rank, model, data, tmp_path / "new", tmp_path / "begun")
+    assert files(tmp_path / "new") == files(whole) == files(tmp_path / "begun")
+
+
+def test_a_finished_cleaning_says_so_and_another_is_refused(whole, model, data, capsys):
+    before = files(whole)
+    assert sum(clean(options(model, data, whole), CPU).values()) == IMAGES
+    assert "is finished" in capsys.readouterr().err and files(whole) == before
+    with pytest.raises(UserError, match="a cleaning with another alpha: choose another --out"):
+        clean(options(model, data, whole, alpha=0.5), CPU)
+
+
+def test_refusals(model, data, tmp_path):
+    with pytest.raises(UserError, match="--threshold must lie"):
+        clean(options(model, data, tmp_path, threshold=1.5), CPU)
+    found = torch.load(model, weights_only=True)
+    found["model"] = {n: t for n, t in found["model"].items() if n.startswith("encoder_q")}
+    torch.save(found, tmp_path / "ce.pt")
+    with pytest.raises(UserError, match="ce.pt has no prototypes"):
+        clean(options(tmp_path / "ce.pt", data, tmp_path), CPU)
+    assert not (tmp_path / "clean.json").exists()
