@@ -1,6 +1,6 @@
 """The whole chain on CIFAR-10N: train, clean, retrain, evaluate, low-shot, probe, export, import, report.
 
-    python bench/chain.py FOLDER OUT [--part 6000] [--epochs 12] [--recipe small] [--set NAME=VALUE ...] [--results FOLDER]
+    python bench/chain.py FOLDER OUT [--part 6000] [--epochs 12] [--set NAME=VALUE ...] [--results FOLDER]
 
 FOLDER holds train_list.txt, test_list.txt ("path label" per line) and train_truth.txt ("path true-label", -1 for an
 out-of-distribution image). Every step is the command that a user types; it is printed, and all of OUT can be looked at
