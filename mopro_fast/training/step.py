@@ -94,10 +94,10 @@ class TrainStep:
         return {"sums": {name: sums[:, :, i] for i, name in enumerate(names)}, "assigned": self.decisions()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Another number of ranks shares out the mean of their sums: the log alone differs then."""
+        """Another number of ranks shares out the mean of their sums: the log alone differs then. sums: may be empty."""
         rank, ranks = distributed.world()
-        for i, name in enumerate(self.model.METRICS):
-            saved = state["sums"][name]
+        for name, saved in state["sums"].items():
+            i = self.model.METRICS.index(name)
             self.sums[:, i] = saved[rank] if len(saved) == ranks else saved.mean(0)
         self.assigned.copy_(state["assigned"])
 
