@@ -31,6 +31,8 @@ def main() -> int:
     parser.add_argument("--retrain-epochs", type=int, default=16)
     parser.add_argument("--recipe", default="small")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="further options of the training")
+    parser.add_argument("--retrain-set", nargs="*", default=[], metavar="NAME=VALUE", help="and of the re-training")
+    parser.add_argument("--k", nargs="*", default=["1", "2", "4", "8", "16"], help="images per class of the SVMs")
     parser.add_argument("--results", type=Path, default=record.RESULTS)
     a = parser.parse_args()
     if not (a.folder / "train_truth.txt").is_file():
@@ -41,8 +43,10 @@ def main() -> int:
     data = ["--data", str(train), "--root", str(a.folder)]
 
     # 1. Train on the noisy labels, with correction.
-    options = [word for given in a.set for word in (f"--{given.partition('=')[0]}", given.partition("=")[2])]
-    run("train", a.recipe, *data, "--val", str(test), "--out", str(out / "train"), "--epochs", str(a.epochs), *options)
+    run(
+        "train", a.recipe, *data, "--val", str(test), "--out", str(out / "train"), "--epochs", str(a.epochs),
+        *options(a.set),
+    )  # fmt: skip
     trained = str(checkpoint.all_of(out / "train" / "checkpoints")[-1])
 
     # 2. Clean the whole training set with what was learnt.
@@ -51,7 +55,7 @@ def main() -> int:
     # 3. Train the classifier again, on the clean labels.
     run(
         "retrain", trained, *data, "--cleaned", str(out / "clean"), "--val", str(test), "--out", str(out / "retrain"),
-        "--epochs", str(a.retrain_epochs),
+        "--epochs", str(a.retrain_epochs), *options(a.retrain_set),
     )  # fmt: skip
     retrained = str(checkpoint.all_of(out / "retrain" / "checkpoints")[-1])
 
@@ -60,7 +64,7 @@ def main() -> int:
         run("eval", model, "--val", f"test={test}", "--root", str(a.folder), "--out", str(out / f"eval_{name}"))
     clean_list = str(out / "true_list.txt")
     run("lowshot", trained, "--data", clean_list, "--val", str(test), "--root", str(a.folder),
-        "--out", str(out / "lowshot"), "--features", str(out / "features"))  # fmt: skip
+        "--out", str(out / "lowshot"), "--features", str(out / "features"), "--k", *a.k)  # fmt: skip
     run("probe", trained, "--data", clean_list, "--test", str(test), "--root", str(a.folder),
         "--out", str(out / "probe"), "--features", str(out / "features"), "--steps", "100")  # fmt: skip
 
@@ -73,7 +77,14 @@ def main() -> int:
     run("report", str(out / "train"), "--table", str(out / "clean"), "--out", str(out / "report.html"))
 
     result = {
-        "settings": {"recipe": a.recipe, "epochs": a.epochs, "images": len(truth), "changed": a.set},
+        "settings": {
+            "recipe": a.recipe,
+            "epochs": a.epochs,
+            "images": len(truth),
+            "outside": int((truth < 0).sum()),
+            "changed": a.set,
+            "retrain_changed": a.retrain_set,
+        },
         "cleaning": judge(out / "clean" / "cleaned.parquet", truth),
         "top1": {name: evaluated(out / f"eval_{name}")["top1"] for name in ("before", "after")},
         "lowshot": json.loads((out / "lowshot" / "lowshot.json").read_text()),
@@ -82,6 +93,10 @@ def main() -> int:
     print(json.dumps({name: result[name] for name in ("cleaning", "top1")}, indent=2))
     print(record.write("chain", result, a.results))
     return 0
+
+
+def options(given: list[str]) -> list[str]:
+    return [word for pair in given for word in (f"--{pair.partition('=')[0]}", pair.partition("=")[2])]
 
 
 def run(*command: str) -> None:
@@ -118,11 +133,15 @@ def judge(table: Path, truth: np.ndarray) -> dict[str, float]:
     return {
         "noise_before": float((given != truth)[~outside].mean()),
         "noise_after": float((label != truth)[~outside & ~removed].mean()),
-        "precision": float(right[changed].mean()) if changed.any() else float("nan"),
-        "recall": float(right[wrong].mean()),
-        "out_of_distribution_removed": float(removed[outside].mean()) if outside.any() else float("nan"),
+        "precision": _share(right[changed]),
+        "recall": _share(right[wrong]),
+        "out_of_distribution_removed": _share(removed[outside]),
         "in_distribution_removed": float(removed[~outside].mean()),
     }
+
+
+def _share(true: np.ndarray) -> float | None:
+    return float(true.mean()) if len(true) else None
 
 
 def evaluated(folder: Path) -> dict:

@@ -314,6 +314,27 @@ def _where(result: dict) -> str:
     return f"{c['gpu'] or c['cpu']}; PyTorch {c['torch']}; commit {c['commit']}."
 
 
+def chain(result: dict) -> str:
+    def percent(value: float | None) -> str:
+        return "–" if value is None else f"{100 * value:.1f}"
+
+    cleaned, s, c = result["cleaning"], result["settings"], result["conditions"]
+    names = {
+        "noise_before": "wrong labels before cleaning (of in-distribution images)",
+        "noise_after": "wrong labels after it (of those that stay)",
+        "precision": "precision: of the labels changed, right afterwards",
+        "recall": "recall: of the wrong labels, right afterwards",
+        "out_of_distribution_removed": "out-of-distribution images removed",
+        "in_distribution_removed": "other images removed",
+    }
+    rows = ["| % | |", "|---|---|"] + [f"| {text} | {percent(cleaned[name])} |" for name, text in names.items()]
+    rows += [f"| test accuracy {name} re-training | {result['top1'][name]:.2f} |" for name in ("before", "after")]
+    changed = ", ".join(s["changed"])
+    note = f"CIFAR-10N `worse`, {s['images']} images of which {s['outside']} are out-of-distribution; {s['epochs']} epochs, "
+    note += f"recipe {s['recipe']}" + (f" with {changed}" if changed else "")
+    return "\n".join([*rows, "", f"{note}; {c['gpu'] or c['cpu']}; PyTorch {c['torch']}; commit {c['commit']}."])
+
+
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.0f}" if value >= 100 or value == int(value) else f"{value:.2f}"
 
@@ -348,6 +369,7 @@ TABLES = {
     "throughput_requirements": ("throughput_gpu", requirements),
     "throughput_figure": ("throughput_gpu", lambda _: "![Images a second by batch size](throughput.svg)"),
     "traffic": ("traffic", traffic),
+    "chain": ("chain", chain),
     "numerics": ("numerics", numerics),
     "numerics_figure": ("numerics", lambda _: "![Loss by step, float32 and bfloat16](numerics.svg)"),
 }

@@ -47,6 +47,8 @@ class Lowshot:
     """Folder for lowshot.json and, while it works, what is done so far."""
     val: str | None = None
     """Images to test on (default: those that come with the data)."""
+    root: str | None = None
+    """Folder that the paths of list files start from (default: each list's own folder)."""
     k: tuple[int, ...] = (1, 2, 4, 8, 16)
     """Images per class. The draws follow one another: with another list, or order, they are others."""
     runs: int = 5
@@ -77,7 +79,7 @@ def main(argv: list[str]) -> int:
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)
     o = tyro.cli(Lowshot, args=argv, prog="mopro-fast lowshot", config=config)
     _validate(o)
-    task = load(o.data, o.val)
+    task = load(o.data, o.val, o.root)
     _require_enough(task, o.k)
     draws = draw(task.train_labels, o.k, o.runs, o.seed)
     drawn = np.unique(np.concatenate(list(draws.values())))  # no other training image is looked at
@@ -106,7 +108,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def load(data: str, val: str | None) -> Task:
+def load(data: str, val: str | None, root: str | None = None) -> Task:
     """The images and labels of ``data`` in any of its layouts."""
     for folder in (os.path.join(data, "VOCdevkit", "VOC2007"), os.path.join(data, "VOC2007"), data):
         if os.path.isdir(os.path.join(folder, "ImageSets", "Main")):
@@ -121,8 +123,8 @@ def load(data: str, val: str | None) -> Task:
         return Task(train, test, train.labels, test.labels, [str(c) for c in range(205)])
     if val is None and not has_val_split(data):
         raise UserError(f"{data} comes without images to test on: name them with --val")
-    train = load_index(data, "train", num_classes=None)
-    test = load_index(val or data, "val", num_classes=None)
+    train = load_index(data, "train", num_classes=None, root=root)
+    test = load_index(val or data, "val", num_classes=None, root=root)
     if train.classes and test.classes and train.classes != test.classes:
         other = sorted(set(train.classes) ^ set(test.classes))[0]
         raise UserError(f"{train.source} and {test.source} have different classes: only one of them has {other!r}")
