@@ -330,9 +330,7 @@ def chain(result: dict) -> str:
     rows = ["| % | |", "|---|---|"] + [f"| {text} | {percent(cleaned[name])} |" for name, text in names.items()]
     rows += [f"| test accuracy {name} re-training | {result['top1'][name]:.2f} |" for name in ("before", "after")]
     changed = ", ".join(s["changed"])
-    note = (
-        f"CIFAR-10N `worse`, {s['images']} images, {s['outside']} of them out-of-distribution; {s['epochs']} epochs, "
-    )
+    note = f"CIFAR-10N `worse`, {s['images']} images, {s['outside']} of them outsiders; {s['epochs']} epochs, "
     note += f"recipe {s['recipe']}" + (f" with {changed}" if changed else "")
     return "\n".join([*rows, "", f"{note}; {c['gpu'] or c['cpu']}; PyTorch {c['torch']}; commit {c['commit']}."])
 
