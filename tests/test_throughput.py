@@ -2,15 +2,18 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from mopro_fast import ops
 from mopro_fast.benchmark import command, report, throughput
 from mopro_fast.benchmark.command import Bench
 from mopro_fast.benchmark.throughput import OFFICIAL, OURS, PARTS, Case
 from mopro_fast.errors import UserError
+from mopro_fast.models.resnet import GroupedBatchNorm2d
 
 TINY = Case(8, classes=5, image_size=16, arch="resnet18", width=0.125, stem="small", queue=32, device="cpu")
 
@@ -27,6 +30,28 @@ def test_the_official_step_computes_what_ours_does():
         torch.testing.assert_close(ours(), official(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.prototypes, peer.prototypes, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.queue, peer.queue, rtol=1e-4, atol=1e-5)
+
+
+def test_peers_have_none_of_our_kernels(monkeypatch):
+    """On a GPU "auto" would give their encoders ops.batch_norm_act, and --bn-group groups of rows."""
+    case = replace(TINY, bn_group=4)
+    monkeypatch.setattr(ops.backends, "is_fused", lambda *_: True)
+    peers = [
+        throughput.official_step(case, fast=False),
+        throughput.official_step(case, fast=True),
+        throughput.supervised_plain(case),
+    ]
+
+    def refuse(*_, **__):
+        raise AssertionError("one of ours")
+
+    for name in ("batch_norm_act", "normalize"):
+        monkeypatch.setattr(ops, name, refuse)
+    monkeypatch.setattr(GroupedBatchNorm2d, "_by_groups", refuse)
+    for peer in peers:
+        peer()
+    with pytest.raises(AssertionError, match="one of ours"):
+        throughput.ours(case)()
 
 
 def test_every_variant_trains_and_the_table_has_it():

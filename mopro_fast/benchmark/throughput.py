@@ -19,6 +19,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from mopro_fast import ops
 from mopro_fast.benchmark import official, timing
@@ -109,12 +110,17 @@ class TwoEncoders(MoPro):
         return StepOutput(loss, metrics, labels, labels >= 0)
 
 
-def plain_norms(config: TrainConfig) -> MoPro:
-    model = build(config)
+def plain_norms(model: Module) -> Module:
+    """The model with PyTorch's BatchNorm, addition and ReLU in place of ops.batch_norm_act."""
     for m in model.modules():
         if isinstance(m, GroupedBatchNorm2d):
             m.fused = "off"
     return model
+
+
+def ordinary_encoder(case: Case) -> Module:
+    """What others train: an encoder with nothing of ours, and all rows in one BatchNorm group."""
+    return plain_norms(build_encoder(replace(case, bn_group=0).config())).to(case.device)
 
 
 def fused_key_convolutions(config: TrainConfig) -> MoPro:
@@ -147,7 +153,7 @@ def supervised(case: Case) -> Callable[[], Any]:
 def supervised_plain(case: Case) -> Callable[[], Any]:
     """As torchvision's reference trains: autocast on a GPU, channels-last, torch.optim.SGD, eager."""
     torch.manual_seed(0)
-    encoder = build_encoder(case.config()).to(case.device, memory_format=torch.channels_last).train()
+    encoder = ordinary_encoder(case).to(memory_format=torch.channels_last).train()
     config = case.config().optim
     optimizer = torch.optim.SGD(
         encoder.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay
@@ -170,7 +176,7 @@ def supervised_plain(case: Case) -> Callable[[], Any]:
 def official_step(case: Case, fast: bool) -> Callable[[], Any]:
     torch.manual_seed(0)
     config = case.config()
-    encoders = [build_encoder(config).to(case.device) for _ in range(2)]
+    encoders = [ordinary_encoder(case) for _ in range(2)]
     autocast = fast and case.device == "cuda"
     step = official.Step(*encoders, config.mopro, config.optim, autocast=autocast, channels_last=fast)
     batch = case.images()
@@ -247,10 +253,10 @@ def variants(case: Case, clone: Path | None, everything: bool) -> dict[str, Call
         if case.device == "cuda":
             made |= {
                 "ours, no CUDA graph": lambda c: ours(c, cuda_graph=False),
-                "ours, BatchNorm in plain PyTorch": lambda c: ours(c, plain_norms),
+                "ours, BatchNorm in plain PyTorch": lambda c: ours(c, lambda config: plain_norms(build(config))),
                 "ours, key encoder's 1×1 convolutions with BatchNorm": lambda c: ours(c, fused_key_convolutions),
                 "ours, BatchNorm in plain PyTorch, encoders under torch.compile": lambda c: ours(
-                    c, plain_norms, compile=True
+                    c, lambda config: plain_norms(build(config)), compile=True
                 ),
                 "ours, activations computed twice": lambda c: ours(c, recompute=True),
                 "ours, weights cast in every step": lambda c: ours(c, bf16_weights=False),
