@@ -363,7 +363,8 @@ def parts(case: Case, steps: int) -> dict[str, float]:
     step.query.register_forward_hook(lambda *_: marks("rest"))
     step.key.register_forward_pre_hook(lambda *_: marks("key forward"))
     step.key.register_forward_hook(lambda *_: marks("head"))
-    gather, zero_grad, optimize = mopro_module.gather_together, step.optimizer.zero_grad, step.optimizer.step
+    step.model.register_forward_hook(lambda *_: marks("backward"))
+    gather, optimize = mopro_module.gather_together, step.optimizer.step
 
     def gathering(*tensors: Tensor) -> list[Tensor]:
         marks("communication")
@@ -371,17 +372,13 @@ def parts(case: Case, steps: int) -> dict[str, float]:
         marks("head")
         return result
 
-    def zeroing(**options: Any) -> None:
-        marks("backward")
-        zero_grad(**options)
-
     def optimizing() -> None:
         marks("optimizer and EMA")
         optimize()
         marks("rest")
 
     found: list[dict[str, float]] = []
-    step.optimizer.zero_grad, step.optimizer.step = zeroing, optimizing
+    step.optimizer.step = optimizing
     with mock.patch.object(mopro_module, "gather_together", gathering):
         for _ in range(3 + steps):
             marks.start()
