@@ -130,7 +130,8 @@ class OptimConfig:
 
 @dataclass
 class RunConfig:
-    """Where and how to run. Nothing here except seed, precision and deterministic changes the result."""
+    """Where and how to run. Nothing here changes the result except seed, precision and deterministic, compile by
+    rounding, and bf16_weights on several ranks, whose gradients then travel as bf16."""
 
     out: str = ""
     """Folder for checkpoints, logs and the config."""

@@ -77,18 +77,24 @@ def test_the_command_and_its_mistakes(tmp_path, capsys):
     options = Bench(batch_sizes=(4, 8), classes=(3,), out=tmp_path / "a" / "out.json", **small)
     result = command.run(options)
     assert [c["batch"] for c in result["cases"]] == [4, 8] and result["not_reached"] == []
-    assert command.run(Bench(batch_sizes=(4,), minutes=0, **small))["not_reached"] == ["N=4 C=100"]
+    late = command.run(Bench(batch_sizes=(4,), minutes=0, **small))
+    assert late["not_reached"] == ["N=4 C=100"] and "in time (--minutes): N=4 C=100." in report.table(late)
     arguments = ["--device", "cpu", "--image-size", "32", "--width", "0.125", "--seconds", "0.01"]
     assert command.main([*arguments, "--batch-sizes", "4", "--out", str(options.out)]) == 0
     assert json.loads(options.out.read_text())["conditions"]["torch"].startswith(torch.__version__)
     assert "| **ours** |" in capsys.readouterr().out
     for wrong, message in [
-        (Bench(batch_sizes=(1,), **small), "at least 2"),
-        (Bench(batch_sizes=(6,), bn_group=4, **small), "--bn-group 4 must divide"),
+        (Bench(batch_sizes=(1,), **small), "leaves one row per rank"),
+        (Bench(batch_sizes=(6,), bn_group=4, **small), "--bn-group 4 does not divide"),
+        (Bench(batch_sizes=(6,), bn_group=-4, **small), "bn-group must be at least 0"),
+        (Bench(classes=(0,), **small), "num-classes must be at least 1"),
+        (Bench(**small | {"width": 0}), "--width must be at least"),
         (Bench(batch_sizes=(4,), official=tmp_path, **small), "no model.py there; name a clone"),
     ]:
         with pytest.raises(UserError, match=message):
             command.run(wrong)
+    with pytest.raises(UserError, match="is a folder: name a file"):
+        command.main([*arguments, "--out", str(tmp_path)])
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="PyTorch sees no GPU"):
             command.run(Bench(device="cuda"))

@@ -235,6 +235,20 @@ def test_resume_refuses_another_run(digits, uninterrupted, tmp_path):
     assert "is it a whole file?" in refusal(lambda c: setattr(c.run, "resume", str(text)))
 
 
+def test_a_checkpoint_older_than_some_settings_goes_on(digits, uninterrupted, tmp_path):
+    saved = checkpoint.all_of(uninterrupted / "checkpoints")[0]
+    state = checkpoint.load(saved)
+    config = json.loads(state["config"])
+    del config["run"]["bf16_weights"], config["optim"]["sgd"]
+    checkpoint.save(tmp_path / "checkpoints", state["epoch"] * STEPS, state | {"config": json.dumps(config)}, 1)
+    trainer = Trainer(small_config(digits, tmp_path))
+    assert (trainer.epoch, trainer.step) == (state["epoch"], state["step"])
+    changed = small_config(digits, tmp_path)
+    changed.run.bf16_weights = False
+    with pytest.raises(UserError, match="run.bf16_weights=True, this one has False"):
+        Trainer(changed)
+
+
 def test_initial_weights_must_fit(digits, uninterrupted, tmp_path):
     saved = checkpoint.all_of(uninterrupted / "checkpoints")[-1]
     config = small_config(digits, tmp_path)

@@ -58,11 +58,11 @@ class Case:
 
     def config(self, **run: Any) -> TrainConfig:
         return TrainConfig(
-            data=DataConfig(num_classes=self.classes, image_size=self.image_size),
+            data=DataConfig(path="synthetic", num_classes=self.classes, image_size=self.image_size),
             model=ModelConfig(arch=self.arch, width=self.width, stem=self.stem, bn_group=self.bn_group),
             mopro=MoProConfig(queue_size=max(self.queue, self.batch), start_clean=_EPOCH),
             optim=OptimConfig(batch_size=self.batch, lr=0.01),
-            run=RunConfig(**run),
+            run=RunConfig(out="none", **run),
         )
 
     def images(self) -> Batch:
