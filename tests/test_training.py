@@ -17,6 +17,7 @@ from mopro_fast.errors import UserError
 from mopro_fast.training import checkpoint
 from mopro_fast.training.loop import Trainer
 from mopro_fast.training.optim import learning_rate
+from mopro_fast.training.step import TrainStep
 
 EPOCHS, STEPS = 3, 22  # 22 batches of 64 in the demo's 1,441 images
 
@@ -118,6 +119,28 @@ def test_what_a_run_leaves_behind(uninterrupted):
     labels = torch.load(uninterrupted / "labels.pt", weights_only=True)
     assert len(labels) == 1441 and int((labels == -2).sum()) == 1441 - STEPS * 64
     assert "images_per_second" in json.loads((uninterrupted / "timing.jsonl").read_text().splitlines()[0])
+
+
+def test_entries_are_means_over_their_steps(digits, tmp_path, monkeypatch):
+    losses, step = [], TrainStep.__call__
+
+    def noted(*args):
+        out = step(*args)
+        losses.append(out.loss.item())
+        return out
+
+    monkeypatch.setattr(TrainStep, "__call__", noted)
+    config = small_config(digits, tmp_path)
+    config.optim.epochs = 2
+    assert Trainer(config).run() == 0
+    entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    for split in ("train", "epoch"):
+        begin = 0
+        for entry in (e for e in entries if e["split"] == split):
+            end = entry["epoch"] * STEPS + entry["step"]
+            assert entry["loss"] == pytest.approx(sum(losses[begin:end]) / (end - begin), rel=1e-6)
+            begin = end
+        assert begin == 2 * STEPS == len(losses)
 
 
 def arguments(digits: Path, out: Path) -> list[str]:
