@@ -227,6 +227,10 @@ class TrainConfig:
             o.sgd != "apex" or not r.cuda_graph,
             "--sgd apex takes its learning rate from the host, which a CUDA graph cannot read: set --cuda-graph False",
         )
+        _require(
+            not (r.compile and r.recompute),
+            "--compile True: torch.compile cannot take the activation checkpointing of --recompute True: choose one",
+        )
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
