@@ -33,7 +33,8 @@ from mopro_fast.models.resnet import Bottleneck, GroupedBatchNorm2d
 from mopro_fast.training import inputs
 from mopro_fast.training.step import Shuffle, TrainStep
 
-OURS, OFFICIAL, OFFICIAL_AMP = "ours", "official, float32 NCHW", "official, autocast + channels-last"
+OURS, OFFICIAL = "ours", "official, float32 NCHW"
+OFFICIAL_FAST = {"cuda": "official, autocast + channels-last", "cpu": "official, channels-last"}
 CLONE = "salesforce/MoPro, the clone given"
 SUPERVISED, SUPERVISED_PLAIN = "supervised, this trainer", "supervised, plain PyTorch"
 ENCODERS = "the two encoders alone"
@@ -243,7 +244,7 @@ def variants(case: Case, clone: Path | None, everything: bool) -> dict[str, Call
     made: dict[str, Callable[[Case], Callable[[], Any]]] = {
         OURS: ours,
         OFFICIAL: lambda c: official_step(c, fast=False),
-        OFFICIAL_AMP: lambda c: official_step(c, fast=True),
+        OFFICIAL_FAST[case.device]: lambda c: official_step(c, fast=True),
         ENCODERS: encoders_alone,
     }
     if clone:
