@@ -288,8 +288,7 @@ def measure(case: Case, made: dict[str, Callable], seconds: float) -> dict[str, 
 
 
 def _alone(factory: Callable, case: Case, seconds: float) -> dict:
-    gc.collect()
-    torch.cuda.empty_cache()
+    _free(case.device)
     torch.cuda.reset_peak_memory_stats()
     try:
         call = factory(case)
@@ -328,6 +327,7 @@ def _summary(times: list[float], batch: int) -> dict:
 
 def on_images(case: Case, data: str, seconds: float) -> dict[str, float]:
     """Training from real files or shards: images_per_second, and the share of the time that waits for images."""
+    _free(case.device)
     config = case.config()
     config.data.path, config.run.device = data, case.device
     device = torch.device(case.device)
@@ -351,6 +351,13 @@ def on_images(case: Case, data: str, seconds: float) -> dict[str, float]:
     return {"images_per_second": count * case.batch / took, "data_wait": waited / took}
 
 
+def _free(device: str) -> None:
+    """What an earlier variant has left: its graph's memory hangs on cycles of references."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -358,6 +365,7 @@ def _synchronize(device: torch.device) -> None:
 
 def parts(case: Case, steps: int) -> dict[str, float]:
     """Milliseconds of each of PARTS in our eager step (median): marks are set around the modules from outside."""
+    _free(case.device)
     call = ours(case, cuda_graph=False)
     step, marks = call.step, _Marks(case.device)
     step.query.register_forward_pre_hook(lambda *_: marks("query forward"))
