@@ -5,6 +5,7 @@ Python read on the host stays as it was at the capture.
 """
 
 import contextlib
+import weakref
 
 import pytest
 import torch
@@ -87,6 +88,9 @@ def test_replayed_through_all_phases_it_is_the_eager_step(tapes, precision: str,
         losses = [*run_steps(step, 5), step(*another_batch(), 2, 15, 0.05).loss.clone()]
         states.append([*losses, *step.model.state_dict().values(), step.sums, step.assigned])
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+    step._graphed = True
+    step.close()
+    assert step._call._graph is None
     assert [tape.replays for tape in tapes] == [3, 3, 4]  # one per phase, after two eager steps in each
 
 
@@ -115,5 +119,9 @@ def test_another_key_is_captured_anew_and_frees_the_graph(tapes) -> None:
         assert graphed(key, torch.full((2,), float(i)), None).tolist() == [2 * i + key] * 2
     assert calls == [0] * 3 + [1] * 3 + [0] * 3
     assert [tape.replays for tape in tapes] == [2, 2, 1]
+    latest = weakref.ref(tapes.pop())
+    graphed.free()
+    assert latest() is None
+    assert [graphed(0, torch.ones(2), None).tolist() for _ in range(3)] == [[2, 2]] * 3 and len(tapes) == 3
     with pytest.raises(RuntimeError):
         graphed(0, torch.zeros(3), None)  # another shape than the captured one

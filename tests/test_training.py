@@ -122,7 +122,7 @@ def test_what_a_run_leaves_behind(uninterrupted):
 
 
 def test_entries_are_means_over_their_steps(digits, tmp_path, monkeypatch):
-    losses, step = [], TrainStep.__call__
+    losses, closed, step = [], [], TrainStep.__call__
 
     def noted(*args):
         out = step(*args)
@@ -130,6 +130,7 @@ def test_entries_are_means_over_their_steps(digits, tmp_path, monkeypatch):
         return out
 
     monkeypatch.setattr(TrainStep, "__call__", noted)
+    monkeypatch.setattr(TrainStep, "close", lambda step: closed.append(step))
     config = small_config(digits, tmp_path)
     config.optim.epochs = 2
     assert Trainer(config).run() == 0
@@ -141,6 +142,7 @@ def test_entries_are_means_over_their_steps(digits, tmp_path, monkeypatch):
             assert entry["loss"] == pytest.approx(sum(losses[begin:end]) / (end - begin), rel=1e-6)
             begin = end
         assert begin == 2 * STEPS == len(losses)
+    assert len(closed) == 1  # a GPU's graph is gone before NCCL is
 
 
 def arguments(digits: Path, out: Path) -> list[str]:

@@ -114,6 +114,7 @@ class Trainer:
         finally:
             for loader in (self.loader, *self.eval_loaders.values()):
                 loader.close()
+            self.train_step.close()
             self.log.close()
         return 0
 

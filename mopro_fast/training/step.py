@@ -87,6 +87,11 @@ class TrainStep:
         self.bad_step.copy_(torch.where(first_bad, self._step, self.bad_step))
         return StepOutput(out.loss.detach(), out.metrics, out.labels, out.kept)
 
+    def close(self) -> None:
+        """Free the CUDA graph: NCCL, when it is shut down, waits until no graph has its collectives any more."""
+        if self._graphed:
+            self._call.free()
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs beside model and optimizer. Collective: every rank must call it."""
         sums = distributed.gather_rows(self.sums[None]).cpu()  # [W, 2, metrics]
