@@ -1,6 +1,6 @@
 """The step with bfloat16 weights against the float32 step on the plain PyTorch backend: losses on real images.
 
-    python bench/numerics.py TRAIN-LIST TEST-LIST [--root FOLDER] [--seeds 3] [--epochs 8] [--part 2000]
+    python bench/numerics.py TRAIN-LIST TEST-LIST [--root FOLDER] [--seeds 3] [--epochs 8] [--part 2000] ...
 
 Recipe "small" on the first images of a shuffled list, every seed with both precisions; interrupted, it goes on.
 """
@@ -27,11 +27,14 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--part", type=int)
+    parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--width", type=float, default=1)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--runs", type=Path, default=Path("runs/numerics"))
     parser.add_argument("--results", type=Path, default=record.RESULTS)
     a = parser.parse_args()
+    if a.seeds < 2:
+        parser.error("--seeds must be at least 2: their spread is what a difference is compared with")
     lines = a.train.read_text().splitlines()
     lines = [lines[i] for i in np.sort(np.random.default_rng(0).permutation(len(lines))[: a.part])]
     a.runs.mkdir(parents=True, exist_ok=True)
@@ -45,6 +48,7 @@ def main() -> int:
             c.mopro.queue_size = 2 * a.batch_size
             c.data.path, c.data.root = str(a.runs / "train_list.txt"), str(a.root or a.train.parent)
             c.data.val = str(a.test)
+            c.data.image_size = c.data.eval_resize = a.image_size
             c.run.precision, c.run.log_every, c.run.cuda_graph = precision, log_every, precision == "bf16"
             c.run.out = str(a.runs / f"seed{seed}" / precision)
             with ops.use_backend("reference" if precision == "fp32" else "auto"):
@@ -55,7 +59,8 @@ def main() -> int:
             last = [e["loss"] for e in entries if e["split"] == "epoch"][-1]
             top1 = demo.curve(Path(c.run.out), "val", "top1")[-1]
             runs.append({"seed": seed, "precision": precision, "losses": losses, "loss": last, "top1": top1})
-    settings = {"seeds": a.seeds, "epochs": a.epochs, "images": len(lines), "width": a.width, "log_every": log_every}
+    settings = {name: getattr(a, name) for name in ("seeds", "epochs", "image_size", "width")}
+    settings |= {"images": len(lines), "log_every": log_every}
     print(record.write("numerics", {"settings": settings, "runs": runs}, a.results))
     for precision in ("fp32", "bf16"):
         own = [run for run in runs if run["precision"] == precision]

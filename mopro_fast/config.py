@@ -130,7 +130,8 @@ class OptimConfig:
 
 @dataclass
 class RunConfig:
-    """Where and how to run. Nothing here except seed, precision and deterministic changes the result."""
+    """Where and how to run. Nothing here changes the result except seed, precision and deterministic, compile by
+    rounding, and bf16_weights on several ranks, whose gradients then travel as bf16."""
 
     out: str = ""
     """Folder for checkpoints, logs and the config."""
@@ -225,6 +226,10 @@ class TrainConfig:
         _require(
             o.sgd != "apex" or not r.cuda_graph,
             "--sgd apex takes its learning rate from the host, which a CUDA graph cannot read: set --cuda-graph False",
+        )
+        _require(
+            not (r.compile and r.recompute),
+            "--compile True: torch.compile cannot take the activation checkpointing of --recompute True: choose one",
         )
 
     def to_json(self) -> str:

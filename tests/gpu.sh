@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU. `make test-gpu` runs all of it; naming parts runs those, in the order given.
-#   tests/gpu.sh [build] [test] [sanitize] [bench] [loader] [throughput] [accuracy]
-# A part that fails does not stop the next; the exit status is 1 if any failed. Each part but accuracy is meant to end
+#   tests/gpu.sh [build] [test] [sanitize] [bench] [loader] [throughput] [numerics] [accuracy]
+# A part that fails does not stop the next; the exit status is 1 if any failed. Each part but the last two is meant to end
 # within ten minutes; build must have run once before the others.
 #   PYTHON   the python to use (default python3)
 #   OUT      where JSON results go (default bench/results)
 #   LOADER   the loader's sets, "NAME=LIST=PX ..." (see bench/loader.py); without it, or without DALI, loader is skipped
 #   OFFICIAL a clone of salesforce/MoPro, timed beside ours in throughput
+#   NUMERICS what bench/numerics.py takes, "TRAIN-LIST TEST-LIST ..."; without it, or without DALI, numerics is skipped
 #   CIFAR10N an unpacked CIFAR-10N folder (see bench/cifar10n.py); without it, or without DALI, accuracy is skipped
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -29,7 +30,8 @@ build() {
 }
 
 test_() {
-  run "op tests" "$python" -m pytest -q tests/test_ops.py tests/test_{two_views,normalize}.py tests/test_*_cuda.py
+  run "op tests" "$python" -m pytest -q tests/test_ops.py tests/test_{two_views,normalize,batch_norm_act,conv1x1_stats}.py \
+    tests/test_*_cuda.py
   local others=(tests/test_optim.py tests/test_augment.py tests/test_cache.py tests/test_train_step.py)
   if "$python" -c 'import nvidia.dali' 2>/dev/null; then others+=(tests/test_pipeline.py); fi
   run "other GPU tests" "$python" -m pytest -q -m gpu "${others[@]}"
@@ -71,6 +73,17 @@ throughput() {
   run "bench/throughput.py" "$python" bench/throughput.py --results "$out" ${OFFICIAL:+--official "$OFFICIAL"}
 }
 
+numerics() {
+  if [ -z "${NUMERICS:-}" ]; then
+    results+=("numerics: skipped (NUMERICS is not set)")
+  elif ! "$python" -c 'import nvidia.dali' 2>/dev/null; then
+    results+=("numerics: skipped (DALI is not installed)")
+  else
+    read -ra arguments <<<"$NUMERICS"
+    run numerics "$python" bench/numerics.py "${arguments[@]}" --results "$out"
+  fi
+}
+
 accuracy() {
   if [ -z "${CIFAR10N:-}" ]; then
     results+=("accuracy: skipped (CIFAR10N is not set)")
@@ -82,11 +95,11 @@ accuracy() {
 }
 
 parts=("$@")
-[ $# -gt 0 ] || parts=(build test sanitize bench loader throughput accuracy)
+[ $# -gt 0 ] || parts=(build test sanitize bench loader throughput numerics accuracy)
 for part in "${parts[@]}"; do
   case $part in
-    build | test | sanitize | bench | loader | throughput | accuracy) ;;
-    *) echo "tests/gpu.sh: no part $part: choose build, test, sanitize, bench, loader, throughput or accuracy" >&2 && exit 2 ;;
+    build | test | sanitize | bench | loader | throughput | numerics | accuracy) ;;
+    *) echo "tests/gpu.sh: no part $part: choose build, test, sanitize, bench, loader, throughput, numerics or accuracy" >&2 && exit 2 ;;
   esac
 done
 if ! "$python" -c 'import torch; assert torch.cuda.is_available()'; then
@@ -97,6 +110,6 @@ for part in "${parts[@]}"; do
   [ "$part" = test ] && part=test_
   "$part"
 done
-"$python" bench/tables.py --print ops ops_requirements loader throughput_gpu throughput_requirements cifar10n --results "$out"
+"$python" bench/tables.py --print ops ops_requirements loader throughput_gpu throughput_requirements numerics cifar10n --results "$out"
 printf '%s\n' "${results[@]}"
 ! printf '%s\n' "${results[@]}" | grep -q FAILED

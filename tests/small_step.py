@@ -1,5 +1,6 @@
 """A MoPro model of a few thousand parameters and its training step."""
 
+import contextlib
 import copy
 
 import torch
@@ -28,13 +29,15 @@ def train_step(model: MoPro, rows: int = ROWS, device: str = "cpu", sgd: str = "
     return TrainStep(config, model, rows, torch.device(device))
 
 
-def run_steps(step: TrainStep, per_phase: int) -> list[torch.Tensor]:
-    """Steps through all phases on fixed random images; -> the loss of each."""
+def run_steps(step: TrainStep, per_phase: int, around=contextlib.nullcontext) -> list[torch.Tensor]:
+    """Steps through all phases on fixed random images, each inside ``around()``; -> the loss of each."""
     losses, shuffle = [], Shuffle(0, ROWS)
     for i in range(per_phase * len(PHASES)):
         g = torch.Generator().manual_seed(i)
         view_q, view_k = torch.randint(256, (2, ROWS, SIZE, SIZE, 3), dtype=torch.uint8, generator=g)
         batch = Batch(view_q, view_k, torch.randint(CLASSES, (ROWS,), generator=g), torch.arange(ROWS))
-        ((batch, place),) = shuffle([Batch(*(x.to(step.device) for x in batch))], i)
-        losses.append(step(batch, place, PHASES[i // per_phase], i, SGD["lr"]).loss.clone())
+        batch = Batch(*(x.to(step.device) for x in batch))
+        with around():
+            ((batch, place),) = shuffle([batch], i)
+            losses.append(step(batch, place, PHASES[i // per_phase], i, SGD["lr"]).loss.clone())
     return losses

@@ -63,6 +63,10 @@ MISTAKES = {
     "one row": (["--data", "{}/good.txt", "--batch-size", "1"], ["--batch-size 1"]),
     "no such validation data": (["--data", "{}/good.txt", "--batch-size", "4", "--val", "{}/no"], ["no such", "/no"]),
     "no GPU": (["--data", "{}/good.txt", "--device", "cuda"], ["cuda"]),
+    "compiled and computed twice": (
+        ["--data", "{}/good.txt", "--batch-size", "4", "--compile", "True", "--recompute", "True"],
+        ["--compile", "--recompute"],
+    ),
     "no such checkpoint": (
         ["--data", "{}/good.txt", "--batch-size", "4", "--resume", "{}/none.pt"],
         ["no checkpoint at"],

@@ -2,15 +2,18 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from mopro_fast import ops
 from mopro_fast.benchmark import command, report, throughput
 from mopro_fast.benchmark.command import Bench
 from mopro_fast.benchmark.throughput import OFFICIAL, OURS, PARTS, Case
 from mopro_fast.errors import UserError
+from mopro_fast.models.resnet import GroupedBatchNorm2d
 
 TINY = Case(8, classes=5, image_size=16, arch="resnet18", width=0.125, stem="small", queue=32, device="cpu")
 
@@ -27,6 +30,28 @@ def test_the_official_step_computes_what_ours_does():
         torch.testing.assert_close(ours(), official(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.prototypes, peer.prototypes, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.queue, peer.queue, rtol=1e-4, atol=1e-5)
+
+
+def test_peers_have_none_of_our_kernels(monkeypatch):
+    """On a GPU "auto" would give their encoders ops.batch_norm_act, and --bn-group groups of rows."""
+    case = replace(TINY, bn_group=4)
+    monkeypatch.setattr(ops.backends, "is_fused", lambda *_: True)
+    peers = [
+        throughput.official_step(case, fast=False),
+        throughput.official_step(case, fast=True),
+        throughput.supervised_plain(case),
+    ]
+
+    def refuse(*_, **__):
+        raise AssertionError("one of ours")
+
+    for name in ("batch_norm_act", "normalize"):
+        monkeypatch.setattr(ops, name, refuse)
+    monkeypatch.setattr(GroupedBatchNorm2d, "_by_groups", refuse)
+    for peer in peers:
+        peer()
+    with pytest.raises(AssertionError, match="one of ours"):
+        throughput.ours(case)()
 
 
 def test_every_variant_trains_and_the_table_has_it():
@@ -52,18 +77,24 @@ def test_the_command_and_its_mistakes(tmp_path, capsys):
     options = Bench(batch_sizes=(4, 8), classes=(3,), out=tmp_path / "a" / "out.json", **small)
     result = command.run(options)
     assert [c["batch"] for c in result["cases"]] == [4, 8] and result["not_reached"] == []
-    assert command.run(Bench(batch_sizes=(4,), minutes=0, **small))["not_reached"] == ["N=4 C=100"]
+    late = command.run(Bench(batch_sizes=(4,), minutes=0, **small))
+    assert late["not_reached"] == ["N=4 C=100"] and "in time (--minutes): N=4 C=100." in report.table(late)
     arguments = ["--device", "cpu", "--image-size", "32", "--width", "0.125", "--seconds", "0.01"]
     assert command.main([*arguments, "--batch-sizes", "4", "--out", str(options.out)]) == 0
     assert json.loads(options.out.read_text())["conditions"]["torch"].startswith(torch.__version__)
     assert "| **ours** |" in capsys.readouterr().out
     for wrong, message in [
-        (Bench(batch_sizes=(1,), **small), "at least 2"),
-        (Bench(batch_sizes=(6,), bn_group=4, **small), "--bn-group 4 must divide"),
+        (Bench(batch_sizes=(1,), **small), "leaves one row per rank"),
+        (Bench(batch_sizes=(6,), bn_group=4, **small), "--bn-group 4 does not divide"),
+        (Bench(batch_sizes=(6,), bn_group=-4, **small), "bn-group must be at least 0"),
+        (Bench(classes=(0,), **small), "num-classes must be at least 1"),
+        (Bench(**small | {"width": 0}), "--width must be at least"),
         (Bench(batch_sizes=(4,), official=tmp_path, **small), "no model.py there; name a clone"),
     ]:
         with pytest.raises(UserError, match=message):
             command.run(wrong)
+    with pytest.raises(UserError, match="is a folder: name a file"):
+        command.main([*arguments, "--out", str(tmp_path)])
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="PyTorch sees no GPU"):
             command.run(Bench(device="cuda"))

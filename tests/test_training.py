@@ -17,6 +17,7 @@ from mopro_fast.errors import UserError
 from mopro_fast.training import checkpoint
 from mopro_fast.training.loop import Trainer
 from mopro_fast.training.optim import learning_rate
+from mopro_fast.training.step import TrainStep
 
 EPOCHS, STEPS = 3, 22  # 22 batches of 64 in the demo's 1,441 images
 
@@ -118,6 +119,30 @@ def test_what_a_run_leaves_behind(uninterrupted):
     labels = torch.load(uninterrupted / "labels.pt", weights_only=True)
     assert len(labels) == 1441 and int((labels == -2).sum()) == 1441 - STEPS * 64
     assert "images_per_second" in json.loads((uninterrupted / "timing.jsonl").read_text().splitlines()[0])
+
+
+def test_entries_are_means_over_their_steps(digits, tmp_path, monkeypatch):
+    losses, closed, step = [], [], TrainStep.__call__
+
+    def noted(*args):
+        out = step(*args)
+        losses.append(out.loss.item())
+        return out
+
+    monkeypatch.setattr(TrainStep, "__call__", noted)
+    monkeypatch.setattr(TrainStep, "close", lambda step: closed.append(step))
+    config = small_config(digits, tmp_path)
+    config.optim.epochs = 2
+    assert Trainer(config).run() == 0
+    entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    for split in ("train", "epoch"):
+        begin = 0
+        for entry in (e for e in entries if e["split"] == split):
+            end = entry["epoch"] * STEPS + entry["step"]
+            assert entry["loss"] == pytest.approx(sum(losses[begin:end]) / (end - begin), rel=1e-6)
+            begin = end
+        assert begin == 2 * STEPS == len(losses)
+    assert len(closed) == 1  # a GPU's graph is gone before NCCL is
 
 
 def arguments(digits: Path, out: Path) -> list[str]:
@@ -233,6 +258,20 @@ def test_resume_refuses_another_run(digits, uninterrupted, tmp_path):
     text = tmp_path / "text.pt"
     text.write_text("not a checkpoint")
     assert "is it a whole file?" in refusal(lambda c: setattr(c.run, "resume", str(text)))
+
+
+def test_a_checkpoint_older_than_some_settings_goes_on(digits, uninterrupted, tmp_path):
+    saved = checkpoint.all_of(uninterrupted / "checkpoints")[0]
+    state = checkpoint.load(saved)
+    config = json.loads(state["config"])
+    del config["run"]["bf16_weights"], config["optim"]["sgd"]
+    checkpoint.save(tmp_path / "checkpoints", state["epoch"] * STEPS, state | {"config": json.dumps(config)}, 1)
+    trainer = Trainer(small_config(digits, tmp_path))
+    assert (trainer.epoch, trainer.step) == (state["epoch"], state["step"])
+    changed = small_config(digits, tmp_path)
+    changed.run.bf16_weights = False
+    with pytest.raises(UserError, match="run.bf16_weights=True, this one has False"):
+        Trainer(changed)
 
 
 def test_initial_weights_must_fit(digits, uninterrupted, tmp_path):

@@ -66,10 +66,13 @@ _EVERYTHING = (32, 256)  # batch sizes at which every variant is timed
 
 def main(argv: list[str]) -> int:
     options = tyro.cli(Bench, args=argv, prog="mopro-fast bench")
+    if options.out:
+        if options.out.is_dir():
+            raise UserError(f"--out {options.out} is a folder: name a file")
+        options.out.parent.mkdir(parents=True, exist_ok=True)
     result = run(options)
     print(report.table(result))
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps({"conditions": environment.collect(), **result}, indent=2) + "\n")
         print(f"\nnumbers: {options.out}")
     return 0
@@ -82,11 +85,8 @@ def run(options: Bench) -> dict[str, Any]:
     if device == "cuda" and not cuda:
         raise UserError("--device cuda: PyTorch sees no GPU; `mopro-fast env` says more, or use --device cpu")
     default = _GPU if device == "cuda" else _CPU
-    chosen = {name: getattr(options, name) or value for name, value in default.items()}
-    if min(*chosen["batch_sizes"], 2) < 2:
-        raise UserError("--batch-sizes must be at least 2: BatchNorm needs two rows")
-    if options.bn_group and any(n % options.bn_group for n in chosen["batch_sizes"]):
-        raise UserError(f"--bn-group {options.bn_group} must divide every one of --batch-sizes")
+    given = {name: getattr(options, name) for name in default}
+    chosen = {name: value if given[name] in (None, (), "") else given[name] for name, value in default.items()}
     if device == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be captured
@@ -97,6 +97,8 @@ def run(options: Bench) -> dict[str, Any]:
         )
         for c in chosen["classes"] for n in chosen["batch_sizes"]
     ]  # fmt: skip
+    for case in cases:
+        case.config().validate()
     began, results = time.perf_counter(), []
     for i, case in enumerate(cases, 1):
         if time.perf_counter() - began > 60 * options.minutes:

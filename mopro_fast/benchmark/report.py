@@ -7,7 +7,9 @@ from mopro_fast.benchmark.throughput import ENCODERS, OFFICIAL, OURS, PARTS
 
 def table(result: dict[str, Any]) -> str:
     """Every case: the variants, then the parts of our step, then training on images if that was asked for."""
-    blocks = [_variants(result), _parts(result), _on_images(result)]
+    late = result.get("not_reached")
+    missing = f"Not reached in time (--minutes): {', '.join(late)}." if late else ""
+    blocks = [_variants(result), missing, _parts(result), _on_images(result)]
     return "\n\n".join(block for block in blocks if block)
 
 

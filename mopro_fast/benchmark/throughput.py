@@ -19,6 +19,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from mopro_fast import ops
 from mopro_fast.benchmark import official, timing
@@ -32,7 +33,8 @@ from mopro_fast.models.resnet import Bottleneck, GroupedBatchNorm2d
 from mopro_fast.training import inputs
 from mopro_fast.training.step import Shuffle, TrainStep
 
-OURS, OFFICIAL, OFFICIAL_AMP = "ours", "official, float32 NCHW", "official, autocast + channels-last"
+OURS, OFFICIAL = "ours", "official, float32 NCHW"
+OFFICIAL_FAST = {"cuda": "official, autocast + channels-last", "cpu": "official, channels-last"}
 CLONE = "salesforce/MoPro, the clone given"
 SUPERVISED, SUPERVISED_PLAIN = "supervised, this trainer", "supervised, plain PyTorch"
 ENCODERS = "the two encoders alone"
@@ -57,11 +59,11 @@ class Case:
 
     def config(self, **run: Any) -> TrainConfig:
         return TrainConfig(
-            data=DataConfig(num_classes=self.classes, image_size=self.image_size),
+            data=DataConfig(path="synthetic", num_classes=self.classes, image_size=self.image_size),
             model=ModelConfig(arch=self.arch, width=self.width, stem=self.stem, bn_group=self.bn_group),
             mopro=MoProConfig(queue_size=max(self.queue, self.batch), start_clean=_EPOCH),
             optim=OptimConfig(batch_size=self.batch, lr=0.01),
-            run=RunConfig(**run),
+            run=RunConfig(out="none", **run),
         )
 
     def images(self) -> Batch:
@@ -109,12 +111,17 @@ class TwoEncoders(MoPro):
         return StepOutput(loss, metrics, labels, labels >= 0)
 
 
-def plain_norms(config: TrainConfig) -> MoPro:
-    model = build(config)
+def plain_norms(model: Module) -> Module:
+    """The model with PyTorch's BatchNorm, addition and ReLU in place of ops.batch_norm_act."""
     for m in model.modules():
         if isinstance(m, GroupedBatchNorm2d):
             m.fused = "off"
     return model
+
+
+def ordinary_encoder(case: Case) -> Module:
+    """What others train: an encoder with nothing of ours, and all rows in one BatchNorm group."""
+    return plain_norms(build_encoder(replace(case, bn_group=0).config())).to(case.device)
 
 
 def fused_key_convolutions(config: TrainConfig) -> MoPro:
@@ -147,7 +154,7 @@ def supervised(case: Case) -> Callable[[], Any]:
 def supervised_plain(case: Case) -> Callable[[], Any]:
     """As torchvision's reference trains: autocast on a GPU, channels-last, torch.optim.SGD, eager."""
     torch.manual_seed(0)
-    encoder = build_encoder(case.config()).to(case.device, memory_format=torch.channels_last).train()
+    encoder = ordinary_encoder(case).to(memory_format=torch.channels_last).train()
     config = case.config().optim
     optimizer = torch.optim.SGD(
         encoder.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay
@@ -170,7 +177,7 @@ def supervised_plain(case: Case) -> Callable[[], Any]:
 def official_step(case: Case, fast: bool) -> Callable[[], Any]:
     torch.manual_seed(0)
     config = case.config()
-    encoders = [build_encoder(config).to(case.device) for _ in range(2)]
+    encoders = [ordinary_encoder(case) for _ in range(2)]
     autocast = fast and case.device == "cuda"
     step = official.Step(*encoders, config.mopro, config.optim, autocast=autocast, channels_last=fast)
     batch = case.images()
@@ -237,7 +244,7 @@ def variants(case: Case, clone: Path | None, everything: bool) -> dict[str, Call
     made: dict[str, Callable[[Case], Callable[[], Any]]] = {
         OURS: ours,
         OFFICIAL: lambda c: official_step(c, fast=False),
-        OFFICIAL_AMP: lambda c: official_step(c, fast=True),
+        OFFICIAL_FAST[case.device]: lambda c: official_step(c, fast=True),
         ENCODERS: encoders_alone,
     }
     if clone:
@@ -247,10 +254,10 @@ def variants(case: Case, clone: Path | None, everything: bool) -> dict[str, Call
         if case.device == "cuda":
             made |= {
                 "ours, no CUDA graph": lambda c: ours(c, cuda_graph=False),
-                "ours, BatchNorm in plain PyTorch": lambda c: ours(c, plain_norms),
+                "ours, BatchNorm in plain PyTorch": lambda c: ours(c, lambda config: plain_norms(build(config))),
                 "ours, key encoder's 1×1 convolutions with BatchNorm": lambda c: ours(c, fused_key_convolutions),
                 "ours, BatchNorm in plain PyTorch, encoders under torch.compile": lambda c: ours(
-                    c, plain_norms, compile=True
+                    c, lambda config: plain_norms(build(config)), compile=True
                 ),
                 "ours, activations computed twice": lambda c: ours(c, recompute=True),
                 "ours, weights cast in every step": lambda c: ours(c, bf16_weights=False),
@@ -281,8 +288,7 @@ def measure(case: Case, made: dict[str, Callable], seconds: float) -> dict[str, 
 
 
 def _alone(factory: Callable, case: Case, seconds: float) -> dict:
-    gc.collect()
-    torch.cuda.empty_cache()
+    _free(case.device)
     torch.cuda.reset_peak_memory_stats()
     try:
         call = factory(case)
@@ -321,6 +327,7 @@ def _summary(times: list[float], batch: int) -> dict:
 
 def on_images(case: Case, data: str, seconds: float) -> dict[str, float]:
     """Training from real files or shards: images_per_second, and the share of the time that waits for images."""
+    _free(case.device)
     config = case.config()
     config.data.path, config.run.device = data, case.device
     device = torch.device(case.device)
@@ -344,6 +351,13 @@ def on_images(case: Case, data: str, seconds: float) -> dict[str, float]:
     return {"images_per_second": count * case.batch / took, "data_wait": waited / took}
 
 
+def _free(device: str) -> None:
+    """What an earlier variant has left: its graph's memory hangs on cycles of references."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -351,13 +365,15 @@ def _synchronize(device: torch.device) -> None:
 
 def parts(case: Case, steps: int) -> dict[str, float]:
     """Milliseconds of each of PARTS in our eager step (median): marks are set around the modules from outside."""
+    _free(case.device)
     call = ours(case, cuda_graph=False)
     step, marks = call.step, _Marks(case.device)
     step.query.register_forward_pre_hook(lambda *_: marks("query forward"))
     step.query.register_forward_hook(lambda *_: marks("rest"))
     step.key.register_forward_pre_hook(lambda *_: marks("key forward"))
     step.key.register_forward_hook(lambda *_: marks("head"))
-    gather, zero_grad, optimize = mopro_module.gather_together, step.optimizer.zero_grad, step.optimizer.step
+    step.model.register_forward_hook(lambda *_: marks("backward"))
+    gather, optimize = mopro_module.gather_together, step.optimizer.step
 
     def gathering(*tensors: Tensor) -> list[Tensor]:
         marks("communication")
@@ -365,17 +381,13 @@ def parts(case: Case, steps: int) -> dict[str, float]:
         marks("head")
         return result
 
-    def zeroing(**options: Any) -> None:
-        marks("backward")
-        zero_grad(**options)
-
     def optimizing() -> None:
         marks("optimizer and EMA")
         optimize()
         marks("rest")
 
     found: list[dict[str, float]] = []
-    step.optimizer.zero_grad, step.optimizer.step = zeroing, optimizing
+    step.optimizer.step = optimizing
     with mock.patch.object(mopro_module, "gather_together", gathering):
         for _ in range(3 + steps):
             marks.start()

@@ -21,7 +21,6 @@ def bottleneck(block: nn.Module, x: Tensor) -> Tensor:
 
 def _conv1x1(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, norm: tuple | None) -> tuple[Tensor, tuple]:
     """-> the convolution's output and how bn will normalise it"""
-    bn.num_batches_tracked.add_(1)
     y, mean, rstd = ops.conv1x1_stats_(
         x, conv.weight, bn.running_mean, bn.running_var, norm, group=bn.group, momentum=bn.momentum, eps=bn.eps
     )
@@ -29,6 +28,5 @@ def _conv1x1(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, norm: tuple | None)
 
 
 def _norm(bn: nn.BatchNorm2d, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    bn.num_batches_tracked.add_(1)
     statistics = bn.running_mean, bn.running_var, bn.momentum, bn.eps, bn.group
     return (*torch.ops.mopro_fast.batch_norm_stats_(y, *statistics), bn.weight, bn.bias)

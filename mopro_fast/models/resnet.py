@@ -23,7 +23,8 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
 
     One device with 256 rows in groups of 32 normalises as eight devices with 32 rows each do. The running
     statistics move once per step, towards the mean over the groups. ``group=0``: all rows are one group.
-    Parameters and buffers are those of BatchNorm2d; they stay float32 whatever x is.
+    Parameters and buffers are those of BatchNorm2d; they stay float32 whatever x is. The encoder counts
+    the batches.
 
     fused: "auto" runs ``ops.batch_norm_act`` where it has a kernel, "on" everywhere, "off" nowhere.
     """
@@ -35,12 +36,15 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
         if self.training and self.group and len(x) % self.group:
             raise ValueError(f"the batch of {len(x)} rows is not a multiple of bn_group={self.group}")
         if self.training and self._is_fused(x.device.type):
-            self.num_batches_tracked.add_(1)
             return ops.batch_norm_act(
                 x, self.weight, self.bias, self.running_mean, self.running_var, residual,
                 relu=relu, group=self.group, momentum=self.momentum, eps=self.eps,
             )  # fmt: skip
-        x = self._by_groups(x) if self.training and self.group not in (0, len(x)) else super().forward(x)
+        if self.training and self.group not in (0, len(x)):
+            x = self._by_groups(x)
+        else:
+            statistics = self.running_mean, self.running_var
+            x = F.batch_norm(x, *statistics, self.weight, self.bias, self.training, self.momentum, self.eps)
         if residual is not None:
             x = x.add_(residual)
         return F.relu(x, inplace=True) if relu else x
@@ -57,7 +61,6 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
             variances.append(var)
         self.running_mean.copy_(torch.stack(means).mean(0))
         self.running_var.copy_(torch.stack(variances).mean(0))
-        self.num_batches_tracked.add_(1)
         return torch.cat(parts)
 
 
@@ -152,8 +155,9 @@ class ResNet(nn.Module):
             if isinstance(m, nn.Conv2d):
                 fan_out = m.kernel_size[0] * m.kernel_size[1] * m.out_channels
                 nn.init.normal_(m.weight, std=math.sqrt(2 / fan_out))
-            elif isinstance(m, GroupedBatchNorm2d):
-                m.group = bn_group
+        self._norms = [m for m in self.modules() if isinstance(m, GroupedBatchNorm2d)]
+        for norm in self._norms:
+            norm.group = bn_group
 
     def _stage(self, block: type[nn.Module], planes: int, depth: int, stride: int) -> nn.Sequential:
         downsample = None
@@ -169,6 +173,8 @@ class ResNet(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """images [N, 3, H, W] → pooled features [N, feature_dim]; any H and W."""
+        if self.training:  # in one launch, not 53
+            torch._foreach_add_([norm.num_batches_tracked for norm in self._norms], 1)
         x = self.maxpool(self.bn1(self.conv1(x), relu=True))
         for block in (*self.layer1, *self.layer2, *self.layer3, *self.layer4):
             x = _recomputed(block, x) if self.recompute and torch.is_grad_enabled() else block(x)
@@ -192,12 +198,11 @@ def _recomputed(block: nn.Module, x: Tensor) -> Tensor:
 def _statistics_at_rest(block: nn.Module) -> Iterator[None]:
     """The running statistics have moved in the forward pass already."""
     norms = [m for m in block.modules() if isinstance(m, GroupedBatchNorm2d)]
-    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    before = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm, (momentum, tracked) in zip(norms, before, strict=True):
+        for norm, momentum in zip(norms, before, strict=True):
             norm.momentum = momentum
-            norm.num_batches_tracked.copy_(tracked)

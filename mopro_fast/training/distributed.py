@@ -76,13 +76,11 @@ def shuffle_order(seed: int, step: int, rows: int) -> np.ndarray:
     return np.random.default_rng([seed, step, 0x5B]).permutation(rows)
 
 
-def exchange_rows(x: Tensor, order: np.ndarray) -> Tensor:
-    """Row i of the result, over all ranks, is row order[i] of the input: [N, …] → [N, …] by one all-to-all."""
-    return start_exchange(x, order)()
-
-
 def start_exchange(x: Tensor, order: np.ndarray, group: dist.ProcessGroup | None = None) -> Callable[[], Tensor]:
-    """:func:`exchange_rows` while other work is done: the function returned waits for the result."""
+    """Row i of the result, over all ranks, is row order[i] of the input: [N, …] → [N, …] by one all-to-all.
+
+    The function returned waits for it and gives the result; other work can be done meanwhile.
+    """
     rank, ranks = world()
     n = len(x)
     if ranks == 1:

@@ -24,9 +24,13 @@ class Graphed:
         self._inputs: list[Tensor | None] = []
         self._result: Any = None
 
+    def free(self) -> None:
+        """Give the graph's memory back; another call begins anew."""
+        self._key = self._graph = self._result = None
+
     def __call__(self, key: Hashable, *tensors: Tensor | None) -> Any:
         if key != self._key:
-            self._graph = self._result = None
+            self.free()
             self._key, self._calls = key, 0
         self._calls += 1
         if self._calls <= self._warm_up:

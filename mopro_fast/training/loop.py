@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from mopro_fast import __version__
-from mopro_fast.config import TrainConfig, differences
+from mopro_fast.config import TrainConfig, differences, from_dict
 from mopro_fast.data.index import Index
 from mopro_fast.data.pipeline import Batch
 from mopro_fast.errors import UserError
@@ -114,6 +114,7 @@ class Trainer:
         finally:
             for loader in (self.loader, *self.eval_loaders.values()):
                 loader.close()
+            self.train_step.close()
             self.log.close()
         return 0
 
@@ -298,7 +299,8 @@ class Trainer:
             )
 
     def _require_same_run(self, path: str | Path, state: dict) -> None:
-        theirs, ours = json.loads(state["config"]), json.loads(self.config.to_json())
+        saved = from_dict(TrainConfig, json.loads(state["config"]), str(path))  # without settings that are newer
+        theirs, ours = (json.loads(config.to_json()) for config in (saved, self.config))
         changed = [name for name in differences(theirs, ours) if name not in FREE]
         if any(name.startswith("model.") or name == "data.num_classes" for name in changed):
             checkpoint.check_fits(self.model.state_dict(), state["model"], path)

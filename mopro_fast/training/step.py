@@ -40,7 +40,7 @@ class TrainStep:
         if config.run.compile:
             for encoder in (self.query, self.key):
                 if encoder is not None:
-                    encoder.compile()
+                    encoder.compile(dynamic=False)  # DDP's first pass has images of another size
         # A float lr would be baked into the graph.
         self.lr = torch.zeros(1, device=device) if self._graphed else None
         self.optimizer = build_optimizer(
@@ -76,9 +76,9 @@ class TrainStep:
         return self._call(self.model.phase(epoch), batch.view_q, batch.view_k, batch.labels, batch.ids, place)
 
     def _run(self, epoch: int, view_q: Tensor, view_k: Tensor, labels: Tensor, ids: Tensor, place: Tensor):
+        self.optimizer.zero_grad(set_to_none=True)  # first: what is left of an earlier graph would keep its memory
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             out = self.model(view_q, view_k, labels, epoch, place, self.query, self.key)
-        self.optimizer.zero_grad(set_to_none=True)
         out.loss.backward()
         self.optimizer.step()  # with it the key encoder: step 2 of the method
         self.sums += torch.stack([out.metrics[name] for name in self.model.METRICS])
@@ -86,6 +86,11 @@ class TrainStep:
         first_bad = (self.bad_step < 0) & ~out.loss.detach().isfinite()
         self.bad_step.copy_(torch.where(first_bad, self._step, self.bad_step))
         return StepOutput(out.loss.detach(), out.metrics, out.labels, out.kept)
+
+    def close(self) -> None:
+        """Free the CUDA graph: NCCL, when it is shut down, waits until no graph has its collectives any more."""
+        if self._graphed:
+            self._call.free()
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs beside model and optimizer. Collective: every rank must call it."""

@@ -1,0 +1,127 @@
+"""A step replayed is the eager step: a CUDA graph's part is taken by a tape of the operators, which needs no GPU.
+
+Like a graph, the tape does not compute while it captures, and replays the same operators on the same memory: whatever
+Python read on the host stays as it was at the capture.
+"""
+
+import contextlib
+import weakref
+
+import pytest
+import torch
+from small_step import ROWS, SIZE, run_steps, small_model, train_step
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mopro_fast.data.pipeline import Batch
+from mopro_fast.training.graph import Graphed
+
+
+def tensors(tree) -> list[torch.Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+class Tape(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators, self.replays = [], 0
+        self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        for x in tensors((args, kwargs)):
+            storage = x.untyped_storage()
+            self._before.setdefault(storage._cdata, (storage, storage.clone()))
+        out = func(*args, **kwargs)
+        given = {x.untyped_storage()._cdata for x in tensors((args, kwargs))}
+        self.operators.append((func, args, kwargs, out, given))
+        return out
+
+    def __exit__(self, *error) -> None:
+        super().__exit__(*error)
+        for storage, before in self._before.values():
+            storage.copy_(before)
+        self._before.clear()
+
+    def replay(self) -> None:
+        self.replays += 1
+        with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+            for func, args, kwargs, out, given in self.operators:
+                for old, new in zip(tensors(out), tensors(func(*args, **kwargs)), strict=True):
+                    if old.untyped_storage()._cdata not in given:  # its own memory: no view, not changed in place
+                        old.copy_(new)
+
+
+@pytest.fixture
+def tapes(monkeypatch) -> list[Tape]:
+    made: list[Tape] = []
+
+    def new() -> Tape:
+        made.append(Tape())
+        return made[-1]
+
+    @contextlib.contextmanager
+    def capture(tape, **_):
+        with tape:
+            yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", new)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    return made
+
+
+def another_batch() -> tuple[Batch, torch.Tensor]:
+    views = torch.randint(256, (2, ROWS, SIZE, SIZE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(99))
+    return Batch(*views.unbind(), torch.zeros(ROWS, dtype=torch.int64), torch.arange(ROWS)), torch.arange(ROWS)
+
+
+@pytest.mark.parametrize("precision, bf16_weights", [("fp32", True), ("bf16", True), ("bf16", False)])
+def test_replayed_through_all_phases_it_is_the_eager_step(tapes, precision: str, bf16_weights: bool) -> None:
+    states = []
+    for graphed in (False, True):
+        step = train_step(small_model(), precision=precision, bf16_weights=bf16_weights)
+        if graphed:
+            step.lr = torch.zeros(1)
+            step.optimizer.param_groups[0]["lr"] = step.lr
+            step._call = Graphed(step._run, 2)
+        losses = [*run_steps(step, 5), step(*another_batch(), 2, 15, 0.05).loss.clone()]
+        states.append([*losses, *step.model.state_dict().values(), step.sums, step.assigned])
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+    step._graphed = True
+    step.close()
+    assert step._call._graph is None
+    assert [tape.replays for tape in tapes] == [3, 3, 4]  # one per phase, after two eager steps in each
+
+
+def test_a_loss_that_is_not_finite_is_noted_with_its_step(tapes) -> None:
+    step = train_step(small_model())
+    step._call = Graphed(step._run, 1)
+    batch, place = another_batch()
+    for i in range(6):
+        if i == 4:
+            with torch.no_grad():
+                step.model.encoder_q.fc2.bias.fill_(float("nan"))
+        step(batch, place, 0, i, 0.0)
+        assert step.bad_step.tolist() == [-1 if i < 4 else 4]
+
+
+def test_another_key_is_captured_anew_and_frees_the_graph(tapes) -> None:
+    calls = []
+
+    def function(key, x, nothing):
+        calls.append(key)
+        assert nothing is None
+        return x * 2 + key
+
+    graphed = Graphed(function, warm_up=2)
+    for i, key in enumerate([0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0]):
+        assert graphed(key, torch.full((2,), float(i)), None).tolist() == [2 * i + key] * 2
+    assert calls == [0] * 3 + [1] * 3 + [0] * 3
+    assert [tape.replays for tape in tapes] == [2, 2, 1]
+    latest = weakref.ref(tapes.pop())
+    graphed.free()
+    assert latest() is None
+    assert [graphed(0, torch.ones(2), None).tolist() for _ in range(3)] == [[2, 2]] * 3 and len(tapes) == 3
+    with pytest.raises(RuntimeError):
+        graphed(0, torch.zeros(3), None)  # another shape than the captured one
