@@ -7,6 +7,7 @@ docs/performance.md shows it (python bench/tables.py). With --check it fails if 
 
 import argparse
 import sys
+from pathlib import Path
 
 import record  # first: it sets what OpenMP reads when torch is imported
 
@@ -24,10 +25,14 @@ def main() -> int:
     parser.add_argument("--results", default=record.RESULTS)
     parser.add_argument("--check", action="store_true")
     a, rest = parser.parse_known_args()
-    result = command.run(tyro.cli(command.Bench, args=rest, prog="bench/throughput.py"))
-    gpu = result["settings"]["device"] == "cuda"
-    result["requirements"] = requirements(result) if gpu else []
-    print(record.write("throughput_gpu" if gpu else "throughput_cpu", result, a.results), file=sys.stderr)
+
+    def keep(result: dict) -> Path:
+        gpu = result["settings"]["device"] == "cuda"
+        result["requirements"] = requirements(result) if gpu else []
+        return record.write("throughput_gpu" if gpu else "throughput_cpu", result, a.results)
+
+    result = command.run(tyro.cli(command.Bench, args=rest, prog="bench/throughput.py"), keep)
+    print(keep(result), file=sys.stderr)
     print(report.table(result))
     return int(a.check and not all(q["passed"] for q in result["requirements"]))
 

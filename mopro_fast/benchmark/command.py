@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -70,16 +71,23 @@ def main(argv: list[str]) -> int:
         if options.out.is_dir():
             raise UserError(f"--out {options.out} is a folder: name a file")
         options.out.parent.mkdir(parents=True, exist_ok=True)
-    result = run(options)
-    print(report.table(result))
+    conditions = environment.collect()
+
+    def keep(result: dict[str, Any]) -> None:
+        if options.out:
+            options.out.write_text(json.dumps({"conditions": conditions, **result}, indent=2) + "\n")
+
+    print(report.table(run(options, keep)))
     if options.out:
-        options.out.write_text(json.dumps({"conditions": environment.collect(), **result}, indent=2) + "\n")
         print(f"\nnumbers: {options.out}")
     return 0
 
 
-def run(options: Bench) -> dict[str, Any]:
-    """-> {"settings", "cases", "not_reached", "seconds"}; progress goes to stderr."""
+def run(options: Bench, keep: Callable[[dict[str, Any]], object] = lambda _: None) -> dict[str, Any]:
+    """-> {"settings", "cases", "not_reached", "seconds"}; progress goes to stderr.
+
+    ``keep`` gets what there is after every case, so that a benchmark that is cut short has not been for nothing.
+    """
     cuda = torch.cuda.is_available()
     device = options.device if options.device != "auto" else ("cuda" if cuda else "cpu")
     if device == "cuda" and not cuda:
@@ -99,7 +107,15 @@ def run(options: Bench) -> dict[str, Any]:
     ]  # fmt: skip
     for case in cases:
         case.config().validate()
+    settings = {"device": device, **{k: v for k, v in chosen.items() if k not in ("batch_sizes", "classes")}}
+    settings |= {"bn_group": options.bn_group, "seconds": options.seconds}
     began, results = time.perf_counter(), []
+
+    def so_far() -> dict[str, Any]:
+        left = [f"N={c.batch} C={c.classes}" for c in cases[len(results) :]]
+        seconds = round(time.perf_counter() - began, 1)
+        return {"settings": settings, "cases": results, "not_reached": left, "seconds": seconds}
+
     for i, case in enumerate(cases, 1):
         if time.perf_counter() - began > 60 * options.minutes:
             break
@@ -120,10 +136,5 @@ def run(options: Bench) -> dict[str, Any]:
             f"[{i}/{len(cases)} {time.perf_counter() - began:.0f} s] N={case.batch} C={case.classes}: {line}",
             file=sys.stderr,
         )
-    settings = {"device": device, **{k: v for k, v in chosen.items() if k not in ("batch_sizes", "classes")}}
-    return {
-        "settings": settings | {"bn_group": options.bn_group, "seconds": options.seconds},
-        "cases": results,
-        "not_reached": [f"N={c.batch} C={c.classes}" for c in cases[len(results) :]],
-        "seconds": round(time.perf_counter() - began, 1),
-    }
+        keep(so_far())
+    return so_far()
