@@ -142,8 +142,8 @@ def stopped_at(c, model: Path, at_step: int) -> None:
     trainer = Supervised(c, load_weights(model), narrow)
     step = trainer._train_step
 
-    def stop_here(batch):
-        step(batch)
+    def stop_here(batch, place):
+        step(batch, place)
         if trainer.global_step == at_step:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -183,10 +183,10 @@ def test_finetuning_killed_and_resumed_ends_with_the_same_bits(data, model, tmp_
     trainer = Supervised(c, load_weights(model), with_share)
     step = trainer._train_step
 
-    def die(batch):
+    def die(batch, place):
         if trainer.global_step == 7:  # after a log entry that the checkpoint at 4 does not know
             raise MemoryError
-        step(batch)
+        step(batch, place)
 
     trainer._train_step = die
     with pytest.raises(MemoryError):
@@ -298,6 +298,16 @@ def test_a_list_of_names(tmp_path):
     for text, expected in {"x.jpg": ":1: several", "\nno.jpg": ":2: no such", "#": "names no image"}.items():
         with pytest.raises(UserError, match=expected):
             labels(text)
+
+
+def test_an_image_that_is_listed_twice_has_the_label_of_each_row(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "list.txt").write_text("a.png 0\nb.png 1\na.png 1\n")
+    pq.write_table(pa.table({"path": ["a.png", "b.png", "a.png"], "label": [0, -1, 2]}), tmp_path / "c.parquet")
+    c = Retrain(cleaned=str(tmp_path / "c.parquet"))
+    index = load_index(tmp_path / "list.txt", "train", num_classes=2)
+    assert with_cleaned_labels(c, index).labels.tolist() == [0, -1, 2]
 
 
 def test_refusals(data, model, whole, tmp_path):
