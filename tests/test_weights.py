@@ -195,6 +195,14 @@ def damaged_files(files: dict[str, Path], folder: Path) -> dict[Path, str]:
     cases[changed("wide.pt", lambda s: s.update({q: torch.zeros(3, 3)}))] = "layer2.0.conv1.weight is 3×3"
     cases[changed("more.pt", lambda s: s.update({"module.encoder_q.fc3.bias": torch.zeros(3)}))] = "fc3.bias is 3"
     cases[changed("nan.pt", lambda s: s[q].fill_(float("nan")))] = "not finite everywhere"
+    cases[changed("int.pt", lambda s: s.update({q: s[q].int()}))] = "layer2.0.conv1.weight is of type int32"
+    cases[changed("complex.pt", lambda s: s.update({q: s[q] + 0j}))] = "layer2.0.conv1.weight is of type complex64"
+    count = "module.encoder_q.bn1.num_batches_tracked"
+    cases[changed("count.pt", lambda s: s.update({count: torch.tensor(1.5)}))] = "tracked is of type float32"
+    cases[changed("far.pt", lambda s: s["module.queue_ptr"].fill_(24))] = "queue_ptr 24 points outside the queue"
+    ours = checkpoint.read(files["mopro_fast"])
+    torch.save({**ours, "config": '{"data": {"image_size": -3}}'}, folder / "size.pt")
+    cases[folder / "size.pt"] = "image_size -3"
     short = torch.zeros(4, 6)
     cases[changed("classes.pt", lambda s: s.update({"module.prototypes": short}))] = "prototypes is 4×6, expected 5×6"
     cases[changed("deep.pt", lambda s: s.update({"module.encoder_q.layer1.2.x": short}))] = "(3, 2, 2, 2) BasicBlocks"
