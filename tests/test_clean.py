@@ -100,7 +100,7 @@ def test_the_official_file_is_what_json_dump_writes(whole):
     assert sorted(p.name for p in whole.iterdir()) == ["clean.json", TABLE, OFFICIAL]
 
 
-def interrupted(model: Path, data: Path, out: Path, after: int) -> None:
+def interrupted(model: Path, data: Path, out: Path, after: int, **changes) -> None:
     """Stop as by Ctrl-C while a part is written."""
     write, written = module._write_part, []
 
@@ -113,7 +113,7 @@ def interrupted(model: Path, data: Path, out: Path, after: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_write_part", stop)
         with pytest.raises(KeyboardInterrupt):
-            clean(options(model, data, out), CPU)
+            clean(options(model, data, out, **changes), CPU)
 
 
 @pytest.mark.parametrize("after", [0, 2])
@@ -139,7 +139,7 @@ def test_a_finished_cleaning_says_so_and_another_is_refused(whole, model, data, 
     before = files(whole)
     assert sum(clean(options(model, data, whole), CPU).values()) == IMAGES
     assert "is finished" in capsys.readouterr().err and files(whole) == before
-    with pytest.raises(UserError, match="a cleaning with another alpha: choose another --out"):
+    with pytest.raises(UserError, match="another cleaning, with another alpha: choose another --out"):
         clean(options(model, data, whole, alpha=0.5), CPU)
 
 
@@ -152,3 +152,16 @@ def test_refusals(model, data, tmp_path):
     with pytest.raises(UserError, match="ce.pt has no prototypes"):
         clean(options(tmp_path / "ce.pt", data, tmp_path), CPU)
     assert not (tmp_path / "clean.json").exists()
+    (tmp_path / "file").touch()
+    for out in ("file", "file/x"):
+        with pytest.raises(UserError, match=f"{out}.*(name a folder|Not a directory: choose another --out)"):
+            clean(options(model, data, tmp_path / out), CPU)
+    (tmp_path / "clean.json").write_text("[]")
+    with pytest.raises(UserError, match=r"clean\.json cannot be read: remove it"):
+        clean(options(model, data, tmp_path), CPU)
+
+
+def test_settings_may_change_while_nothing_is_done(whole, model, data, tmp_path):
+    interrupted(model, data, tmp_path, 0, alpha=0.5)
+    clean(options(model, data, tmp_path), CPU)
+    assert files(tmp_path) == files(whole)
