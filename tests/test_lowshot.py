@@ -11,7 +11,8 @@ from sklearn.svm import LinearSVC
 from mopro_fast import cli
 from mopro_fast.downstream import lowshot
 from mopro_fast.downstream.done import Done
-from mopro_fast.downstream.lowshot import VOC_CLASSES, average_precision, draw, svm_scores
+from mopro_fast.downstream.lowshot import VOC_CLASSES, draw, svm_scores
+from mopro_fast.downstream.svm import average_precision
 from mopro_fast.errors import UserError
 
 
