@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from processes import on_ranks
 
 from mopro_fast.downstream import clean as module
 from mopro_fast.downstream.clean import OFFICIAL, TABLE, Clean, clean
@@ -122,17 +121,6 @@ def test_interrupted_and_resumed_it_writes_the_same_bytes(whole, model, data, tm
     assert not (tmp_path / TABLE).exists() and len(list((tmp_path / "parts").glob("*.parquet"))) == after
     clean(options(model, data, tmp_path), CPU)
     assert files(tmp_path) == files(whole)
-
-
-def _on_rank(_rank: int, _ranks: int, model: Path, data: Path, *outs: Path) -> None:
-    for out in outs:
-        clean(options(model, data, out), CPU)
-
-
-def test_two_ranks_write_the_same_bytes_and_go_on_where_one_stopped(whole, model, data, tmp_path):
-    interrupted(model, data, tmp_path / "begun", 1)
-    on_ranks(2, _on_rank, model, data, tmp_path / "new", tmp_path / "begun")
-    assert files(tmp_path / "new") == files(whole) == files(tmp_path / "begun")
 
 
 def test_a_finished_cleaning_says_so_and_another_is_refused(whole, model, data, capsys):

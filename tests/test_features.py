@@ -7,7 +7,6 @@ import pytest
 import torch
 from downstream_data import SIDE, write_checkpoint, write_folders
 from PIL import Image
-from processes import on_ranks
 
 from mopro_fast import ops
 from mopro_fast.data.index import load_index
@@ -109,22 +108,6 @@ def test_interrupted_it_goes_on(tmp_path, index, monkeypatch):
     found = compute(index, path, rest, 3, OPTIONS)
     assert sum(shown) == 30 and np.array_equal(found, sums(pixels(index)))
     assert [p.name for p in tmp_path.iterdir()] == ["x.npy"]
-
-
-def work_on_rank(rank, ranks, folder, index):
-    shown = []
-    judge = frozen(folder, f"of {ranks}")
-    encode = judge.encoder.features
-    judge.encoder.features = lambda images: shown.append(len(images)) or encode(images)
-    judge.features(index, "set")
-    assert shown == ([8, 8] if rank == 0 else [8, 6])
-
-
-def test_the_bytes_do_not_depend_on_the_ranks(folder, index):
-    on_ranks(2, work_on_rank, folder, index)
-    frozen(folder, "of 1").features(index, "set")
-    one, two = (list((folder / f"of {ranks}").iterdir()) for ranks in (1, 2))
-    assert [p.name for p in one] == [p.name for p in two] and one[0].read_bytes() == two[0].read_bytes()
 
 
 def test_broken_images_are_left_out_and_named(tmp_path, folder, capsys):
