@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from processes import on_ranks
 
 from mopro_fast import cli, ops
 from mopro_fast.data.index import load_index
@@ -256,19 +255,6 @@ def test_mixup_mixes_images_and_losses(data, model, tmp_path):
     assert trainer.sums[0, 0].item() == pytest.approx(expected, rel=1e-5)
 
 
-def _train(rank: int, _ranks: int, data: Path, model: Path, out: Path) -> None:
-    run(retrain(data, out), model)
-
-
-def test_two_ranks_train_the_same_classifier(data, model, tmp_path):
-    run(retrain(data, tmp_path / "1"), model)
-    on_ranks(2, _train, data, model, tmp_path / "2")
-    one, two = (last(tmp_path / ranks)["model"]["encoder_q.classifier.weight"] for ranks in "12")
-    before = load_weights(model).state["encoder_q.classifier.weight"]
-    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
-    assert (one - before).abs().max() > 100 * (one - two).abs().max()
-
-
 def test_a_share_of_the_images():
     labels = np.repeat([0, 1, 2, -1], [600, 300, 3, 100])
     for balanced in (False, True):
@@ -321,6 +307,8 @@ def test_refusals(data, model, whole, tmp_path):
 
     assert "set --cleaned" in refusal(lambda c: setattr(c, "cleaned", ""))
     assert "cannot read the cleaned labels" in refusal(lambda c: setattr(c, "cleaned", str(data / "val.txt")))
+    assert "no cleaned labels at" in refusal(lambda c: setattr(c, "cleaned", str(tmp_path)))
+    assert "config.json: Not a dir" in refusal(lambda c: setattr(c.run, "out", str(data / "val.txt" / "x")))
     other = pa.table({"path": ["000.png", "other.png"], "label": [0, 0]})
     pq.write_table(other, tmp_path / "other.parquet")
     assert "it has other.png" in refusal(lambda c: setattr(c, "cleaned", str(tmp_path / "other.parquet")))

@@ -44,6 +44,8 @@ def with_cleaned_labels(config: Retrain, index: Index) -> Index:
         raise UserError("no cleaned labels given: set --cleaned to the table that `mopro-fast clean` wrote")
     path = Path(config.cleaned)
     path = path / "cleaned.parquet" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"no cleaned labels at {path}: name the --out of `mopro-fast clean`, or a file that it wrote")
     paths, labels = _read(path)
     own = pa.array(index.paths.tolist(), pa.string())
     absent = paths.filter(pc.invert(pc.is_in(paths, value_set=own)))

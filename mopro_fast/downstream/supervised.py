@@ -24,6 +24,7 @@ from mopro_fast.config import DataConfig, ModelConfig, OptimConfig, RunConfig, T
 from mopro_fast.data.index import Index
 from mopro_fast.data.order import balancing_repeats
 from mopro_fast.data.pipeline import Batch
+from mopro_fast.downstream.done import write_json
 from mopro_fast.downstream.weights import Weights, build_encoder, digest, load_weights
 from mopro_fast.errors import UserError
 from mopro_fast.models.resnet import ResNet
@@ -207,8 +208,7 @@ class Supervised(Trainer):
         self.replaced = [0, 0]  # images that could not be read any more: in this epoch, in the run
         log_bytes = self._restore(path, state) if state else 0
         if self.rank == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / "config.json").write_text(config.to_json())
+            write_json(self.out / "config.json", dataclasses.asdict(config))
         self.log = RunLog(self.out, self.rank == 0, log_bytes, self.global_step, config.run.tensorboard)
         self.log.say(f"{len(self.index.usable)} of {len(self.index)} images are shown, {self.steps} steps per epoch")
 
