@@ -255,7 +255,7 @@ def _prototypes(run: Run) -> dict[str, Any] | None:
     prototypes = run.state["model"].get("prototypes") if run.state else None
     if prototypes is None:
         if run.state:
-            run.missing["prototypes"] = "a run with plain cross-entropy has none"
+            run.missing["prototypes"] = "this model has none"
         return None
     found = figures.similarity(prototypes.float().numpy())
     if not found["order"]:

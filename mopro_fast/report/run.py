@@ -54,6 +54,9 @@ class Run:
     def config(self) -> TrainConfig | None:
         if not self.raw_config:
             return None
+        if "freeze" in self.raw_config:
+            self.missing["the images"] = "`mopro-fast retrain` and `finetune` correct no labels"
+            return None
         try:
             return load(self.folder / "config.json")
         except UserError as error:
