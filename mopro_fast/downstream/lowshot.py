@@ -1,4 +1,4 @@
-"""``mopro-fast lowshot CHECKPOINT``: linear SVMs on frozen features from k images per class (MoPro, table 3).
+"""``mopro-fast lowshot CKPT``: linear SVMs on frozen features from k images per class (MoPro, table 3).
 
 The protocol is lowshot_svm.py's of the official code, which has it from Goyal et al. (2019): features of unit length,
 LinearSVC with its settings, the mean of several draws. VOC07: one SVM per class on images with several labels, average
@@ -37,8 +37,8 @@ PLACES_IMAGES = "data/vision/torralba/deeplearning/images256"
 class Lowshot:
     """Classify with linear SVMs on a frozen encoder's features, trained on k images per class."""
 
-    checkpoint: Annotated[str, tyro.conf.Positional]
-    """A run's checkpoint, or any file that `mopro-fast import` reads."""
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")]
+    """A checkpoint of any format that this package reads, or a run's folder: its newest."""
     data: str
     """A folder with VOCdevkit/VOC2007, one with Places205's trainvalsplit_places205/, or training images in any other
     layout of `mopro-fast train`."""
