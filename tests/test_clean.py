@@ -116,19 +116,28 @@ def interrupted(model: Path, data: Path, out: Path, after: int, **changes) -> No
 
 
 @pytest.mark.parametrize("after", [0, 2])
-def test_interrupted_and_resumed_it_writes_the_same_bytes(whole, model, data, tmp_path, after):
+def test_interrupted_and_resumed_it_writes_the_same_bytes(whole, model, data, tmp_path, after, monkeypatch):
     interrupted(model, data, tmp_path, after)
-    assert not (tmp_path / TABLE).exists() and len(list((tmp_path / "parts").glob("*.parquet"))) == after
+    done = sorted(p.name for p in (tmp_path / "parts").glob("*.parquet"))
+    assert not (tmp_path / TABLE).exists() and len(done) == after
+    write, written = module._write_part, []
+    monkeypatch.setattr(module, "_write_part", lambda path, *args: written.append(path.name) or write(path, *args))
     clean(options(model, data, tmp_path), CPU)
+    assert written == [f"{p:06d}.parquet" for p in range(after, 3)]
     assert files(tmp_path) == files(whole)
 
 
-def test_a_finished_cleaning_says_so_and_another_is_refused(whole, model, data, capsys):
+def test_a_finished_cleaning_says_so_and_another_is_refused(whole, model, data, tmp_path, capsys):
     before = files(whole)
     assert sum(clean(options(model, data, whole), CPU).values()) == IMAGES
     assert "is finished" in capsys.readouterr().err and files(whole) == before
-    with pytest.raises(UserError, match="another cleaning, with another alpha: choose another --out"):
+    with pytest.raises(UserError, match="another cleaning, with other alpha: choose another --out"):
         clean(options(model, data, whole, alpha=0.5), CPU)
+    state = torch.load(model, weights_only=True)
+    state["model"]["encoder_q.classifier.bias"][0] += 1
+    torch.save(state, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="with other weights"):
+        clean(options(tmp_path / "other.pt", data, whole), CPU)
 
 
 def test_refusals(model, data, tmp_path):

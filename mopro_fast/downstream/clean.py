@@ -164,7 +164,7 @@ def _begin(out: Path, settings: dict) -> dict[str, int] | None:
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             raise UserError(f"{state} cannot be read: remove it, or choose another --out") from None
         if changed and any(path.exists() for path in (out / TABLE, *(out / "parts").glob("*.parquet"))):
-            raise UserError(f"{out} holds another cleaning, with another {changed[0]}: choose another --out")
+            raise UserError(f"{out} holds another cleaning, with other {changed[0]}: choose another --out")
         if "totals" in found and (out / TABLE).is_file():
             print(f"{out} is finished", file=sys.stderr)
             shutil.rmtree(out / "parts", ignore_errors=True)
