@@ -124,6 +124,14 @@ def test_broken_images_are_left_out_and_named(tmp_path, folder, capsys):
     assert f"remove {tmp_path / 'y.npy'}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "margin, changes, resize", [(None, {}, SIDE), (None, {"image_size": 28}, 32), (1, {"image_size": 28}, 28)]
+)
+def test_the_shorter_side_before_the_crop(folder, tmp_path, margin, changes, resize):
+    config = EncoderConfig(device="cpu", **changes)
+    assert Frozen(str(folder / "c.pt"), config, tmp_path, margin=margin)._loader_options["resize"] == resize
+
+
 def test_two_at_a_time_are_refused(tmp_path, index):
     with features._locked(tmp_path / "x.npy"), pytest.raises(UserError, match=r"another process computes .*x\.npy"):
         compute(index, tmp_path / "x.npy", sums, 3, OPTIONS)

@@ -243,7 +243,8 @@ def test_mixup_mixes_images_and_losses(data, model, tmp_path):
     c.mixup = 1.0
     trainer = Supervised(c, load_weights(model), with_share)
     batch = next(trainer.loader.epoch(0))
-    rng = np.random.default_rng((3, 0, 0))
+    trainer.step = 2
+    rng = np.random.default_rng((3, 0, 2))
     share, partner = rng.beta(1, 1), torch.from_numpy(rng.permutation(8))
     assert 0.05 < share < 0.95 and (partner != torch.arange(8)).any()
     images = ops.normalize(batch.view_q)
@@ -256,15 +257,15 @@ def test_mixup_mixes_images_and_losses(data, model, tmp_path):
 
 
 def test_a_share_of_the_images():
-    labels = np.repeat([0, 1, 2, -1], [600, 300, 3, 100])
+    labels = np.repeat([0, 1, 2, 3, -1], [600, 300, 17, 3, 100])
     for balanced in (False, True):
         chosen = choose(labels, 0.1, balanced, seed=0)
         assert len(set(chosen.tolist())) == len(chosen) and (labels[chosen] >= 0).all()
         assert chosen.tolist() == choose(labels, 0.1, balanced, seed=0).tolist()
         assert set(chosen.tolist()) != set(choose(labels, 0.1, balanced, seed=1).tolist())
-        sizes = np.bincount(labels[chosen], minlength=3).tolist()
-        assert sizes == [60, 30, 1] if balanced else sum(sizes) == 90 and sizes != [60, 30, 1]
-    assert sorted(choose(labels, 1.0, False, 0)) == list(range(903)) == sorted(choose(labels, 1.0, True, 0))
+        sizes = np.bincount(labels[chosen], minlength=4).tolist()
+        assert sizes == [60, 30, 2, 1] if balanced else sum(sizes) == 92 and sizes[:2] != [60, 30]
+    assert sorted(choose(labels, 1.0, False, 0)) == list(range(920)) == sorted(choose(labels, 1.0, True, 0))
 
 
 def test_a_list_of_names(tmp_path):
@@ -323,6 +324,13 @@ def test_refusals(data, model, whole, tmp_path):
         c.mixup = 0.2
 
     assert "another optim.lr" in refusal(lambda c: (resumed(c), setattr(c.optim, "lr", 0.2)))
+    state = torch.load(model, weights_only=True)
+    state["model"]["encoder_q.classifier.bias"][0] += 1
+    torch.save(state, tmp_path / "model.pt")
+    c = retrain(data, whole)
+    c.mixup = 0.2
+    with pytest.raises(UserError, match="another checkpoint"):
+        Supervised(c, load_weights(tmp_path / "model.pt"), with_cleaned_labels)
     pq.write_table(other.slice(0, 1), tmp_path / "one.parquet")
     assert "another data" in refusal(lambda c: (resumed(c), setattr(c, "cleaned", str(tmp_path / "one.parquet"))))
     assert "already holds a run" in refusal(lambda c: (resumed(c), setattr(c.run, "resume", "never")))

@@ -172,6 +172,11 @@ def damaged_files(files: dict[str, Path], folder: Path) -> dict[Path, str]:
     data[len(data) // 2] ^= 0x40
     (folder / "flipped.pt").write_bytes(data)
     cases[folder / "flipped.pt"] = "does not match its checksum"
+    export(load_weights(files["mopro_fast"]), folder / "flipped.safetensors", "safetensors")
+    data = bytearray((folder / "flipped.safetensors").read_bytes())
+    data[-3] ^= 0x40
+    (folder / "flipped.safetensors").write_bytes(data)
+    cases[folder / "flipped.safetensors"] = "do not match their checksum"
     hook = {"state_dict": {}, "hook": Malicious(folder / "executed")}
     torch.save(hook, folder / "malicious-zip.tar")
     (folder / "malicious-2.tar").write_bytes(pickle.dumps(hook, 2))
