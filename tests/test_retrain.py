@@ -347,5 +347,9 @@ def test_the_command_line(data, model, tmp_path, capsys):
     assert status("finetune", model, *options) == 0
     assert "37 of 74 images are shown, 4 steps per epoch" in capsys.readouterr().err
     assert json.loads((tmp_path / "run/config.json").read_text())["data"]["image_size"] == 16  # the checkpoint's
+    bare = {n: t for n, t in load_weights(model).encoder().items() if not n.startswith(("classifier", "fc"))}
+    torch.save(bare, tmp_path / "bare.pt")  # of 3×3 stems nobody knows the images' size
+    assert status("finetune", tmp_path / "bare.pt", *options[:-2]) == 2
+    assert "set --image-size" in capsys.readouterr().err
     assert status("finetune", "--data", "x") == 2 and status("retrain", tmp_path / "no.pt") == 2
     assert capsys.readouterr().err.count("\n") == 2

@@ -98,6 +98,9 @@ def main(argv: list[str], command: str, default: C, narrow: Callable[[C, Index],
         weights, given, rest = None, "CKPT", ["--help"]
     else:
         weights, given, rest = load_weights(argv[0]), argv[0], argv[1:]
+        words = {word.partition("=")[0].replace("_", "-") for word in rest}
+        if weights.image_size is None and not words & {"--image-size", "-h", "--help"}:
+            raise UserError(f"{given} does not say for which images it is: set --image-size")
         _as_trained(default.data, weights)
         if command == "retrain":  # on the data of the training
             default.data.keep_classes = (weights.config or {}).get("data", {}).get("keep_classes")
