@@ -398,6 +398,11 @@ def test_the_table_of_clean_replaces_the_labels_of_training(run, tmp_path):
     shuffled = collect(run, table=str(tmp_path / "shuffled.parquet"))
     assert shuffled["labels"] == contents["labels"] | {"source": shuffled["labels"]["source"]}
     assert all(cards[card["path"]] == card for card in shuffled["images"]) and len(shuffled["images"]) == 47
+    data = json.loads((run / "config.json").read_text())["data"]["path"]
+    paths = pq.read_table(tmp_path / "cleaned" / images.TABLE)["path"].to_pylist()
+    (tmp_path / "packed.txt").write_text("".join(f"{path} 0\n" for path in reversed(paths)))  # another order, as packs
+    moved = collect(run, table=str(tmp_path / "cleaned"), data=str(tmp_path / "packed.txt"), root=data)
+    assert {card["path"]: card for card in moved["images"]} == cards and moved["labels"] == contents["labels"]
     bare = clean_table(run, tmp_path / "bare", best=None, score_given=None, score_best=None, classifier_best=None)
     assert all("now" in card for card in collect(run, table=str(bare))["images"])  # the newest checkpoint scores them
 
