@@ -1,4 +1,4 @@
-"""The official code and this package side by side: python bench/parity.py CLONE [--out FOLDER]
+"""The official code and this package side by side: python bench/parity.py CLONE [--results FOLDER]
 
 CLONE is a checkout of github.com/salesforce/MoPro. A random ResNet-50 in its checkpoint format and random images go
 through its scripts and through ours; bench/results/parity.json has how far the results are apart.
@@ -323,7 +323,7 @@ def sampling(folder: Path) -> list[dict]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("clone", type=Path)
-    parser.add_argument("--out", type=Path, default=record.RESULTS)
+    parser.add_argument("--results", type=Path, default=record.RESULTS)
     parser.add_argument("--script", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     a = parser.parse_args()
     if not (a.clone / "noise_cleaning.py").is_file():
@@ -346,7 +346,7 @@ def main() -> int:
         rows = outputs(folder / "official.tar", pixels)
         rows += cleaning(a.clone, folder / "official.tar", folder / "images", folder)
         rows += resumed(folder / "official.tar", folder) + sampling(folder)
-    record.write("parity", {"stand_ins": replaced, "rows": rows}, a.out)
+    record.write("parity", {"stand_ins": replaced, "rows": rows}, a.results)
     return 0 if all(r["passed"] for r in rows) else 1
 
 

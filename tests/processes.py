@@ -25,4 +25,5 @@ def _member(rank: int, ranks: int, rendezvous: str, function: Callable, args: tu
     try:
         function(rank, ranks, *args)
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():  # a command ends it by itself
+            dist.destroy_process_group()

@@ -81,12 +81,12 @@ def labels(folder: Path) -> list[list[int]]:
 def test_cleaning_is_judged_by_the_true_labels(chain, tmp_path):
     truth = np.array([0, 0, 1, 1, 2, -1, -1])
     given = [0, 1, 1, 0, 2, 0, 1]  # rows 1 and 3 are wrong
-    label = [0, 0, 1, 2, -1, -1, 1]  # row 1 put right, row 3 wrong still, row 4 lost, one of two outsiders removed
-    verdict = ["kept", "relabelled", "kept", "relabelled", "removed", "removed", "kept"]
+    label = [0, 0, 0, 2, -1, -1, 1]  # row 1 put right, 2 spoilt, 3 wrong still, 4 lost, one of two outsiders removed
+    verdict = ["kept", "relabelled", "relabelled", "relabelled", "removed", "removed", "kept"]
     pq.write_table(pa.table({"given": given, "label": label, "verdict": verdict}), tmp_path / "t.parquet")
     found = chain.judge(tmp_path / "t.parquet", truth)
     assert found == {
-        "noise_before": 0.4, "noise_after": 0.25, "precision": 0.5, "recall": 0.5,
+        "noise_before": 0.4, "noise_after": 0.5, "precision": 1 / 3, "recall": 0.5,
         "out_of_distribution_removed": 0.5, "in_distribution_removed": 0.2,
     }  # fmt: skip
     pq.write_table(pa.table({"given": [0], "label": [0], "verdict": ["kept"]}), tmp_path / "t.parquet")

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from processes import on_ranks
 
 from mopro_fast.downstream import clean as module
 from mopro_fast.downstream.clean import OFFICIAL, TABLE, Clean, clean
@@ -100,7 +99,7 @@ def test_the_official_file_is_what_json_dump_writes(whole):
     assert sorted(p.name for p in whole.iterdir()) == ["clean.json", TABLE, OFFICIAL]
 
 
-def interrupted(model: Path, data: Path, out: Path, after: int) -> None:
+def interrupted(model: Path, data: Path, out: Path, after: int, **changes) -> None:
     """Stop as by Ctrl-C while a part is written."""
     write, written = module._write_part, []
 
@@ -113,34 +112,32 @@ def interrupted(model: Path, data: Path, out: Path, after: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_write_part", stop)
         with pytest.raises(KeyboardInterrupt):
-            clean(options(model, data, out), CPU)
+            clean(options(model, data, out, **changes), CPU)
 
 
 @pytest.mark.parametrize("after", [0, 2])
-def test_interrupted_and_resumed_it_writes_the_same_bytes(whole, model, data, tmp_path, after):
+def test_interrupted_and_resumed_it_writes_the_same_bytes(whole, model, data, tmp_path, after, monkeypatch):
     interrupted(model, data, tmp_path, after)
-    assert not (tmp_path / TABLE).exists() and len(list((tmp_path / "parts").glob("*.parquet"))) == after
+    done = sorted(p.name for p in (tmp_path / "parts").glob("*.parquet"))
+    assert not (tmp_path / TABLE).exists() and len(done) == after
+    write, written = module._write_part, []
+    monkeypatch.setattr(module, "_write_part", lambda path, *args: written.append(path.name) or write(path, *args))
     clean(options(model, data, tmp_path), CPU)
+    assert written == [f"{p:06d}.parquet" for p in range(after, 3)]
     assert files(tmp_path) == files(whole)
 
 
-def _on_rank(_rank: int, _ranks: int, model: Path, data: Path, *outs: Path) -> None:
-    for out in outs:
-        clean(options(model, data, out), CPU)
-
-
-def test_two_ranks_write_the_same_bytes_and_go_on_where_one_stopped(whole, model, data, tmp_path):
-    interrupted(model, data, tmp_path / "begun", 1)
-    on_ranks(2, _on_rank, model, data, tmp_path / "new", tmp_path / "begun")
-    assert files(tmp_path / "new") == files(whole) == files(tmp_path / "begun")
-
-
-def test_a_finished_cleaning_says_so_and_another_is_refused(whole, model, data, capsys):
+def test_a_finished_cleaning_says_so_and_another_is_refused(whole, model, data, tmp_path, capsys):
     before = files(whole)
     assert sum(clean(options(model, data, whole), CPU).values()) == IMAGES
     assert "is finished" in capsys.readouterr().err and files(whole) == before
-    with pytest.raises(UserError, match="a cleaning with another alpha: choose another --out"):
+    with pytest.raises(UserError, match="another cleaning, with other alpha: choose another --out"):
         clean(options(model, data, whole, alpha=0.5), CPU)
+    state = torch.load(model, weights_only=True)
+    state["model"]["encoder_q.classifier.bias"][0] += 1
+    torch.save(state, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="with other weights"):
+        clean(options(tmp_path / "other.pt", data, whole), CPU)
 
 
 def test_refusals(model, data, tmp_path):
@@ -152,3 +149,16 @@ def test_refusals(model, data, tmp_path):
     with pytest.raises(UserError, match="ce.pt has no prototypes"):
         clean(options(tmp_path / "ce.pt", data, tmp_path), CPU)
     assert not (tmp_path / "clean.json").exists()
+    (tmp_path / "file").touch()
+    for out in ("file", "file/x"):
+        with pytest.raises(UserError, match=f"{out}.*(name a folder|Not a directory: choose another --out)"):
+            clean(options(model, data, tmp_path / out), CPU)
+    (tmp_path / "clean.json").write_text("[]")
+    with pytest.raises(UserError, match=r"clean\.json cannot be read: remove it"):
+        clean(options(model, data, tmp_path), CPU)
+
+
+def test_settings_may_change_while_nothing_is_done(whole, model, data, tmp_path):
+    interrupted(model, data, tmp_path, 0, alpha=0.5)
+    clean(options(model, data, tmp_path), CPU)
+    assert files(tmp_path) == files(whole)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from downstream_data import SIDE, write_checkpoint, write_folders
 from PIL import Image
-from processes import on_ranks
 
 from mopro_fast import ops
 from mopro_fast.data.index import load_index
@@ -111,22 +110,6 @@ def test_interrupted_it_goes_on(tmp_path, index, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["x.npy"]
 
 
-def work_on_rank(rank, ranks, folder, index):
-    shown = []
-    judge = frozen(folder, f"of {ranks}")
-    encode = judge.encoder.features
-    judge.encoder.features = lambda images: shown.append(len(images)) or encode(images)
-    judge.features(index, "set")
-    assert shown == ([8, 8] if rank == 0 else [8, 6])
-
-
-def test_the_bytes_do_not_depend_on_the_ranks(folder, index):
-    on_ranks(2, work_on_rank, folder, index)
-    frozen(folder, "of 1").features(index, "set")
-    one, two = (list((folder / f"of {ranks}").iterdir()) for ranks in (1, 2))
-    assert [p.name for p in one] == [p.name for p in two] and one[0].read_bytes() == two[0].read_bytes()
-
-
 def test_broken_images_are_left_out_and_named(tmp_path, folder, capsys):
     write_folders(tmp_path / "data", {"": 2})
     broken = tmp_path / "data" / "n02" / "1.png"
@@ -139,6 +122,14 @@ def test_broken_images_are_left_out_and_named(tmp_path, folder, capsys):
     found = compute(index, tmp_path / "y.npy", sums, 3, OPTIONS)
     assert np.isnan(found).all(1).nonzero()[0].tolist() == [3]
     assert f"remove {tmp_path / 'y.npy'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "margin, changes, resize", [(None, {}, SIDE), (None, {"image_size": 28}, 32), (1, {"image_size": 28}, 28)]
+)
+def test_the_shorter_side_before_the_crop(folder, tmp_path, margin, changes, resize):
+    config = EncoderConfig(device="cpu", **changes)
+    assert Frozen(str(folder / "c.pt"), config, tmp_path, margin=margin)._loader_options["resize"] == resize
 
 
 def test_two_at_a_time_are_refused(tmp_path, index):

@@ -11,7 +11,8 @@ from sklearn.svm import LinearSVC
 from mopro_fast import cli
 from mopro_fast.downstream import lowshot
 from mopro_fast.downstream.done import Done
-from mopro_fast.downstream.lowshot import VOC_CLASSES, average_precision, draw, svm_scores
+from mopro_fast.downstream.lowshot import VOC_CLASSES, draw, svm_scores
+from mopro_fast.downstream.svm import average_precision
 from mopro_fast.errors import UserError
 
 
@@ -22,6 +23,8 @@ def test_average_precision_by_hand():
     assert average_precision(present[::-1], scores[::-1]) == pytest.approx((1 + 2 / 3 + 1 / 2) / 3)
     # Precision 1/2, 2/3, 3/4: the envelope lifts the earlier ones.
     assert average_precision(np.array([False, True, True, True]), scores[:4]) == pytest.approx(3 / 4)
+    # Of equals the later one comes first, as in the official script.
+    assert average_precision(np.array([True, False]), np.zeros(2)) == 0.5
 
 
 def test_average_precision_against_its_definition():
@@ -169,7 +172,10 @@ def test_class_folders_and_their_mistakes(tmp_path, capsys):
     assert result["metric"] == "accuracy" and result["k"]["5"]["mean"] > 100 / len(CLASSES)
     run("lowshot", checkpoint, *arguments, "--k", "1", "5")
     assert (tmp_path / "out" / "lowshot.json").read_bytes() == first
-    capsys.readouterr()
+    broken = data / "train" / "n01" / "0.png"
+    broken.write_bytes(broken.read_bytes()[:20])
+    run("lowshot", checkpoint, *arguments, "--k", "6")  # all that there are, but for this one
+    assert "n01/0.png" in capsys.readouterr().err
     for wrong, named in (
         (["--k", "8"], "class n01 has 6 images"),
         (["--k", "0"], "--k must be at least 1"),

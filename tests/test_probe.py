@@ -11,7 +11,9 @@ from scipy.optimize import minimize
 from torch import nn
 
 from mopro_fast import cli
-from mopro_fast.downstream import probe
+from mopro_fast.data.index import load_index
+from mopro_fast.downstream import features, probe
+from mopro_fast.downstream.features import EncoderConfig, Frozen
 from mopro_fast.downstream.probe import Rows, accuracy, closure, fit, hold_out
 
 LAMBDA = 0.05
@@ -162,16 +164,25 @@ def test_interrupted_it_goes_on_with_the_next_lambda(tmp_path, checkpoint, monke
     assert (tmp_path / "out" / "probe.json").read_text() == interrupted
 
 
-def test_a_realm_of_omnibenchmark(tmp_path, checkpoint):
+def test_a_realm_of_omnibenchmark(tmp_path, checkpoint, monkeypatch):
     realm = write_folders(tmp_path / "n015", {"images": 12})
     lists = realm / "annotations" / "v2"
     lists.mkdir(parents=True)
     for name, numbers in (("train", range(8)), ("val", (8, 9)), ("test", (10, 11))):
         lines = [f"images/{c}/{i}.png {label}\n" for label, c in enumerate(CLASSES) for i in numbers]
-        (lists / f"{name}.txt").write_text("".join(lines))
-    assert run("probe", checkpoint, "--data", realm, "--out", tmp_path / "out", *OPTIONS) == 0
+        unlabelled = "images/n01/11.png -1\n" if name == "train" else ""
+        (lists / f"{name}.txt").write_text("".join(lines) + unlabelled)
+    options = ["--image-size", "14", *OPTIONS]
+    assert run("probe", checkpoint, "--data", realm, "--out", tmp_path / "out", *options) == 0
     result = json.loads((tmp_path / "out" / "probe.json").read_text())
     assert result["images"] == {"train": 48, "val": 12, "test": 12} and result["classes"] == 6
+    # The features are those of bicubic images whose shorter side is that of the crop: no others are there.
+    config, folder = EncoderConfig(image_size=14, eval_resize=14, device="cpu"), tmp_path / "out" / "features"
+    monkeypatch.setattr(features, "EvalLoader", None)
+    index = load_index(str(lists / "test.txt"), "val", num_classes=None, root=str(realm))
+    Frozen(str(checkpoint), config, folder, filter="cubic").features(index, "test")
+    with pytest.raises(TypeError):
+        Frozen(str(checkpoint), config, folder).features(index, "test")
 
 
 def test_mistakes(tmp_path, checkpoint, capsys):

@@ -1,6 +1,7 @@
 """The report: its numbers against loops, what it says of what is missing, and the page in a real browser."""
 
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -17,6 +18,7 @@ from PIL import Image
 
 from mopro_fast import cli
 from mopro_fast.config import recipe
+from mopro_fast.downstream.retrain import Retrain
 from mopro_fast.errors import UserError
 from mopro_fast.report import figures, images, page
 from mopro_fast.report.command import Report
@@ -314,6 +316,15 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, tmp_path):
     assert contents["images"] and all(card["scores"] == {} for card in contents["images"])
 
 
+def test_a_retraining_has_curves_and_no_labels(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(Retrain())))
+    entries = [{"split": "train", "epoch": e, "step": 1, "loss": 1.0, "acc_cls": 0.5} for e in (0, 1)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    contents = collect(tmp_path)
+    assert {"Losses", "Accuracy on training batches"} <= {chart["title"] for chart in contents["charts"]}
+    assert contents["config"]["resample"] == "true" and "correct no labels" in contents["missing"]["the images"]
+
+
 def test_a_run_in_progress(run, tmp_path):
     copy = copy_of(run, tmp_path)
     (copy / "labels.pt").unlink()
@@ -387,6 +398,11 @@ def test_the_table_of_clean_replaces_the_labels_of_training(run, tmp_path):
     shuffled = collect(run, table=str(tmp_path / "shuffled.parquet"))
     assert shuffled["labels"] == contents["labels"] | {"source": shuffled["labels"]["source"]}
     assert all(cards[card["path"]] == card for card in shuffled["images"]) and len(shuffled["images"]) == 47
+    data = json.loads((run / "config.json").read_text())["data"]["path"]
+    paths = pq.read_table(tmp_path / "cleaned" / images.TABLE)["path"].to_pylist()
+    (tmp_path / "packed.txt").write_text("".join(f"{path} 0\n" for path in reversed(paths)))  # another order, as packs
+    moved = collect(run, table=str(tmp_path / "cleaned"), data=str(tmp_path / "packed.txt"), root=data)
+    assert {card["path"]: card for card in moved["images"]} == cards and moved["labels"] == contents["labels"]
     bare = clean_table(run, tmp_path / "bare", best=None, score_given=None, score_best=None, classifier_best=None)
     assert all("now" in card for card in collect(run, table=str(bare))["images"])  # the newest checkpoint scores them
 

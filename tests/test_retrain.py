@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from processes import on_ranks
 
 from mopro_fast import cli, ops
 from mopro_fast.data.index import load_index
@@ -142,8 +141,8 @@ def stopped_at(c, model: Path, at_step: int) -> None:
     trainer = Supervised(c, load_weights(model), narrow)
     step = trainer._train_step
 
-    def stop_here(batch):
-        step(batch)
+    def stop_here(batch, place):
+        step(batch, place)
         if trainer.global_step == at_step:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -183,10 +182,10 @@ def test_finetuning_killed_and_resumed_ends_with_the_same_bits(data, model, tmp_
     trainer = Supervised(c, load_weights(model), with_share)
     step = trainer._train_step
 
-    def die(batch):
+    def die(batch, place):
         if trainer.global_step == 7:  # after a log entry that the checkpoint at 4 does not know
             raise MemoryError
-        step(batch)
+        step(batch, place)
 
     trainer._train_step = die
     with pytest.raises(MemoryError):
@@ -244,7 +243,8 @@ def test_mixup_mixes_images_and_losses(data, model, tmp_path):
     c.mixup = 1.0
     trainer = Supervised(c, load_weights(model), with_share)
     batch = next(trainer.loader.epoch(0))
-    rng = np.random.default_rng((3, 0, 0))
+    trainer.step = 2
+    rng = np.random.default_rng((3, 0, 2))
     share, partner = rng.beta(1, 1), torch.from_numpy(rng.permutation(8))
     assert 0.05 < share < 0.95 and (partner != torch.arange(8)).any()
     images = ops.normalize(batch.view_q)
@@ -256,29 +256,16 @@ def test_mixup_mixes_images_and_losses(data, model, tmp_path):
     assert trainer.sums[0, 0].item() == pytest.approx(expected, rel=1e-5)
 
 
-def _train(rank: int, _ranks: int, data: Path, model: Path, out: Path) -> None:
-    run(retrain(data, out), model)
-
-
-def test_two_ranks_train_the_same_classifier(data, model, tmp_path):
-    run(retrain(data, tmp_path / "1"), model)
-    on_ranks(2, _train, data, model, tmp_path / "2")
-    one, two = (last(tmp_path / ranks)["model"]["encoder_q.classifier.weight"] for ranks in "12")
-    before = load_weights(model).state["encoder_q.classifier.weight"]
-    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
-    assert (one - before).abs().max() > 100 * (one - two).abs().max()
-
-
 def test_a_share_of_the_images():
-    labels = np.repeat([0, 1, 2, -1], [600, 300, 3, 100])
+    labels = np.repeat([0, 1, 2, 3, -1], [600, 300, 17, 3, 100])
     for balanced in (False, True):
         chosen = choose(labels, 0.1, balanced, seed=0)
         assert len(set(chosen.tolist())) == len(chosen) and (labels[chosen] >= 0).all()
         assert chosen.tolist() == choose(labels, 0.1, balanced, seed=0).tolist()
         assert set(chosen.tolist()) != set(choose(labels, 0.1, balanced, seed=1).tolist())
-        sizes = np.bincount(labels[chosen], minlength=3).tolist()
-        assert sizes == [60, 30, 1] if balanced else sum(sizes) == 90 and sizes != [60, 30, 1]
-    assert sorted(choose(labels, 1.0, False, 0)) == list(range(903)) == sorted(choose(labels, 1.0, True, 0))
+        sizes = np.bincount(labels[chosen], minlength=4).tolist()
+        assert sizes == [60, 30, 2, 1] if balanced else sum(sizes) == 92 and sizes[:2] != [60, 30]
+    assert sorted(choose(labels, 1.0, False, 0)) == list(range(920)) == sorted(choose(labels, 1.0, True, 0))
 
 
 def test_a_list_of_names(tmp_path):
@@ -300,6 +287,16 @@ def test_a_list_of_names(tmp_path):
             labels(text)
 
 
+def test_an_image_that_is_listed_twice_has_the_label_of_each_row(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "list.txt").write_text("a.png 0\nb.png 1\na.png 1\n")
+    pq.write_table(pa.table({"path": ["a.png", "b.png", "a.png"], "label": [0, -1, 2]}), tmp_path / "c.parquet")
+    c = Retrain(cleaned=str(tmp_path / "c.parquet"))
+    index = load_index(tmp_path / "list.txt", "train", num_classes=2)
+    assert with_cleaned_labels(c, index).labels.tolist() == [0, -1, 2]
+
+
 def test_refusals(data, model, whole, tmp_path):
     def refusal(change, narrow=with_cleaned_labels) -> str:
         c = retrain(data, tmp_path / "new") if narrow is with_cleaned_labels else finetune(data, tmp_path / "new")
@@ -311,6 +308,8 @@ def test_refusals(data, model, whole, tmp_path):
 
     assert "set --cleaned" in refusal(lambda c: setattr(c, "cleaned", ""))
     assert "cannot read the cleaned labels" in refusal(lambda c: setattr(c, "cleaned", str(data / "val.txt")))
+    assert "no cleaned labels at" in refusal(lambda c: setattr(c, "cleaned", str(tmp_path)))
+    assert "config.json: Not a dir" in refusal(lambda c: setattr(c.run, "out", str(data / "val.txt" / "x")))
     other = pa.table({"path": ["000.png", "other.png"], "label": [0, 0]})
     pq.write_table(other, tmp_path / "other.parquet")
     assert "it has other.png" in refusal(lambda c: setattr(c, "cleaned", str(tmp_path / "other.parquet")))
@@ -325,6 +324,13 @@ def test_refusals(data, model, whole, tmp_path):
         c.mixup = 0.2
 
     assert "another optim.lr" in refusal(lambda c: (resumed(c), setattr(c.optim, "lr", 0.2)))
+    state = torch.load(model, weights_only=True)
+    state["model"]["encoder_q.classifier.bias"][0] += 1
+    torch.save(state, tmp_path / "model.pt")
+    c = retrain(data, whole)
+    c.mixup = 0.2
+    with pytest.raises(UserError, match="another checkpoint"):
+        Supervised(c, load_weights(tmp_path / "model.pt"), with_cleaned_labels)
     pq.write_table(other.slice(0, 1), tmp_path / "one.parquet")
     assert "another data" in refusal(lambda c: (resumed(c), setattr(c, "cleaned", str(tmp_path / "one.parquet"))))
     assert "already holds a run" in refusal(lambda c: (resumed(c), setattr(c.run, "resume", "never")))
@@ -341,5 +347,9 @@ def test_the_command_line(data, model, tmp_path, capsys):
     assert status("finetune", model, *options) == 0
     assert "37 of 74 images are shown, 4 steps per epoch" in capsys.readouterr().err
     assert json.loads((tmp_path / "run/config.json").read_text())["data"]["image_size"] == 16  # the checkpoint's
+    bare = {n: t for n, t in load_weights(model).encoder().items() if not n.startswith(("classifier", "fc"))}
+    torch.save(bare, tmp_path / "bare.pt")  # of 3×3 stems nobody knows the images' size
+    assert status("finetune", tmp_path / "bare.pt", *options[:-2]) == 2
+    assert "set --image-size" in capsys.readouterr().err
     assert status("finetune", "--data", "x") == 2 and status("retrain", tmp_path / "no.pt") == 2
     assert capsys.readouterr().err.count("\n") == 2

@@ -172,6 +172,11 @@ def damaged_files(files: dict[str, Path], folder: Path) -> dict[Path, str]:
     data[len(data) // 2] ^= 0x40
     (folder / "flipped.pt").write_bytes(data)
     cases[folder / "flipped.pt"] = "does not match its checksum"
+    export(load_weights(files["mopro_fast"]), folder / "flipped.safetensors", "safetensors")
+    data = bytearray((folder / "flipped.safetensors").read_bytes())
+    data[-3] ^= 0x40
+    (folder / "flipped.safetensors").write_bytes(data)
+    cases[folder / "flipped.safetensors"] = "do not match their checksum"
     hook = {"state_dict": {}, "hook": Malicious(folder / "executed")}
     torch.save(hook, folder / "malicious-zip.tar")
     (folder / "malicious-2.tar").write_bytes(pickle.dumps(hook, 2))
@@ -195,6 +200,14 @@ def damaged_files(files: dict[str, Path], folder: Path) -> dict[Path, str]:
     cases[changed("wide.pt", lambda s: s.update({q: torch.zeros(3, 3)}))] = "layer2.0.conv1.weight is 3×3"
     cases[changed("more.pt", lambda s: s.update({"module.encoder_q.fc3.bias": torch.zeros(3)}))] = "fc3.bias is 3"
     cases[changed("nan.pt", lambda s: s[q].fill_(float("nan")))] = "not finite everywhere"
+    cases[changed("int.pt", lambda s: s.update({q: s[q].int()}))] = "layer2.0.conv1.weight is of type int32"
+    cases[changed("complex.pt", lambda s: s.update({q: s[q] + 0j}))] = "layer2.0.conv1.weight is of type complex64"
+    count = "module.encoder_q.bn1.num_batches_tracked"
+    cases[changed("count.pt", lambda s: s.update({count: torch.tensor(1.5)}))] = "tracked is of type float32"
+    cases[changed("far.pt", lambda s: s["module.queue_ptr"].fill_(24))] = "queue_ptr 24 points outside the queue"
+    ours = checkpoint.read(files["mopro_fast"])
+    torch.save({**ours, "config": '{"data": {"image_size": -3}}'}, folder / "size.pt")
+    cases[folder / "size.pt"] = "image_size -3"
     short = torch.zeros(4, 6)
     cases[changed("classes.pt", lambda s: s.update({"module.prototypes": short}))] = "prototypes is 4×6, expected 5×6"
     cases[changed("deep.pt", lambda s: s.update({"module.encoder_q.layer1.2.x": short}))] = "(3, 2, 2, 2) BasicBlocks"
@@ -303,7 +316,8 @@ def test_exported_to_the_official_format_and_imported_a_training_goes_on_with_th
     rng = np.random.default_rng(0)
     for i in range(32):
         Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(images / f"{i}.png")
-    (images / "list.txt").write_text("".join(f"{i}.png {i % 4}\n" for i in range(32)))
+    (images / "32.png").write_bytes(b"no image")  # left out by the training, so by its continuation
+    (images / "list.txt").write_text("".join(f"{i}.png {i % 4}\n" for i in range(33)))
     c = killed_run.config(images / "list.txt", tmp_path / "whole")
     assert Trainer(c).run() == 0
     after_one, finished = (

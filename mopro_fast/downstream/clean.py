@@ -9,6 +9,7 @@ import contextlib
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -28,6 +29,7 @@ from mopro_fast.config import DataConfig, MoProConfig
 from mopro_fast.data.index import Index, load_index
 from mopro_fast.data.pipeline import EvalLoader
 from mopro_fast.data.shards import replacing
+from mopro_fast.downstream.done import write_json
 from mopro_fast.downstream.weights import Weights, build_encoder, digest, load_weights
 from mopro_fast.errors import UserError
 from mopro_fast.training import distributed, inputs
@@ -156,19 +158,32 @@ def _begin(out: Path, settings: dict) -> dict[str, int] | None:
     """-> the totals of a cleaning that is finished. Its settings must be ours."""
     state = out / "clean.json"
     if state.is_file():
-        found = json.loads(state.read_text())
-        changed = [name for name, value in settings.items() if found["settings"].get(name) != value]
-        if changed:
-            raise UserError(f"{out} holds a cleaning with another {changed[0]}: choose another --out")
+        try:
+            found = json.loads(state.read_text())
+            changed = [name for name, value in settings.items() if found["settings"].get(name) != value]
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            raise UserError(f"{state} cannot be read: remove it, or choose another --out") from None
+        if changed and any(path.exists() for path in (out / TABLE, *(out / "parts").glob("*.parquet"))):
+            raise UserError(f"{out} holds another cleaning, with other {changed[0]}: choose another --out")
         if "totals" in found and (out / TABLE).is_file():
             print(f"{out} is finished", file=sys.stderr)
             shutil.rmtree(out / "parts", ignore_errors=True)
             return found["totals"]
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: name a folder")
-    (out / "parts").mkdir(parents=True, exist_ok=True)
-    _write_json(state, {"settings": settings})
+    with _writing(out):
+        (out / "parts").mkdir(parents=True, exist_ok=True)
+    write_json(state, {"settings": settings})
     return None
+
+
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """A full or unwritable disk ends in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write into {out}: {error.strerror}: choose another --out") from None
 
 
 def _parts(images: int, batch_size: int) -> list[range]:
@@ -262,7 +277,7 @@ def _write_part(
     columns = [np.array(rows), index.paths[rows.start : rows.stop].tolist(), given, label, np.array(VERDICTS)[verdict]]
     columns += [best, *scores.T]
     arrays = [pa.array(c, f.type, from_pandas=True) for c, f in zip(columns, _SCHEMA, strict=True)]
-    with replacing(str(path)) as file:
+    with _writing(path.parent), replacing(str(path)) as file:
         pq.write_table(pa.table(arrays, schema=_SCHEMA), file)
 
 
@@ -270,7 +285,7 @@ def _finish(out: Path, index: Index, settings: dict, batch_size: int) -> dict[st
     """The parts, one after the other, into the table and the official file; -> the totals."""
     schema = _SCHEMA.with_metadata({"mopro_fast.clean": json.dumps(settings)})
     totals, labels = dict.fromkeys(VERDICTS, 0), []
-    with replacing(str(out / TABLE)) as table, replacing(str(out / OFFICIAL)) as official:
+    with _writing(out), replacing(str(out / TABLE)) as table, replacing(str(out / OFFICIAL)) as official:
         official.write(b'{"images": [')
         with pq.ParquetWriter(table, schema, compression="zstd") as writer:
             for p in range(len(_parts(len(index), batch_size))):
@@ -283,11 +298,6 @@ def _finish(out: Path, index: Index, settings: dict, batch_size: int) -> dict[st
                 official.write((", " * bool(labels and paths) + ", ".join(paths)).encode())
                 labels += stay["label"].to_pylist()
         official.write(b'], "labels": ' + json.dumps(labels).encode() + b"}")
-    _write_json(out / "clean.json", {"settings": settings, "totals": totals})
+    write_json(out / "clean.json", {"settings": settings, "totals": totals})
     shutil.rmtree(out / "parts")
     return totals
-
-
-def _write_json(path: Path, content: dict) -> None:
-    with replacing(str(path)) as file:
-        file.write(json.dumps(content, indent=2).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""``mopro-fast eval CHECKPOINT``: what a classifier gets right, what it confuses, and how far it can be believed.
+"""``mopro-fast eval CKPT``: what a classifier gets right, what it confuses, and how far it can be believed.
 
 A set of class folders with fewer classes than the model has (ImageNet-R, ImageNet-A: 200) is judged among its own
 classes only: the logits of all others are masked, as in the code of those data sets.
@@ -32,8 +32,8 @@ _CONFUSIONS = 100  # pairs in the file
 class Eval:
     """Top-1 and top-5 accuracy, calibration, accuracy per class and confused pairs of a checkpoint's classifier."""
 
-    checkpoint: Annotated[str, tyro.conf.Positional]
-    """A run's checkpoint, or any file that `mopro-fast import` reads."""
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")]
+    """A checkpoint of any format that this package reads, or a run's folder: its newest."""
     out: str
     """Folder for eval.json and what the classifier said of every image, so that the same command goes on."""
     data: str | None = None

@@ -1,4 +1,4 @@
-"""``mopro-fast lowshot CHECKPOINT``: linear SVMs on frozen features from k images per class (MoPro, table 3).
+"""``mopro-fast lowshot CKPT``: linear SVMs on frozen features from k images per class (MoPro, table 3).
 
 The protocol is lowshot_svm.py's of the official code, which has it from Goyal et al. (2019): features of unit length,
 LinearSVC with its settings, the mean of several draws. VOC07: one SVM per class on images with several labels, average
@@ -8,7 +8,6 @@ precision; everything else: one SVM for all classes, accuracy.
 import os
 import random
 import sys
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -21,11 +20,11 @@ from tqdm import tqdm
 from mopro_fast.data.index import Index, load_index
 from mopro_fast.downstream.done import Done, write_json
 from mopro_fast.downstream.features import EncoderConfig, Frozen
+from mopro_fast.downstream.svm import MAX_ITER, train_and_score, unit
 from mopro_fast.errors import UserError
 from mopro_fast.training.distributed import world
 from mopro_fast.training.inputs import has_val_split
 
-MAX_ITER = 2000
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
@@ -38,8 +37,8 @@ PLACES_IMAGES = "data/vision/torralba/deeplearning/images256"
 class Lowshot:
     """Classify with linear SVMs on a frozen encoder's features, trained on k images per class."""
 
-    checkpoint: Annotated[str, tyro.conf.Positional]
-    """A run's checkpoint, or any file that `mopro-fast import` reads."""
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")]
+    """A checkpoint of any format that this package reads, or a run's folder: its newest."""
     data: str
     """A folder with VOCdevkit/VOC2007, one with Places205's trainvalsplit_places205/, or training images in any other
     layout of `mopro-fast train`."""
@@ -221,7 +220,7 @@ def svm_scores(
     ]
     truth = test_labels if test_labels.ndim == 2 else test_labels[:, None]
     calls = [
-        delayed(_score)(key, train, rows, labels, test, truth[:, column or 0], column is not None, cost)
+        delayed(train_and_score)(key, train, rows, labels, test, truth[:, column or 0], column is not None, cost)
         for key, rows, labels, column in todo
     ]
     with tqdm(total=len(todo), desc="SVMs", disable=not todo or not sys.stderr.isatty()) as bar:
@@ -231,39 +230,6 @@ def svm_scores(
                 done.add(" ".join(map(str, key)), found[key])
             bar.update()
     return found
-
-
-def _score(
-    key: tuple, train: np.ndarray, rows: np.ndarray, labels: np.ndarray, test: np.ndarray, truth: np.ndarray, one: bool,
-    cost: float
-) -> tuple[tuple, float, bool]:  # fmt: skip
-    """-> key, score, converged. one: this class against all others, the score is its average precision."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.svm import LinearSVC
-
-    svm = LinearSVC(
-        C=cost, class_weight={1: 2, -1: 1} if one else None, dual=True, max_iter=MAX_ITER, tol=1e-4, random_state=0
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # counted instead
-        warnings.filterwarnings("ignore", "The number of unique classes")  # with k = 1 each row is one
-        svm.fit(train[rows], np.where(labels > 0, 1, -1) if one else labels)
-    score = average_precision(truth > 0, svm.decision_function(test)) if one else np.mean(svm.predict(test) == truth)
-    return key, 100 * float(score), bool(np.max(svm.n_iter_) < MAX_ITER)
-
-
-def unit(features: np.ndarray) -> np.ndarray:
-    """float32 [n, F] as the official script scales them."""
-    return features / (np.linalg.norm(features, axis=1) + 1e-5)[:, None]
-
-
-def average_precision(present: np.ndarray, scores: np.ndarray) -> float:
-    """The area under precision's upper envelope over recall, VOC's measure from 2010 on. present: bool [n]."""
-    order = np.argsort(scores)[::-1]  # ties as in the official script
-    hits = np.cumsum(present[order])
-    precision = hits / np.arange(1, len(hits) + 1)
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
-    return float(envelope[present[order]].sum() / hits[-1])  # recall rises by 1 / hits[-1] at every hit
 
 
 def _validate(o: Lowshot) -> None:

@@ -1,4 +1,4 @@
-"""``mopro-fast probe CHECKPOINT``: a linear classifier on frozen features, OmniBenchmark's protocol.
+"""``mopro-fast probe CKPT``: a linear classifier on frozen features, OmniBenchmark's protocol.
 
 Zhang et al., "Benchmarking omni-vision representation through the lens of visual realms" (2022). As in their code: the
 features as they are, of images whose shorter side becomes 224 px (bicubic) and whose central square is taken; LBFGS
@@ -38,8 +38,8 @@ _HOLDOUT = 0x40  # word of the generator's seed
 class Probe:
     """Train a linear classifier on a frozen encoder's features with LBFGS, for every λ; choose λ on validation data."""
 
-    checkpoint: Annotated[str, tyro.conf.Positional]
-    """A run's checkpoint, or any file that `mopro-fast import` reads."""
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")]
+    """A checkpoint of any format that this package reads, or a run's folder: its newest."""
     data: str
     """A realm of OmniBenchmark (a folder with annotations/v2/), or training images in any layout of `mopro-fast
     train`."""

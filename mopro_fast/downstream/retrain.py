@@ -44,14 +44,19 @@ def with_cleaned_labels(config: Retrain, index: Index) -> Index:
         raise UserError("no cleaned labels given: set --cleaned to the table that `mopro-fast clean` wrote")
     path = Path(config.cleaned)
     path = path / "cleaned.parquet" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"no cleaned labels at {path}: name the --out of `mopro-fast clean`, or a file that it wrote")
     paths, labels = _read(path)
-    rows = pc.index_in(pa.array(index.paths.tolist(), pa.string()), value_set=paths)
-    found = pc.is_valid(rows).to_numpy(zero_copy_only=False)
-    if found.sum() < len(paths):
-        absent = paths.filter(pc.invert(pc.is_in(paths, value_set=pa.array(index.paths.tolist(), pa.string()))))[0]
-        raise UserError(f"{path} is of other data than {index.source}: it has {absent}, which is not there")
-    new = np.full(len(index), NO_LABEL)
-    new[found] = labels[rows.drop_null().to_numpy()]
+    own = pa.array(index.paths.tolist(), pa.string())
+    absent = paths.filter(pc.invert(pc.is_in(paths, value_set=own)))
+    if len(absent):
+        raise UserError(f"{path} is of other data than {index.source}: it has {absent[0]}, which is not there")
+    if paths.equals(own):  # row by row: lists may name an image twice, with different labels
+        new = labels
+    else:
+        rows = pc.index_in(own, value_set=paths)
+        new = np.full(len(index), NO_LABEL)
+        new[pc.is_valid(rows).to_numpy(zero_copy_only=False)] = labels[rows.drop_null().to_numpy()]
     if new.max(initial=NO_LABEL) >= config.data.num_classes:
         raise UserError(f"{path} has the label {new.max()}: set --num-classes to at least {new.max() + 1}")
     if new.max(initial=NO_LABEL) < 0:

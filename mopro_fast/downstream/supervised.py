@@ -1,13 +1,12 @@
 """Supervised training from a checkpoint: classifier re-training (retrain.py) and fine-tuning (finetune.py).
 
-As in training/loop.py a run is a function of its config and data, so that an interrupted and resumed run ends with the
-same bits: loader, mixup and schedule depend on (seed, epoch, step) alone.
+The loop is training/loop.py's, with another step. A run is a function of its config and data here as well, so that an
+interrupted and resumed run ends with the same bits: loader, mixup and schedule depend on (seed, epoch, step) alone.
 """
 
 import dataclasses
 import json
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,8 @@ from mopro_fast import __version__, ops
 from mopro_fast.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, differences
 from mopro_fast.data.index import Index
 from mopro_fast.data.order import balancing_repeats
+from mopro_fast.data.pipeline import Batch
+from mopro_fast.downstream.done import write_json
 from mopro_fast.downstream.weights import Weights, build_encoder, digest, load_weights
 from mopro_fast.errors import UserError
 from mopro_fast.models.resnet import ResNet
@@ -32,11 +33,11 @@ from mopro_fast.training import checkpoint, distributed, inputs
 from mopro_fast.training.distributed import gather_rows
 from mopro_fast.training.evaluate import accuracy
 from mopro_fast.training.log import RunLog
-from mopro_fast.training.loop import FREE
+from mopro_fast.training.loop import FREE, Trainer
 from mopro_fast.training.optim import learning_rate
 
 MIXUP = 3  # first word of the generators' seeds; data/ has 0 to 2
-_SUMS = ("loss", "acc", "steps")
+_SUMS = ("loss", "acc_cls", "steps")
 
 
 @dataclass
@@ -97,6 +98,9 @@ def main(argv: list[str], command: str, default: C, narrow: Callable[[C, Index],
         weights, given, rest = None, "CKPT", ["--help"]
     else:
         weights, given, rest = load_weights(argv[0]), argv[0], argv[1:]
+        words = {word.partition("=")[0].replace("_", "-") for word in rest}
+        if weights.image_size is None and not words & {"--image-size", "-h", "--help"}:
+            raise UserError(f"{given} does not say for which images it is: set --image-size")
         _as_trained(default.data, weights)
         if command == "retrain":  # on the data of the training
             default.data.keep_classes = (weights.config or {}).get("data", {}).get("keep_classes")
@@ -145,7 +149,7 @@ class Classifier(nn.Module):
         return self.encoder_q.classifier(features)
 
 
-class Supervised:
+class Supervised(Trainer):
     """Trains on from ``weights``. :meth:`run` returns 0 when finished, or the signal that stopped it."""
 
     def __init__(self, config: C, weights: Weights, narrow: Callable[[C, Index], Index]) -> None:
@@ -180,7 +184,9 @@ class Supervised:
         inputs.require_rows(len(self.index.usable), config.optim.batch_size, index.source)
         self.loader = inputs.train_loader(config, self.index, self.device, repeats)
         self.steps = self.loader.steps_per_epoch
+        self.eval_sets = sets
         self.eval_loaders = {name: inputs.eval_loader(config, index, self.device) for name, index in sets.items()}
+        self.shuffle = lambda batches, _step: ((batch, None) for batch in batches)  # one view: nothing to exchange
 
         self.initial = digest(weights.state)
         self.model = Classifier(self._encoder(weights), config.freeze).train()
@@ -202,73 +208,14 @@ class Supervised:
         self.sums = torch.zeros(
             2, len(_SUMS), dtype=torch.float64, device=self.device
         )  # since the last entry, this epoch
-        self.replaced = 0
+        self.replaced = [0, 0]  # images that could not be read any more: in this epoch, in the run
         log_bytes = self._restore(path, state) if state else 0
         if self.rank == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / "config.json").write_text(config.to_json())
+            write_json(self.out / "config.json", dataclasses.asdict(config))
         self.log = RunLog(self.out, self.rank == 0, log_bytes, self.global_step, config.run.tensorboard)
         self.log.say(f"{len(self.index.usable)} of {len(self.index)} images are shown, {self.steps} steps per epoch")
 
-    @property
-    def global_step(self) -> int:
-        return self.epoch * self.steps + self.step
-
-    def run(self) -> int:
-        epochs = self.config.optim.epochs
-        if self.epoch == epochs:
-            self.log.say(f"{self.out} is finished: {epochs} epochs done")
-        try:
-            with distributed.StopSignal() as stop:
-                while self.epoch < epochs:
-                    received = self._train_epoch(stop)
-                    if not received:
-                        self._end_epoch()
-                        received = stop.poll() if self.epoch < epochs else 0
-                    if received:
-                        self.log.say(
-                            f"stopped by signal {received} in epoch {self.epoch + 1} after step {self.step} of "
-                            f"{self.steps}; saved {self._save()}: the same command goes on from there"
-                        )
-                        return received
-        finally:
-            for loader in (self.loader, *self.eval_loaders.values()):
-                loader.close()
-            self.log.close()
-        return 0
-
-    def _train_epoch(self, stop: distributed.StopSignal) -> int:
-        """Train from (epoch, step) to the epoch's end; -> 0, or the signal that asks to stop now."""
-        run, o = self.config.run, self.config.optim
-        distributed.sync_buffers(self.model)
-        self.model.train()
-        began, waited, since = time.perf_counter(), 0.0, self.step
-        batches = self.loader.epoch(self.epoch, self.step)
-        with self.log.progress(self.epoch, o.epochs, self.step, self.steps, o.batch_size) as bar:
-            while self.step < self.steps:
-                asked = time.perf_counter()
-                batch = next(batches)
-                waited += time.perf_counter() - asked
-                self._train_step(batch)
-                self.step += 1
-                bar.update(o.batch_size)
-                if self.step % run.log_every == 0 or self.step == self.steps:
-                    self._note_replaced()
-                    values = {"lr": self._rates(self.step - 1)[0], **self._means(0)}
-                    self.log.entry("train", self.epoch, self.step, self.global_step, values)
-                    spent = time.perf_counter() - began
-                    speed = (self.step - since) * o.batch_size / spent
-                    self.log.speed(self.epoch, self.step, self.global_step, speed, waited / spent)
-                    bar.set_postfix(loss=f"{values['loss']:.3f}", acc=f"{values['acc']:.3f}")
-                    began, waited, since = time.perf_counter(), 0.0, self.step
-                if self.step < self.steps:  # at the epoch's end everything is saved anyway
-                    if received := stop.poll():
-                        return received
-                    if self.step % run.checkpoint_every == 0:
-                        self._save()
-        return 0
-
-    def _train_step(self, batch) -> None:
+    def _train_step(self, batch: Batch, _place: None = None) -> None:
         for group, lr in zip(self.optimizer.param_groups, self._rates(self.step), strict=True):
             group["lr"] = lr
         labels = batch.labels
@@ -300,18 +247,30 @@ class Supervised:
         lr = learning_rate(dataclasses.replace(o, milestones=()), self.epoch, step, self.steps) * o.decay**passed
         return [lr, lr if o.encoder_lr is None else o.encoder_lr][: len(self.optimizer.param_groups)]
 
+    def _log_window(self) -> dict[str, float]:
+        self._check_finite()
+        self._note_replaced()
+        values = {"lr": self._rates(self.step - 1)[0], **self._means(0)}
+        self.log.entry("train", self.epoch, self.step, self.global_step, values)
+        return values
+
     def _means(self, which: int) -> dict[str, float]:
         """Means over all ranks: which=0 since the last entry, 1 this epoch. Starts the sums anew."""
         *sums, steps = gather_rows(self.sums[which][None]).sum(0).tolist()
         self.sums[which] = 0
-        means = {name: total / steps for name, total in zip(_SUMS, sums, strict=False)}
-        if not np.isfinite(means["loss"]):
-            raise UserError(f"the loss is not finite in epoch {self.epoch + 1}, step {self.step}: try a lower --lr")
-        return means
+        return {name: total / steps for name, total in zip(_SUMS, sums, strict=False)}
+
+    def _check_finite(self) -> None:
+        if not bool(gather_rows(self.sums[None]).isfinite().all()):
+            raise UserError(
+                f"the loss is not finite in epoch {self.epoch + 1} by step {self.step}; last checkpoint: "
+                f"{self._last_checkpoint()}; try a lower --lr"
+            )
 
     def _end_epoch(self) -> None:
         self._save()  # evaluation may take longer than a scheduler waits between SIGTERM and SIGKILL
-        self.log.entry("epoch", self.epoch, self.step, self.global_step, self._means(1))
+        values = {**self._means(1), "replaced": self.replaced[0]}
+        self.log.entry("epoch", self.epoch, self.step, self.global_step, values)
         distributed.sync_buffers(self.model)
         for name, loader in self.eval_loaders.items():
             values = accuracy(self.model.encoder_q, loader, self.device, self.bf16)
@@ -320,29 +279,14 @@ class Supervised:
                 f"epoch {self.epoch + 1}/{self.config.optim.epochs} {name}: "
                 f"top-1 {values['top1']:.2f} % top-5 {values['top5']:.2f} % of {values['images']} images"
             )
-        self.epoch, self.step = self.epoch + 1, 0
+        self.model.train()  # accuracy() leaves the encoder in training mode, a frozen one too
+        self.epoch, self.step, self.replaced[0] = self.epoch + 1, 0, 0
         self._save()
 
-    def _note_replaced(self) -> None:
-        """Name what the ranks could not read; too much of it ends the run."""
-        mine, self.loader.lost = self.loader.lost, []
-        if not int(gather_rows(torch.tensor([len(mine)], device=self.device)).sum()):
-            return
-        lost = distributed.gather_lists(mine)
-        self.log.replaced(self.index, lost)
-        self.replaced += len(lost)
-        shown, most = max(1000, self.global_step * self.config.optim.batch_size), self.config.data.max_broken
-        if self.replaced > most * shown:
-            raise UserError(
-                f"{self.replaced} of {shown} images could not be read any more, such as "
-                f"{self.index.name(lost[-1][2].row)}: repair the storage, or raise --max-broken {most:g}"
-            )
-
     def _save(self) -> Path | None:
+        self._check_finite()
+        self._check_weights()
         self._note_replaced()
-        norms = torch.stack(torch._foreach_norm(list(self.model.parameters())))
-        if not bool(norms.isfinite().all() & self.sums.isfinite().all()):
-            raise UserError(f"loss or weights are not finite at epoch {self.epoch + 1}, step {self.step}: lower --lr")
         state = {
             "version": __version__,
             "config": self.config.to_json(),
@@ -374,21 +318,11 @@ class Supervised:
             nn.init.zeros_(encoder.classifier.bias)
         return encoder
 
-    def _saved(self) -> tuple[Path | None, dict | None]:
-        """-> the checkpoint of ours to go on from and what it holds, if there is one."""
-        run = self.config.run
-        saved = checkpoint.all_of(self.out / "checkpoints")
-        if run.resume == "never" and saved:
-            raise UserError(f"{self.out} already holds a run: choose another --out, or --resume auto to go on with it")
-        path = Path(run.resume) if run.resume not in ("auto", "never") else (saved[-1] if saved else None)
-        path = distributed.from_rank0(path)
-        return path, None if path is None else checkpoint.load(path)
-
     def _restore(self, path: Path, state: dict) -> int:
         """Take up an earlier run; -> the length its log.jsonl had."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.epoch, self.step, self.replaced = state["epoch"], state["step"], state["replaced"]
+        self.epoch, self.step, self.replaced = state["epoch"], state["step"], list(state["replaced"])
         same_ranks = state["ranks"] == self.ranks
         self.sums = (state["sums"][self.rank] if same_ranks else state["sums"].mean(0)).to(self.device)
         if self.rank == 0:

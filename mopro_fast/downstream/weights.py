@@ -164,7 +164,10 @@ def _own_names(tensors: dict[str, Tensor], transposed_queue: bool) -> dict[str, 
             name = Q + ("classifier." + name[3:] if name.startswith("fc.") else name)
         if transposed_queue and name == "queue":
             t = t.T
-        state[name] = (t.float() if t.is_floating_point() else t).contiguous()
+        counter = name.endswith(("num_batches_tracked", "queue_ptr"))
+        if t.is_floating_point() == counter or t.is_complex() or t.dtype == torch.bool:
+            raise ValueError(f"{name} is of type {str(t.dtype).removeprefix('torch.')}")
+        state[name] = (t.long() if counter else t.float()).contiguous()
     for name in [n for n in state if n.endswith(".running_mean")]:  # older PyTorch did not count
         state.setdefault(name.replace("running_mean", "num_batches_tracked"), torch.zeros((), dtype=torch.int64))
     return state
@@ -209,6 +212,8 @@ def _require_rest(state: dict[str, Tensor], model: ModelConfig, num_classes: int
     if "prototypes" in rest:
         expected["prototypes"] = torch.empty(num_classes or 0, model.embed_dim)
     _require_shapes(rest, expected, f"{path} does not fit together")
+    if "queue" in rest and not 0 <= int(rest["queue_ptr"]) < len(rest["queue"]):
+        raise UserError(f"{path}: queue_ptr {int(rest['queue_ptr'])} points outside the queue: a damaged file")
     for name, t in state.items():
         if not bool(t.isfinite().all()):
             raise UserError(f"{path}: {name} is not finite everywhere: a diverged training, or a damaged file")
@@ -226,6 +231,8 @@ def _evaluation(config: dict | None, model: ModelConfig) -> tuple[int | None, in
     data = (config or {}).get("data", {})
     size = data.get("image_size", 224 if model.stem == "imagenet" else None)
     resize = data.get("eval_resize") or (None if size is None else round(size * 256 / 224))
+    if size is not None and not 0 < size <= resize:
+        raise ValueError(f"it says image_size {size} and eval_resize {resize}")
     return size, resize
 
 

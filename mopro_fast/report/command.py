@@ -14,7 +14,7 @@ from mopro_fast.errors import UserError
 class Report:
     """Write one self-contained HTML page about a run, finished or not: curves, label correction, images, prototypes."""
 
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run's folder (--out of `mopro-fast train`)."""
     out: str | None = None
     """The page (default: RUN/report.html)."""

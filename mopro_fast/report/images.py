@@ -49,6 +49,7 @@ class Labels:
 def read_table(path: Path) -> Labels:
     """The table that `mopro-fast clean` writes, or its folder. Needed are path, given, label and verdict."""
     import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     path = path / TABLE if path.is_dir() else path
@@ -62,11 +63,11 @@ def read_table(path: Path) -> Labels:
             raise UserError(f"--table {path} has no column {name}: it is not the {TABLE} of `mopro-fast clean`")
     try:
         given, new = (table[name].cast(pa.int64()).fill_null(-1).to_numpy().copy() for name in ("given", "label"))
-        verdict = table["verdict"].cast(pa.string()).fill_null("").to_numpy()
+        verdict = table["verdict"].cast(pa.string())
     except (pa.ArrowException, NotImplementedError) as error:
         raise UserError(f"--table {path}: its labels or verdicts are of another type: {error}") from None
-    new[verdict == "removed"] = REMOVED
-    new[~np.isin(verdict, VERDICTS)] = UNSEEN  # the image could not be read
+    new[pc.is_in(verdict, pa.array(["removed"])).to_numpy()] = REMOVED  # in Arrow: no Python string per image
+    new[~pc.is_in(verdict, pa.array(VERDICTS)).to_numpy()] = UNSEEN  # the image could not be read
     floats = [f.name for f in table.schema if pa.types.is_floating(f.type)]
     scores = {name: table[name] for name in (*floats, *({"best"} & {*table.column_names}))}
     return Labels(given, new, f"the table {path}", table["path"], scores)

@@ -32,7 +32,7 @@ NOT_CURVES = {"split", "epoch", "step", "lr", "images", "replaced"}
 
 def collect(options: "Report") -> dict[str, Any]:
     """Everything the page shows, as JSON values. Only wrong options raise; what the run lacks is in ``missing``."""
-    run = Run(Path(options.run), options.data, options.root)
+    run = Run(Path(options.run), options.data, options.root, other_data=options.table is not None)
     labels = _labels(run, options.table)
     classes = _class_count(run, labels)
     names = run.class_names(options.names, classes)
@@ -255,7 +255,7 @@ def _prototypes(run: Run) -> dict[str, Any] | None:
     prototypes = run.state["model"].get("prototypes") if run.state else None
     if prototypes is None:
         if run.state:
-            run.missing["prototypes"] = "a run with plain cross-entropy has none"
+            run.missing["prototypes"] = "this model has none"
         return None
     found = figures.similarity(prototypes.float().numpy())
     if not found["order"]:

@@ -29,6 +29,8 @@ class Run:
     data: str | None = None
     """Where the training data is now; None: as the config says."""
     root: str | None = None
+    other_data: bool = False
+    """Take data that is not the run's: a table names its images."""
     missing: dict[str, str] = field(default_factory=dict)
     """What could not be read, and why."""
 
@@ -53,6 +55,9 @@ class Run:
     @cached_property
     def config(self) -> TrainConfig | None:
         if not self.raw_config:
+            return None
+        if "freeze" in self.raw_config:
+            self.missing["the images"] = "`mopro-fast retrain` and `finetune` correct no labels"
             return None
         try:
             return load(self.folder / "config.json")
@@ -86,7 +91,7 @@ class Run:
 
     @cached_property
     def index(self) -> Index | None:
-        """The training data's, if it is the data of the run."""
+        """The training data's, if it is the data of the run (or ``other_data``)."""
         if self.config is None:
             return None
         d = self.config.data
@@ -97,7 +102,7 @@ class Run:
         except UserError as error:
             self.missing["the images"] = f"{error}; if the data has moved: --data"
             index = _as_listed(kept, options)
-        if index is None or self.state is None:
+        if index is None or self.state is None or self.other_data:
             return index
         digest = self.state.get("data_digest", "")
         index = inputs.as_begun(index, kept, digest)
