@@ -67,8 +67,8 @@ def throughput(result: dict, axes) -> None:
 def numerics(result: dict, axes) -> None:
     """A line per run; the band is from the lowest to the highest seed."""
     for i, precision in enumerate(("fp32", "bf16")):
-        curves = np.array([run["losses"] for run in result["runs"] if run["precision"] == precision])
-        steps = result["settings"]["log_every"] * np.arange(1, curves.shape[1] + 1)
+        runs = [run for run in result["runs"] if run["precision"] == precision]
+        curves, steps = np.array([run["losses"] for run in runs]), runs[0]["steps"]
         axes.fill_between(steps, curves.min(0), curves.max(0), color=f"C{i}", alpha=0.25, linewidth=0)
         axes.plot(steps, curves.mean(0), color=f"C{i}", label={"fp32": "float32", "bf16": "bfloat16"}[precision])
     axes.set(xlabel="step", ylabel="loss")

@@ -55,10 +55,15 @@ def main() -> int:
                 if received := Trainer(c).run():
                     return 128 + received
             entries = [json.loads(line) for line in (Path(c.run.out) / "log.jsonl").read_text().splitlines()]
-            losses = [e["loss"] for e in entries if e["split"] == "train"]
+            windows = [e for e in entries if e["split"] == "train"]
+            per_epoch = max(e["step"] for e in windows)
+            steps = [e["epoch"] * per_epoch + e["step"] for e in windows]
+            losses = [e["loss"] for e in windows]
             last = [e["loss"] for e in entries if e["split"] == "epoch"][-1]
             top1 = demo.curve(Path(c.run.out), "val", "top1")[-1]
-            runs.append({"seed": seed, "precision": precision, "losses": losses, "loss": last, "top1": top1})
+            runs.append(
+                {"seed": seed, "precision": precision, "steps": steps, "losses": losses, "loss": last, "top1": top1}
+            )
     settings = {name: getattr(a, name) for name in ("seeds", "epochs", "image_size", "width")}
     settings |= {"images": len(lines), "log_every": log_every}
     print(record.write("numerics", {"settings": settings, "runs": runs}, a.results))

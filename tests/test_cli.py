@@ -86,6 +86,13 @@ def test_mistakes_end_in_one_line(mistake, images, tmp_path, mopro_fast, monkeyp
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_an_output_folder_that_cannot_be_written(images, mopro_fast):
+    args = ("train", "demo", "--data", f"{images}/good.txt", "--batch-size", "4", "--device", "cpu")
+    status, _, stderr = mopro_fast(*args, "--out", "/proc/no/run")
+    assert status == 2 and "cannot write into --out /proc/no/run: No such file or directory" in stderr
+    assert "Traceback" not in stderr
+
+
 def test_names_that_do_not_exist_come_with_the_nearest(mopro_fast):
     for args, named in (
         (["train", "webvision-v3"], "did you mean 'webvision-v"),

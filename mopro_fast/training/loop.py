@@ -78,14 +78,17 @@ class Trainer:
         self.train_step = TrainStep(config, self.model, len(self.index), self.device)
         self.shuffle = Shuffle(config.run.seed, config.optim.batch_size)
         log_bytes = self._restore(path, state) if state else 0
-        if self.rank == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / "config.json").write_text(config.to_json())
-            if not state:
-                inputs.write_list(self.index, self.out / "images.txt")
-            if len(self.index.left_out):
-                inputs.write_left_out(self.index, self.out / "left_out.csv")
-        self.log = RunLog(self.out, self.rank == 0, log_bytes, self.global_step, config.run.tensorboard)
+        try:
+            if self.rank == 0:
+                self.out.mkdir(parents=True, exist_ok=True)
+                (self.out / "config.json").write_text(config.to_json())
+                if not state:
+                    inputs.write_list(self.index, self.out / "images.txt")
+                if len(self.index.left_out):
+                    inputs.write_left_out(self.index, self.out / "left_out.csv")
+            self.log = RunLog(self.out, self.rank == 0, log_bytes, self.global_step, config.run.tensorboard)
+        except OSError as error:
+            raise UserError(f"cannot write into --out {self.out}: {error.strerror}: name another folder") from None
 
     @property
     def global_step(self) -> int:
