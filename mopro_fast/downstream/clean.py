@@ -30,6 +30,7 @@ from mopro_fast.data.index import Index, load_index
 from mopro_fast.data.pipeline import EvalLoader
 from mopro_fast.data.shards import replacing
 from mopro_fast.downstream.done import write_json
+from mopro_fast.downstream.in_order import in_order
 from mopro_fast.downstream.weights import Weights, build_encoder, digest, load_weights
 from mopro_fast.errors import UserError
 from mopro_fast.training import distributed, inputs
@@ -217,15 +218,19 @@ def _score_parts(o: Clean, weights: Weights, index: Index, folder: Path, device:
     )
     scored: dict[int, list[tuple[Tensor, ...]]] = {p: [] for p in mine}  # not written yet; on the device
     total = sum(map(len, batches))
+
+    @torch.inference_mode()
+    def scoring(images: Tensor, labels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return ids, *score(encoder, prototypes, images, labels, o)
+
     with contextlib.closing(loader), _progress(total, rank, ranks) as bar:
-        for images, labels, ids in loader:
+        for ids, best, scores in in_order(scoring, loader, device):
             part = int(ids[0]) // (_BATCHES * o.batch_size)
             for earlier in [p for p in scored if p < part]:
                 _write_part(
                     _part(folder, earlier), index, parts[earlier], scored.pop(earlier), o.threshold, len(prototypes)
                 )
-            with torch.inference_mode():
-                scored[part].append((ids, *score(encoder, prototypes, images, labels, o)))
+            scored[part].append((ids, best, scores))
             bar.update(len(ids))
         for p, batches in scored.items():
             _write_part(_part(folder, p), index, parts[p], batches, o.threshold, len(prototypes))

@@ -20,6 +20,7 @@ from mopro_fast.config import DataConfig
 from mopro_fast.data.index import Index
 from mopro_fast.data.pipeline import EvalLoader
 from mopro_fast.data.shards import replacing
+from mopro_fast.downstream.in_order import in_order
 from mopro_fast.downstream.weights import HEADS, digest, load_encoder
 from mopro_fast.errors import UserError
 from mopro_fast.training import distributed, inputs
@@ -139,7 +140,6 @@ def compute(index: Index, path: Path, step: Callable[[Tensor], Tensor], width: i
     return np.load(path, mmap_mode="r")
 
 
-@torch.inference_mode()
 def _work(
     index: Index, batches: list[np.ndarray], path: Path, step: Callable[[Tensor], Tensor], loader_options: dict
 ) -> list[int]:
@@ -151,12 +151,17 @@ def _work(
     done: list[tuple[np.ndarray, np.ndarray]] = []
     saved, held = time.monotonic(), 0
     quiet = rank != 0 or not sys.stderr.isatty()
+
+    @torch.inference_mode()
+    def computing(images: Tensor, _labels: Tensor, ids: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        return ids.cpu().numpy(), step(images).cpu().numpy()
+
     try:
         with tqdm(
             total=sum(map(len, batches)), desc=path.stem.rpartition("-")[0], unit=" images", disable=quiet
         ) as bar:
-            for images, _labels, ids in loader:
-                done.append((ids.cpu().numpy(), step(images).cpu().numpy()))
+            for ids, values in in_order(computing, loader, loader_options["device"]):
+                done.append((ids, values))
                 bar.update(len(ids))
                 held += done[-1][1].nbytes
                 if held > _PART or time.monotonic() - saved > _SAVE_EVERY:

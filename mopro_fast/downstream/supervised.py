@@ -213,6 +213,7 @@ class Supervised(Trainer):
         if self.rank == 0:
             write_json(self.out / "config.json", dataclasses.asdict(config))
         self.log = RunLog(self.out, self.rank == 0, log_bytes, self.global_step, config.run.tensorboard)
+        self.resources = (self.loader, *self.eval_loaders.values(), self.log)
         self.log.say(f"{len(self.index.usable)} of {len(self.index)} images are shown, {self.steps} steps per epoch")
 
     def _train_step(self, batch: Batch, _place: None = None) -> None:

@@ -89,6 +89,7 @@ class Trainer:
             self.log = RunLog(self.out, self.rank == 0, log_bytes, self.global_step, config.run.tensorboard)
         except OSError as error:
             raise UserError(f"cannot write into --out {self.out}: {error.strerror}: name another folder") from None
+        self.resources = (self.loader, *self.eval_loaders.values(), self.train_step, self.log)
 
     @property
     def global_step(self) -> int:
@@ -115,10 +116,8 @@ class Trainer:
                         )
                         return received
         finally:
-            for loader in (self.loader, *self.eval_loaders.values()):
-                loader.close()
-            self.train_step.close()
-            self.log.close()
+            for resource in self.resources:
+                resource.close()
         return 0
 
     def _train_epoch(self, stop: distributed.StopSignal) -> int:
