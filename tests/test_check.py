@@ -238,7 +238,8 @@ def test_interrupted_by_ctrl_c_it_says_so(tmp_path):
         for link in range(9):  # enough to read for a while
             (tmp_path / "class" / f"{i:03}_{link}.jpg").hardlink_to(tmp_path / "class" / f"{i:03}.jpg")
     command = [sys.executable, "-m", "mopro_fast", "check", str(tmp_path), "--workers", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    heeds = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731, what runs in the background ignores it
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heeds)
     while not (tmp_path / f"{FILE}.partial").exists():
         time.sleep(0.001)
     time.sleep(0.1)
