@@ -3,6 +3,7 @@
 #   tests/gpu.sh [build] [test] [sanitize] [bench] [loader] [throughput] [numerics] [accuracy]
 # A part that fails does not stop the next; the exit status is 1 if any failed. Each part but the last two is meant to end
 # within ten minutes; build must have run once before the others.
+# Build leaves dependencies alone: pytest, tyro, pyarrow, tqdm, Pillow and safetensors must be there, DALI where it says so.
 #   PYTHON   the python to use (default python3)
 #   OUT      where JSON results go (default bench/results)
 #   LOADER   the loader's sets, "NAME=LIST=PX ..." (see bench/loader.py); without it, or without DALI, loader is skipped
