@@ -274,7 +274,7 @@ def demo() -> TrainConfig:
             num_classes=10, image_size=16, eval_resize=16, augment=AugmentConfig(scale=(0.5, 1.0), flip=0.0)
         ),
         model=ModelConfig(arch="resnet18", width=0.25, stem="small", embed_dim=64),
-        mopro=MoProConfig(queue_size=512, key_momentum=0.99, proto_momentum=0.99, start_clean=6),
+        mopro=MoProConfig(queue_size=512, key_momentum=0.99, proto_momentum=0.99, start_clean=10),
         optim=OptimConfig(epochs=30, batch_size=64, lr=0.05, schedule="cosine", warmup_epochs=1, weight_decay=5e-4),
         run=RunConfig(log_every=11),
     )
