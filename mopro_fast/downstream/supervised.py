@@ -35,6 +35,7 @@ from mopro_fast.training.evaluate import accuracy
 from mopro_fast.training.log import RunLog
 from mopro_fast.training.loop import FREE, Trainer
 from mopro_fast.training.optim import learning_rate
+from mopro_fast.training.step import uses_bf16
 
 MIXUP = 3  # first word of the generators' seeds; data/ has 0 to 2
 _SUMS = ("loss", "acc_cls", "steps")
@@ -161,10 +162,7 @@ class Supervised(Trainer):
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"--out {self.out} is a file: name a folder")
         backends.require(self.device.type)
-        cuda = self.device.type == "cuda"
-        self.bf16 = config.run.precision == "bf16" or (
-            config.run.precision == "auto" and cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        )
+        self.bf16 = uses_bf16(config, self.device)
         torch.backends.cudnn.benchmark = not config.run.deterministic
         torch.backends.cudnn.deterministic = config.run.deterministic
 
