@@ -1,19 +1,25 @@
 """Compiles every Triton kernel for GPUs that are not here, with the arguments its own launcher gives it.
 
-python tests/compile_kernels.py ARCH...    one JSON object per line: {"op", "launches"} for every call, and
-                                           {"kernel", "arch", "stack", "registers", "shared"} for every variant
+python tests/compile_kernels.py FOLDER ARCH...    one JSON object per line: {"op", "launches"} for every call, and
+                                                  {"kernel", "arch", "stack", "registers", "shared"} for every variant
 
-The launches are intercepted: types, alignment and constants come from the tensors and tilings of real calls.
+The launches are intercepted: types, alignment and constants come from the tensors and tilings of real calls. FOLDER
+keeps the reports (tests/compiled.py).
 """
 
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import torch
 import triton
+from compiled import kept
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -25,6 +31,7 @@ TYPES = {
     torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1", torch.uint8: "*u8",
 }  # fmt: skip
 WARPS, STAGES = 4, 3  # Triton's defaults
+TASKS: list[tuple[JITFunction, dict, dict, int]] = []  # (kernel, arguments, options, architecture), for forks to find
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 
 
@@ -126,26 +133,44 @@ def calls():
                 yield kernels.conv1x1_stats_, (x, weight, running, running, norm, 0.1, 1e-5, group)
 
 
-def main() -> int:
-    done = set()
+def variants() -> list[tuple[JITFunction, dict, dict]]:
+    """Every kernel with all that it is specialised for, once; on the way, what each call launches is printed."""
+    found = {}
     for function, arguments in calls():
         seen = launches(lambda f=function, a=arguments: f(*a))
         flags = [a for a in arguments if isinstance(a, bool)]
         print(json.dumps({"op": function.__name__, "flags": flags, "launches": len(seen)}))
         for kernel, values, options in seen:
-            compiled_from = source(kernel, values)
             options = {"num_warps": WARPS, "num_stages": STAGES, **options}
-            key = (compiled_from.hash(), *options.values())
-            if key in done:
-                continue
-            done.add(key)
-            for arch in map(int, sys.argv[1:]):
-                compiled = triton.compile(compiled_from, target=GPUTarget("cuda", arch, 32), options=options)
-                shown = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
-                types = [str(v.dtype) for v in values.values() if isinstance(v, torch.Tensor)][:2]
-                report = {"kernel": kernel.__name__, "arch": arch, "types": types, "constants": shown}
-                report |= {"shared": compiled.metadata.shared, **resources(compiled.asm["cubin"])}
-                print(json.dumps(report), flush=True)
+            found[source(kernel, values).hash(), *options.values()] = kernel, values, options
+    return list(found.values())
+
+
+def report(task: int) -> str:
+    """One variant for one architecture, compiled unless FOLDER has it; -> JSON."""
+    kernel, values, options, arch = TASKS[task]
+    compiled_from, target = source(kernel, values), GPUTarget("cuda", arch, 32)
+
+    def make(path: Path) -> None:
+        with tempfile.TemporaryDirectory() as folder:  # Triton's own cache would keep 0.3 MB of each in the home
+            triton.knobs.cache.dir = folder
+            compiled = triton.compile(compiled_from, target=target, options=options)
+        shown = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
+        types = [str(v.dtype) for v in values.values() if isinstance(v, torch.Tensor)][:2]
+        out = {"kernel": kernel.__name__, "arch": arch, "types": types, "constants": shown}
+        out |= {"shared": compiled.metadata.shared, **resources(compiled.asm["cubin"])}
+        path.write_text(json.dumps(out))
+
+    backend = triton.compiler.make_backend(target).hash()  # Triton's version and ptxas'
+    decides = [Path(__file__), triton.__version__, backend, compiled_from.hash(), json.dumps(options)]
+    return kept(Path(sys.argv[1]), f"{kernel.__name__}.json", decides, make).read_text()
+
+
+def main() -> int:
+    TASKS.extend((*variant, int(arch)) for variant in variants() for arch in sys.argv[2:])
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
+        for line in pool.map(report, range(len(TASKS))):
+            print(line, flush=True)
     return 0
 
 

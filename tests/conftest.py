@@ -1,34 +1,81 @@
 import os
 
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as mopro_fast/cli.py does, and for the same reason
+if WORKERS > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // WORKERS)))  # PyTorch's and its children's
 
+import re
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import interpreter
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined; then the triton backend takes CPU tensors
+    interpreter.speed_up()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+        if item.get_closest_marker("ranks"):
+            item.add_marker(pytest.mark.xdist_group("ranks"))
+    items.sort(key=lambda item: item.get_closest_marker("ranks") is None)  # the longest group of all begins first
+
+
+def pytest_make_parametrize_id(val, argname):
+    """Ids that can be typed: the words of a value, joined by what no shell reads."""
+    if isinstance(val, str):
+        return re.sub(r"[^\w.=+-]+", "-", val, flags=re.ASCII).strip("-") or f"no-{argname}"
+    if isinstance(val, torch.dtype):
+        return str(val).removeprefix("torch.")
+    if isinstance(val, Path):
+        return val.name
+    if isinstance(val, Mapping):
+        val = [f"{key}={value}" for key, value in val.items()]
+    if isinstance(val, Sequence):
+        words = [pytest_make_parametrize_id(value, argname) for value in val]
+        return ("_".join(words) or f"no-{argname}") if None not in words else None
+    if val is None or isinstance(val, bool | int | float):
+        return str(val)
+    return None if getattr(val, "__name__", "<lambda>") == "<lambda>" else val.__name__
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_logreport(report):
+    report.nodeid = report.nodeid.removesuffix("@ranks")  # xdist's own mark: what is printed can be typed
 
 
 @pytest.fixture(scope="session")
-def host_cuda(pytestconfig):
+def compiled(pytestconfig) -> Path:
+    """The folder for compilers' outputs (tests/compiled.py): it outlives the run, and all processes share it."""
+    return pytestconfig.cache.mkdir("compiled")
+
+
+@pytest.fixture
+def nan_filled_memory():
+    """Memory that an op forgets to write must not look like a result."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def host_cuda(compiled):
     """csrc/ built for the CPU: the functions of mopro_fast._C on pointers to CPU memory."""
     import host_cuda
 
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
+    if host_cuda.COMPILER is None:
         pytest.skip("no C++ compiler: set CXX")
-    return host_cuda.load(host_cuda.build(Path(pytestconfig.cache.mkdir("host_cuda")), compiler))
+    return host_cuda.load(host_cuda.build(compiled))
 
 
 @dataclass

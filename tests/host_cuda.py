@@ -1,17 +1,20 @@
 """Builds csrc/ for the CPU with the headers of tests/cuda_on_host: kernels run where there is no GPU."""
 
 import ctypes
-import hashlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from compiled import kept
+
 ROOT = Path(__file__).parent.parent
 HEADERS = ROOT / "tests" / "cuda_on_host"
+COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 # No contraction: kernels say fma where they mean it, which leaves nvcc nothing to fuse.
 # _FORTIFY_SOURCE, a default of some compilers, forbids the longjmp between stacks that fibers live on. Kernels
 # move floats in whole words, which only nvcc allows.
@@ -24,32 +27,27 @@ SANITIZE = "-fsanitize=undefined"
 NO_THREAD_LOCAL = "-Dthread_local="
 
 
-def build(cache: Path, compiler: str) -> Path:
+def build(cache: Path) -> Path:
     """The path of the module, compiled (about 10 s) unless `cache` has one of the same sources."""
     import pybind11
 
     sources = sorted([*(ROOT / "csrc").iterdir(), *HEADERS.iterdir()])
     include = [f"-I{path}" for path in (HEADERS, pybind11.get_include(), sysconfig.get_path("include"))]
-    key = hashlib.sha256(Path(__file__).read_bytes())
-    for text in [compiler, *include, *(path.read_text() for path in sources)]:
-        key.update(text.encode())
-    output = cache / f"_C.{key.hexdigest()[:16]}.so"
-    if output.exists():
-        return output
+    version = subprocess.run([COMPILER, "--version"], check=True, capture_output=True).stdout
 
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        compiles, objects = [], []
-        for source in sources:
-            if source.suffix in (".cu", ".cpp"):
-                objects.append(f"{folder}/{source.stem}.o")
-                flags = [*FLAGS, SANITIZE if source.suffix == ".cu" else NO_THREAD_LOCAL, *include]
-                compiles.append([compiler, *flags, "-x", "c++", "-c", str(source), "-o", objects[-1]])
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda command: subprocess.run(command, check=True), compiles))
-        linked = f"{folder}/_C.so"
-        subprocess.run([compiler, "-shared", SANITIZE, *objects, "-o", linked], check=True)
-        os.replace(linked, output)
-    return output
+    def make(output: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            compiles, objects = [], []
+            for source in sources:
+                if source.suffix in (".cu", ".cpp"):
+                    objects.append(f"{folder}/{source.stem}.o")
+                    flags = [*FLAGS, SANITIZE if source.suffix == ".cu" else NO_THREAD_LOCAL, *include]
+                    compiles.append([COMPILER, *flags, "-x", "c++", "-c", str(source), "-o", objects[-1]])
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(lambda command: subprocess.run(command, check=True), compiles))
+            subprocess.run([COMPILER, "-shared", SANITIZE, *objects, "-o", output], check=True)
+
+    return kept(cache, "_C.so", [Path(__file__), COMPILER, version, pybind11.__version__, *include, *sources], make)
 
 
 def load(path: Path):

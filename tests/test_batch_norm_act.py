@@ -22,12 +22,7 @@ LARGE = [((64, 64, 3, 5, 32), F32, True), ((2, 2048, 7, 7, 0), BF16, True), ((16
 EPS, MOMENTUM = 1e-5, 0.3
 
 
-@pytest.fixture(autouse=True)
-def nan_filled_memory():
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
 
 @pytest.fixture(params=["reference", "triton"])

@@ -352,11 +352,10 @@ def test_the_report_names_what_failed_and_what_was_skipped(bench):
     assert "skipped official, compiled: made up" in text and "1 requirements not measured" in text
 
 
-def test_launches_are_the_committed_ones(pytestconfig, tmp_path):
+def test_launches_are_the_committed_ones(compiled, tmp_path):
     """bench/launches.py counts them without a GPU."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, BENCH / "launches.py", "--results", tmp_path]
-    command += ["--cache", pytestconfig.cache.mkdir("host_cuda")]
+    command = [sys.executable, BENCH / "launches.py", "--results", tmp_path, "--cache", compiled]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     folders = tmp_path, BENCH / "results"

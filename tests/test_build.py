@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from compiled import kept
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
@@ -15,16 +16,23 @@ NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is neither on PATH nor in /usr/local/cuda/bin")
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("source", sorted(CSRC.glob("*.cu")), ids=lambda path: path.name)
-def test_no_warning_no_spill(source, arch, tmp_path):
+@pytest.mark.parametrize("source", sorted(CSRC.glob("*.cu")))
+def test_no_warning_no_spill(source, arch, tmp_path, compiled):
     command = [NVCC, "-std=c++17", "-O3", f"-arch={arch}", "-Werror", "all-warnings"]
-    command += ["-Xcompiler=-Wall,-Wextra", "-Xptxas=-v", "-c", source, "-o", tmp_path / "out.o"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    kernels = re.findall(r"Compiling entry function '(\w+)'", result.stderr)
+    command += ["-Xcompiler=-Wall,-Wextra", "-Xptxas=-v", "-c", str(source)]
+
+    def compile_it(said: Path) -> None:
+        result = subprocess.run([*command, "-o", tmp_path / "out.o"], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        said.write_text(result.stderr)
+
+    versions = [subprocess.run([x, "--version"], capture_output=True, check=True).stdout for x in (NVCC, "g++")]
+    headers = [path for path in sorted(CSRC.iterdir()) if path.suffix in (".h", ".cuh")]
+    said = kept(compiled, f"{source.stem}.txt", [*versions, *command, source, *headers], compile_it).read_text()
+    kernels = re.findall(r"Compiling entry function '(\w+)'", said)
     sizes = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
-    frames = re.findall(sizes, result.stderr)
-    assert len(frames) == len(kernels) > 0, result.stderr
+    frames = re.findall(sizes, said)
+    assert len(frames) == len(kernels) > 0, said
     for kernel, frame in zip(kernels, frames, strict=True):
         assert frame == ("0", "0", "0"), f"{kernel}: {frame} bytes of stack, spill stores, spill loads"
 

@@ -21,12 +21,7 @@ SHAPES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def nan_filled_memory():
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
 
 @pytest.fixture(params=["reference", "triton"])

@@ -14,10 +14,10 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a block may use (CUDA pr
 
 
 @pytest.fixture(scope="module")
-def reports():
+def reports(compiled):
     """What tests/compile_kernels.py says; in a process of its own, for here the kernels may be the interpreter's."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, ROOT / "tests/compile_kernels.py", *map(str, SHARED)]
+    command = [sys.executable, ROOT / "tests/compile_kernels.py", compiled, *map(str, SHARED)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     return [json.loads(line) for line in result.stdout.splitlines()]

@@ -32,13 +32,7 @@ SHAPES = [(0, 7, 8), (1, 1, 4), (5, 33, 32), (17, 10, 128), (64, 257, 65)]
 LARGE_SHAPES = [(33, 1100, 16), (65, 70, 256), (3, 2000, 128), (18, 130, 512), (2, 70, 768)]
 
 
-@pytest.fixture(autouse=True)
-def nan_filled_memory():
-    """Memory that an op forgets to write must not look like a result."""
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
 
 OPS_ON_BACKENDS = [(op, b) for b in backends.MODULES for op in backends.IMPLEMENTED[b]]

@@ -17,13 +17,7 @@ SAME = np.float32([1, 1, 1, 0])  # factors that change nothing
 BACKENDS = ("reference", "triton")
 
 
-@pytest.fixture(autouse=True)
-def filled_memory():
-    """Memory that an op forgets to write must not look like a result."""
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
 
 def generator(seed):
