@@ -1,27 +1,40 @@
 # Every target works from a bare checkout: the first one run makes .venv and installs everything into it.
 # TORCH is pinned because a newer PyTorch would be downloaded with gigabytes of CUDA packages on every change of
-# the index. On a machine with its own PyTorch: make VENV= test (uses that python and installs nothing).
+# the index. Another one, beside the first: make VENV=.venv-211 TORCH=torch==2.11.0 TRITON=triton==3.6.0 test
+# On a machine with its own PyTorch: make VENV= test (uses that python and installs nothing).
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 VENV ?= .venv
+# Test files run in so many processes; one for each core, but no more than eight.
+JOBS ?= auto
 
 ifeq ($(VENV),)
 RUN := $(PYTHON)
 READY :=
 else
 RUN := $(VENV)/bin/python
-READY := $(VENV)/ready
+# Its name stands for what was asked for: with another PYTHON, TORCH or TRITON the environment is not ready.
+READY := $(VENV)/ready-$(shell printf '%s' '$(PYTHON) $(TORCH) $(TRITON)' | cksum | cut -d ' ' -f 1)
 endif
 
-.PHONY: demo test test-gpu bench lint clean
+PYTEST := $(RUN) -m pytest -q -n $(JOBS) --maxprocesses 8 --dist loadgroup --durations=8
+
+.PHONY: demo test test-fast test-slow test-gpu bench lint clean distclean
 
 demo: $(READY)
 	$(RUN) -m mopro_fast demo
 
+# All but what takes minutes; the fast ones alone, for daily work; what takes minutes.
 test: $(READY)
-	$(RUN) -m pytest -q --durations=8
+	$(PYTEST)
+
+test-fast: $(READY)
+	$(PYTEST) -m "not medium and not slow"
+
+test-slow: $(READY)
+	$(PYTEST) -m slow
 
 # On a CUDA machine: build, kernel tests, compute-sanitizer, then timings. OUT receives the JSON results.
 test-gpu: $(READY)
@@ -33,15 +46,29 @@ bench: $(READY)
 	$(RUN) bench/demo_accuracy.py
 	$(RUN) bench/tables.py
 
+# clang-format is the environment's package, as ruff is: whatever is on the PATH may format otherwise.
 lint: $(READY)
-	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cu csrc/*.cuh csrc/*.h csrc/*.cpp
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -c "from clang_format import clang_format; clang_format()" --dry-run --Werror \
+	  $(wildcard csrc/*.cu csrc/*.cuh csrc/*.h csrc/*.cpp tests/cuda_on_host/*.h)
 
+# What builds and tests made. Trainings (runs/) and the environment stay.
 clean:
-	rm -rf .venv build dist *.egg-info mopro_fast/_C*.so mopro_fast/_views*.so mopro_fast/_build_info.json runs
+	rm -rf build dist *.egg-info mopro_fast/_C*.so mopro_fast/_views*.so mopro_fast/_build_info.json
+	rm -rf .pytest_cache .ruff_cache .benchmarks
 
-$(VENV)/ready: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
+# The environment, too. Only a folder that is one is removed.
+distclean: clean
+	test ! -e "$(VENV)/pyvenv.cfg" || rm -rf "$(VENV)"
+
+VERSION := -c 'import sys; print("Python %d.%d" % sys.version_info[:2])'
+
+$(READY): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@has=$$($(VENV)/bin/python $(VERSION)) && asked=$$($(PYTHON) $(VERSION)) && test "$$has" = "$$asked" || \
+	  { echo "$(VENV) has $$has, PYTHON=$(PYTHON) is $$asked: name another folder in VENV" >&2; exit 1; }
+	rm -f $(VENV)/ready*
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check "$(TORCH)" "$(TRITON)"
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]' "$(TORCH)" "$(TRITON)"
 	touch $@

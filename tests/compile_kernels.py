@@ -142,7 +142,7 @@ def variants() -> list[tuple[JITFunction, dict, dict]]:
         print(json.dumps({"op": function.__name__, "flags": flags, "launches": len(seen)}))
         for kernel, values, options in seen:
             options = {"num_warps": WARPS, "num_stages": STAGES, **options}
-            found[source(kernel, values).hash(), *options.values()] = kernel, values, options
+            found[(source(kernel, values).hash(), *options.values())] = kernel, values, options
     return list(found.values())
 
 

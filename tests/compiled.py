@@ -9,7 +9,7 @@ from filelock import FileLock
 
 
 def kept(folder: Path, name: str, decides: Iterable[str | bytes | Path], make: Callable[[Path], None]) -> Path:
-    """The path of the file that `make(path)` writes, unless the folder has one made of the same: then make is not called.
+    """The path of the file that `make(path)` writes; where the folder has one made of the same, make is not called.
 
     A path in `decides` stands for its bytes. Of several processes one makes the file, the others wait for it.
     """

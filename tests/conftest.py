@@ -1,13 +1,13 @@
 import os
 
-WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as mopro_fast/cli.py does, and for the same reason
-if WORKERS > 1:
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // WORKERS)))  # PyTorch's and its children's
+# PyTorch's threads, here and in processes that tests start: no more than cores. Before it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // workers)))
 
+# isort: split
 import re
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,18 +31,19 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_make_parametrize_id(val, argname):
-    """Ids that can be typed: the words of a value, joined by what no shell reads."""
+    """Ids that can be typed: a value's words, joined by what no shell reads. None: the argument's name and a number."""
     if isinstance(val, str):
-        return re.sub(r"[^\w.=+-]+", "-", val, flags=re.ASCII).strip("-") or f"no-{argname}"
+        return re.sub(r"[^\w.=+-]+", "-", val, flags=re.ASCII).strip("-")[:60] or f"no-{argname}"
     if isinstance(val, torch.dtype):
         return str(val).removeprefix("torch.")
     if isinstance(val, Path):
         return val.name
     if isinstance(val, Mapping):
-        val = [f"{key}={value}" for key, value in val.items()]
-    if isinstance(val, Sequence):
+        words = {key: pytest_make_parametrize_id(value, argname) for key, value in val.items()}
+        return "_".join(key if word is None else f"{key}={word}" for key, word in words.items()) or f"no-{argname}"
+    if isinstance(val, tuple | list | range):
         words = [pytest_make_parametrize_id(value, argname) for value in val]
-        return ("_".join(words) or f"no-{argname}") if None not in words else None
+        return None if None in words else "_".join(words) or f"no-{argname}"
     if val is None or isinstance(val, bool | int | float):
         return str(val)
     return None if getattr(val, "__name__", "<lambda>") == "<lambda>" else val.__name__

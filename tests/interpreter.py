@@ -7,7 +7,7 @@ def speed_up() -> None:
     Patching both modules with the launch leaves nothing to do."""
     from triton.runtime import interpreter
 
-    def patch_lang(fn):
+    def patch_lang(_):
         scope = interpreter._LangPatchScope()
         for lang in (tl, tl.core):
             interpreter._patch_builtin(lang, builder, scope)

@@ -1,6 +1,6 @@
-"""One rank of a small training that writes down what it shows: python killed_run.py DATA OUT [KILL-AT-STEP].
+"""One rank of a small training that writes down what it shows, and ends itself as kill -9 would, if it is to.
 
-At that global step rank 0 ends itself as kill -9 would. With RANK and WORLD_SIZE in the environment it is one of many.
+With RANK and WORLD_SIZE in the environment it is one of many.
 """
 
 import json
@@ -8,8 +8,6 @@ import os
 import signal
 import sys
 from pathlib import Path
-
-import torch
 
 from mopro_fast.config import AugmentConfig, DataConfig, ModelConfig, MoProConfig, OptimConfig, RunConfig, TrainConfig
 from mopro_fast.training.loop import Trainer
@@ -39,7 +37,7 @@ class Recorder(Trainer):
         super()._train_step(batch, place)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    Recorder.kill_at = int(sys.argv[3]) if len(sys.argv) > 3 else -1
-    sys.exit(Recorder(config(Path(sys.argv[1]), Path(sys.argv[2]))).run())
+def main(data: Path, out: Path, kill_at: int) -> None:
+    """Train; at the global step `kill_at`, if there is one, rank 0 is gone."""
+    Recorder.kill_at = kill_at
+    sys.exit(Recorder(config(data, out)).run())

@@ -62,7 +62,6 @@ def together(model, target, **options):
 @pytest.mark.parametrize(
     "options",
     [{}, {"nesterov": True}, {"momentum": 0.0}, {"weight_decay": 0.0}, {"momentum": 0.0, "weight_decay": 0.0}],
-    ids=str,
 )
 def test_as_sgd_then_ema(backend, options):
     model, target = encoder(), encoder(1)
@@ -199,7 +198,7 @@ def test_schedulers_and_hooks_work():
     assert moved == pytest.approx([0.1, 0.15], rel=1e-5)
 
 
-@pytest.mark.parametrize("option", [{"dampening": 0.1}, {"maximize": True}, {"differentiable": True}], ids=str)
+@pytest.mark.parametrize("option", [{"dampening": 0.1}, {"maximize": True}, {"differentiable": True}])
 def test_options_it_does_not_have(option):
     model = encoder()
     (name,) = option

@@ -10,11 +10,13 @@ import tarfile
 from collections import defaultdict
 from pathlib import Path
 
+import killed_run
 import numpy as np
 import pytest
 import torch
 from killed_run import Recorder, config
 from PIL import Image
+from processes import start
 
 from mopro_fast.data.index import load_index
 from mopro_fast.errors import UserError
@@ -194,7 +196,7 @@ def test_too_many_broken_files_end_the_run_in_one_line(photos, tmp_path):
         trainer.run()
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.ranks)])
 @pytest.mark.parametrize("layout", ["files", "shards"])
 def test_killed_in_the_middle_of_an_epoch_each_image_is_shown_once(photos, tmp_path, layout, ranks):
     data, out = photos, tmp_path / "out"
@@ -218,18 +220,17 @@ def train(data: Path, out: Path, ranks: int, kill_at: int = -1) -> list[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, HERE / "killed_run.py", data, out, str(kill_at)]
+    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = []
     for rank in range(ranks):
         place = {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-        processes.append(subprocess.Popen(command, env={**os.environ, **place}, stderr=subprocess.DEVNULL))
-    statuses = [processes[0].wait(120)]
+        processes.append(start(place, killed_run.main, data, out, kill_at))
+    processes[0].join()
     for process in processes[1:]:
-        if statuses[0] != 0:
+        if processes[0].exitcode != 0:
             process.kill()
-        statuses.append(process.wait(120))
-    return statuses
+        process.join()
+    return [process.exitcode for process in processes]
 
 
 def test_order_of_shards_is_a_shuffle_of_shards_and_of_images_in_a_few(photos, tmp_path):

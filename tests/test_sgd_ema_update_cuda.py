@@ -94,7 +94,7 @@ def test_against_float64(kernels, grad, shadow, momentum, nesterov):
     "changed",
     [{"lr": 0.0}, {"lr": 2.0}, {"weight_decay": 0.0}, {"weight_decay": 1e-4}, {"momentum": 1.0}, {"momentum": 0.1},
      {"ema_momentum": 0.0}, {"ema_momentum": 1.0}, {"ema_momentum": 0.999}],
-    ids=str,
+
 )  # fmt: skip
 def test_settings(kernels, changed, nesterov):
     tensors = check(kernels, FEW, shadow=BF16, nesterov=nesterov, **changed)
@@ -105,7 +105,7 @@ def test_settings(kernels, changed, nesterov):
 OFFSETS = [tuple(int(i == j) for i in range(6)) for j in range(6)] + [(1,) * 6, (2,) * 6, (0, 0, 0, 0, 2, 2)]
 
 
-@pytest.mark.parametrize("offsets", OFFSETS, ids=str)
+@pytest.mark.parametrize("offsets", OFFSETS)
 @pytest.mark.parametrize("grad", [F32, BF16])
 def test_misaligned(kernels, grad, offsets):
     check(kernels, FEW, grad, BF16, offsets)
@@ -181,7 +181,7 @@ def arguments(shadow=None):
     return params, grads, buffers, targets, dict(zip(("param_shadows", "target_shadows"), low, strict=True))
 
 
-@pytest.mark.parametrize("missing", [(), (0, 3), (1,), range(6)], ids=str)
+@pytest.mark.parametrize("missing", [(), (0, 3), (1,), range(6)])
 @pytest.mark.parametrize("shadow", [None, BF16])
 def test_through_the_op(cuda_on_host, shadow, missing):
     """Layouts that differ, gaps, mixed gradient types, tensors without a gradient: as the reference."""

@@ -112,7 +112,7 @@ def compare_twenty_steps(rank: int, ranks: int, bn_group: int) -> None:
 
 
 @pytest.mark.parametrize("bn_group", [0, 3])
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.ranks)])
 def test_twenty_steps_equal_the_plain_method(ranks: int, bn_group: int) -> None:
     on_ranks(ranks, twenty_steps, bn_group)
 
@@ -128,6 +128,7 @@ def shuffle_round_trip(rank: int, ranks: int) -> None:
         assert torch.equal(start_exchange(there, order.argsort())(), mine)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_rows_change_ranks_and_come_back(ranks: int) -> None:
     on_ranks(ranks, shuffle_round_trip)
@@ -147,6 +148,7 @@ def first_gradients_again(rank: int, ranks: int) -> None:
     assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[2])
 
 
+@pytest.mark.ranks
 def test_the_first_step_after_a_resume_sums_gradients_as_the_others() -> None:
     on_ranks(4, first_gradients_again)
 

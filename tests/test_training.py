@@ -157,6 +157,7 @@ def torchrun(*args: str) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.ranks
 def test_torchrun_two_ranks_sigterm_resume_same_bits(digits, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     process = torchrun(*arguments(digits, whole))

@@ -125,7 +125,8 @@ inline __attribute__((noinline)) void resume(unsigned index) {
 }
 
 // Waits for the lanes of `mask`, or the whole block, at this line; -> what the lanes brought.
-inline __attribute__((noinline)) const uint64_t* wait(const char* file, int line, unsigned mask, uint64_t value) {
+inline __attribute__((noinline)) const uint64_t* wait(const char* file, int line, unsigned mask,
+                                                      uint64_t value) {
   const unsigned index = block.current;
   Thread& thread = block.threads[index];
   thread.state = Thread::WAITING;
@@ -295,8 +296,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   for (unsigned index : order) {
     blockIdx = dim3(index % gx, index / gx % gy, index / (gx * gy));
     std::memset(shared.begin, 0xFF, shared.size);
-    host_cuda::run_block([](const void* p) { (*static_cast<decltype(body)*>(const_cast<void*>(p)))(); }, &body,
-                         bx * by * bz, seed);
+    host_cuda::run_block([](const void* p) { (*static_cast<decltype(body)*>(const_cast<void*>(p)))(); },
+                         &body, bx * by * bz, seed);
   }
   return cudaSuccess;
 }
