@@ -59,12 +59,13 @@ def together(model, target, **options):
     return SGDEMA(model.parameters(), parameters(target), ema_momentum=M, **{**OPTIONS, **options})
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(
     "options",
     [{}, {"nesterov": True}, {"momentum": 0.0}, {"weight_decay": 0.0}, {"momentum": 0.0, "weight_decay": 0.0}],
     ids=str,
 )
-def test_as_sgd_then_ema(backend, options):
+def test_as_sgd_then_ema(options):
     model, target = encoder(), encoder(1)
     plain_model, plain_target = copy.deepcopy(model), copy.deepcopy(target)
     optimizer = together(model, target, **options)
@@ -82,8 +83,9 @@ def test_as_sgd_then_ema(backend, options):
     assert optimizer.state_dict()["state"].keys() == plain.state_dict()["state"].keys()
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("first, then", [("plain", "together"), ("together", "plain"), ("together", "together")])
-def test_state_dicts_are_interchangeable(backend, first, then, tmp_path):
+def test_state_dicts_are_interchangeable(first, then, tmp_path):
     def make(kind, model, target):
         if kind == "together":
             return together(model, target, lr=0.5 if kind == then else 0.1)
@@ -115,7 +117,8 @@ def test_state_dicts_are_interchangeable(backend, first, then, tmp_path):
     assert all(set(state) == {"momentum_buffer"} for state in states.values())
 
 
-def test_a_parameter_whose_first_gradient_comes_late(backend):
+@pytest.mark.usefixtures("backend")
+def test_a_parameter_whose_first_gradient_comes_late():
     model, target = encoder(), encoder(1)
     plain_model, plain_target = copy.deepcopy(model), copy.deepcopy(target)
     optimizer, plain = together(model, target), torch.optim.SGD(plain_model.parameters(), **OPTIONS)
@@ -131,7 +134,8 @@ def test_a_parameter_whose_first_gradient_comes_late(backend):
     assert len(optimizer.state_dict()["state"]) == 8
 
 
-def test_groups_shadows_and_a_closure(backend):
+@pytest.mark.usefixtures("backend")
+def test_groups_shadows_and_a_closure():
     def groups(model):
         return [{"params": list(model[0].parameters()), "lr": 0.3}, {"params": []},
                 {"params": list(model[3].parameters()), "weight_decay": 0.5, "momentum": 0.5}]  # fmt: skip
@@ -162,8 +166,9 @@ def test_groups_shadows_and_a_closure(backend):
         assert all(torch.equal(w, p.bfloat16()) for w, p in zip(shadow, stepped, strict=True))
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("shape", [(), (1,)])
-def test_the_learning_rate_may_be_a_tensor(backend, shape):
+def test_the_learning_rate_may_be_a_tensor(shape):
     lr = torch.full(shape, 0.1)
     results = []
     for rate in (lr, 0.1):
@@ -242,7 +247,8 @@ def test_build_optimizer():
     assert not torch.equal(target[0].weight, encoder(1)[0].weight)
 
 
-def test_the_three_kinds_of_sgd_take_up_each_other_s_run(tmp_path, fake_apex):
+@pytest.mark.usefixtures("fake_apex")
+def test_the_three_kinds_of_sgd_take_up_each_other_s_run(tmp_path):
     """Fused, PyTorch's and (a stand-in for) apex's, with 16-bit copies whose gradients they take."""
     results = []
     for kinds in itertools.product(("fused", "torch", "apex"), repeat=2):

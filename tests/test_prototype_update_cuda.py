@@ -203,8 +203,9 @@ def test_wrong_calls(host_cuda):
         host_cuda.prototype_update(16, 16, "float64", 16, 0, 1, 1, 1, 0.9, 0)
 
 
+@pytest.mark.usefixtures("cuda_on_host")
 @pytest.mark.parametrize("kept_share", [None, 0.5])
-def test_through_the_op(cuda_on_host, kept_share):
+def test_through_the_op(kept_share):
     """Arguments that are not contiguous; as the reference."""
     prototypes, features, labels, kept = random_case(7, 60, 10, junk=0.2, kept_share=kept_share)
     results = []

@@ -181,9 +181,10 @@ def arguments(shadow=None):
     return params, grads, buffers, targets, dict(zip(("param_shadows", "target_shadows"), low, strict=True))
 
 
+@pytest.mark.usefixtures("cuda_on_host")
 @pytest.mark.parametrize("missing", [(), (0, 3), (1,), range(6)], ids=str)
 @pytest.mark.parametrize("shadow", [None, BF16])
-def test_through_the_op(cuda_on_host, shadow, missing):
+def test_through_the_op(shadow, missing):
     """Layouts that differ, gaps, mixed gradient types, tensors without a gradient: as the reference."""
     results = []
     for backend in ("cuda", "reference"):
