@@ -109,7 +109,7 @@ def test_mistakes_are_named():
         ops.conv1x1_stats_(x, weight, *torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"norm's mean must have shape \[2, 3\], got \[1, 3\]"):
         ops.conv1x1_stats_(x, weight, *running, (torch.zeros(1, 3),) * 4, group=2)
-    with pytest.raises(ValueError, match="get no gradient here: call conv1x1_stats_ under torch.no_grad"):
+    with pytest.raises(ValueError, match=r"get no gradient here: call conv1x1_stats_ under torch\.no_grad"):
         ops.conv1x1_stats_(x, weight.requires_grad_(), *running)
 
 

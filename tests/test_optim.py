@@ -376,7 +376,7 @@ def test_apex_is_refused_where_it_cannot_be_used(apex_folder):
     with pytest.raises(UserError, match="without its CUDA kernels"):
         sgd_class("apex", cuda)
     apex_folder(optimizers="raise ImportError('undefined symbol')")
-    with pytest.raises(UserError, match="cannot be imported .*undefined symbol.*build it again"):
+    with pytest.raises(UserError, match=r"cannot be imported .*undefined symbol.*build it again"):
         sgd_class("apex", cuda)
     assert sgd_class("fused", cuda) is SGDEMA and sgd_class("torch", cuda) is SGDThenEMA
 
@@ -384,7 +384,7 @@ def test_apex_is_refused_where_it_cannot_be_used(apex_folder):
 def test_apex_and_a_graph_are_refused_together():
     config = TrainConfig(optim=OptimConfig(sgd="apex"))
     config.data.path = config.run.out = "x"
-    with pytest.raises(UserError, match="--sgd apex .*set --cuda-graph False"):
+    with pytest.raises(UserError, match=r"--sgd apex .*set --cuda-graph False"):
         config.validate()
     config.run.cuda_graph = False
     config.validate()

@@ -197,7 +197,7 @@ def test_launches(host_cuda, kernels):
 
 def test_wrong_calls(host_cuda):
     for sizes in ((-1, 1, 1), (1, -1, 1), (1, 1, -1)):
-        with pytest.raises(ValueError, match="prototype_update: .* sizes"):
+        with pytest.raises(ValueError, match=r"prototype_update: .* sizes"):
             host_cuda.prototype_update(16, 16, "float32", 16, 0, *sizes, 0.9, 0)
     with pytest.raises(ValueError, match="not float64"):
         host_cuda.prototype_update(16, 16, "float64", 16, 0, 1, 1, 1, 0.9, 0)

@@ -160,7 +160,7 @@ def test_wrong_calls(host_cuda):
         {"n": (1, 1, 1, 1, 0, 1), "shadow": "bfloat16"}, {"momentum": 0.0}, {"numels": (1, 1)}, {"numels": (-1,)},
     ]  # fmt: skip
     for arguments in wrong:
-        with pytest.raises(ValueError, match="sgd_ema_update: . params, . grads, .* do not go together"):
+        with pytest.raises(ValueError, match=r"sgd_ema_update: . params, . grads, .* do not go together"):
             call(**arguments)
     with pytest.raises(ValueError, match="not float64"):
         call(grad="float64")
