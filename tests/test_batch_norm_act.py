@@ -102,7 +102,7 @@ def test_of_many_channels(shape, dtype, residual):
 def test_many_splits(group, monkeypatch):
     """Several tiles per split, then more splits than the second launch combines at a time."""
     check(20, 40, 13, 17, group, F32, True, True)
-    monkeypatch.setattr(batch_norm_stats, "programs", lambda device: 200)
+    monkeypatch.setattr(batch_norm_stats, "programs", lambda _: 200)
     check(20, 40, 13, 17, group, F32, True, False)
 
 

@@ -81,7 +81,7 @@ def test_conv1x1_stats(shape, dtype, with_norm):
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_many_tiles_in_a_split_and_many_splits(dtype, monkeypatch):
     check(12, 100, 20, 13, 11, 6, dtype, True, weight_dtype=dtype)
-    monkeypatch.setattr(conv1x1_stats, "programs", lambda device: 1)
+    monkeypatch.setattr(conv1x1_stats, "programs", lambda _: 1)
     check(12, 20, 70, 13, 11, 6, dtype, True, weight_dtype=dtype)
 
 

@@ -268,7 +268,7 @@ def test_the_three_kinds_of_sgd_take_up_each_other_s_run(tmp_path):
                     low[:4](images).float().square().mean().backward()
                 optimizer.step()
             for p, v, w, t in zip(model.parameters(), shadows, target_shadows, target.parameters(), strict=True):
-                assert v is None or torch.equal(v, p.bfloat16()) and torch.equal(w, t.bfloat16())
+                assert v is None or (torch.equal(v, p.bfloat16()) and torch.equal(w, t.bfloat16()))
             torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
         results.append([*parameters(model), *parameters(target)])
     for result in results[1:]:

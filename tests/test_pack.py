@@ -143,7 +143,7 @@ def test_manifest(packed):
     assert sum(s["images"] for s in manifest["splits"]["train"]["shards"]) == manifest["splits"]["train"]["images"]
 
 
-def test_upright_and_of_the_right_brightness(tmp_path):
+def test_upright_and_of_the_right_brightness():
     for orientation in range(1, 9):
         for size in (0, 40, 256):
             data = shards.packed(oriented(orientation), size, 90)
