@@ -56,7 +56,7 @@ def counted(call: Callable) -> dict[str, int]:
 
 
 def counted_on_our_backends(call: Callable, module) -> dict[str, int]:
-    def choose(op: str, device: str, choice: str) -> str:
+    def choose(op: str, _device: str, _choice: str) -> str:
         return "triton" if op in backends.TRITON else "cuda"
 
     before = module.launches()

@@ -74,7 +74,7 @@ def run_official(clone: Path, name: str, root: str) -> dict:
         stubs[f"torchvision.{part}"] = module = types.ModuleType(part)
         setattr(stubs["torchvision"], part, module)
     transforms = stubs["torchvision.transforms"]
-    transforms.Compose = lambda steps: pixels
+    transforms.Compose = lambda _: pixels
     for step in ("Normalize", "Resize", "CenterCrop", "ToTensor"):
         setattr(transforms, step, lambda *_, **__: None)
     argv = ["lowshot_svm.py", "--supervise", "--dataset", name, f"--{name}-path", root, "--num_workers", "0"]
@@ -87,7 +87,7 @@ def run_official(clone: Path, name: str, root: str) -> dict:
         spec = importlib.util.spec_from_file_location("lowshot_svm", clone / "lowshot_svm.py")
         script = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(script)
-        script.resnet50 = lambda encoder: torch.nn.Flatten()
+        script.resnet50 = lambda **_: torch.nn.Flatten()
         script.np = NumPy()
         aps: list[float] = []
         judge = script.get_precision_recall

@@ -89,7 +89,7 @@ def run_official(script: Path, rows: dict[str, probe.Rows], number: int) -> list
     for name in ("Compose", "Resize", "CenterCrop", "ToTensor", "Normalize"):
         setattr(transforms, name, lambda *_, **__: None)
     modules["easydict"].EasyDict = Nested
-    modules["dataset"].made = lambda transform, of: torch.utils.data.TensorDataset(rows[of].features, rows[of].labels)
+    modules["dataset"].made = lambda of, **_: torch.utils.data.TensorDataset(rows[of].features, rows[of].labels)
     modules["models"].identity = torch.nn.Identity
     splits = {name: {"type": "made", "kwargs": {"of": name}} for name in rows}
     config = {"save_path": "exps", "total_iter": STEPS, "val_freq": EVERY, "manual_seed": 0, "lam": list(LAMBDAS)}
@@ -116,7 +116,7 @@ def run_official(script: Path, rows: dict[str, probe.Rows], number: int) -> list
             (torch.nn, "Linear", seeded),
             (torch.cuda, "device_count", lambda: 1),
             (torch.cuda, "set_device", lambda _: None),
-            (dist, "init_process_group", lambda backend: None),
+            (dist, "init_process_group", lambda **_: None),
             (dist, "get_rank", lambda: number),
             (dist, "get_world_size", lambda: 7),
         ):

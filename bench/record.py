@@ -9,9 +9,9 @@ from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as mopro_fast/cli.py does, before torch is imported
 
-import torch  # noqa: E402
+import torch
 
-from mopro_fast import __version__, environment  # noqa: E402
+from mopro_fast import __version__, environment
 
 RESULTS = Path(__file__).parent / "results"
 

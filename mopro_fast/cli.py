@@ -85,6 +85,13 @@ def _run(argv: list[str]) -> int:
 def _usage() -> str:
     lines = [f"  {name:8s} {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
-        ["usage: mopro-fast COMMAND …", "", "Fast, trustworthy training of MoPro on noisy web images.", "", *lines, ""]
-        + ["`mopro-fast COMMAND --help` says more. Several GPUs: torchrun --nproc-per-node N -m mopro_fast train …"]
+        [
+            "usage: mopro-fast COMMAND …",
+            "",
+            "Fast, trustworthy training of MoPro on noisy web images.",
+            "",
+            *lines,
+            "",
+            "`mopro-fast COMMAND --help` says more. Several GPUs: torchrun --nproc-per-node N -m mopro_fast train …",
+        ]
     )

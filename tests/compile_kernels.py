@@ -39,7 +39,7 @@ def launches(call) -> list[tuple[JITFunction, dict, dict]]:
     """What `call` launches, without running any of it: (kernel, its arguments, its options)."""
     seen = []
 
-    def record(kernel, *args, grid, warmup, **kwargs):
+    def record(kernel, *args, grid, warmup, **kwargs):  # noqa: ARG001, Triton passes these two by name
         options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
         seen.append((kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs, options))
 

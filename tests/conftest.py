@@ -1,11 +1,11 @@
 import os
 
-workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as mopro_fast/cli.py does, and for the same reason
-# PyTorch's threads, here and in processes that tests start: no more than cores. Before it is imported.
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // workers)))
+# PyTorch's threads, here and in processes that tests start: together no more than cores. Before it is imported.
+os.environ.setdefault(
+    "OMP_NUM_THREADS", str(os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) or 1)
+)
 
-# isort: split
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

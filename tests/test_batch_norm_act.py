@@ -78,36 +78,42 @@ def check(n, channels, height, width, group, dtype, relu, with_residual, lay_out
         assert torch.equal(grads[3], torch.where(z > 0, dy, 0) if relu else dy)
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("relu, residual", [(True, True), (True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_batch_norm_act(shape, dtype, relu, residual, backend):
+def test_batch_norm_act(shape, dtype, relu, residual):
     check(*shape, dtype, relu, residual)
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("shape, dtype, residual", LARGE)
-def test_of_many_channels(shape, dtype, residual, backend):
+def test_of_many_channels(shape, dtype, residual):
     check(*shape, dtype, True, residual)
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("group", [0, 10])
-def test_many_splits(group, backend, monkeypatch):
+def test_many_splits(group, monkeypatch):
     """Several tiles per split, then more splits than the second launch combines at a time."""
     check(20, 40, 13, 17, group, F32, True, True)
-    monkeypatch.setattr(batch_norm_stats, "programs", lambda device: 200)
+    monkeypatch.setattr(batch_norm_stats, "programs", lambda _: 200)
     check(20, 40, 13, 17, group, F32, True, False)
 
 
-def test_more_groups_than_are_combined_at_a_time(backend):
+@pytest.mark.usefixtures("backend")
+def test_more_groups_than_are_combined_at_a_time():
     check(200, 5, 2, 1, 2, F32, True, True)
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("lay_out", [torch.Tensor.contiguous, lambda x: torch.cat([x, x], 3)[:, :, :, ::2]])
-def test_other_strides_become_channels_last(lay_out, backend):
+def test_other_strides_become_channels_last(lay_out):
     check(6, 5, 4, 6, 3, F32, True, True, lay_out)
 
 
-def test_parameters_and_statistics_of_any_stride(backend):
+@pytest.mark.usefixtures("backend")
+def test_parameters_and_statistics_of_any_stride():
     x = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     every_second = torch.linspace(0.5, 2, 24, device=DEVICE).view(4, 6)
     found = []
@@ -117,7 +123,8 @@ def test_parameters_and_statistics_of_any_stride(backend):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_statistics_far_from_zero(backend):
+@pytest.mark.usefixtures("backend")
+def test_statistics_far_from_zero():
     """E[x²] − E[x]² would be wrong by 6 % here."""
     x = 100 + 0.1 * torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     _, rstd = torch.ops.mopro_fast.batch_norm_stats_(x, x[0, :, 0, 0] * 0, x[0, :, 0, 0] * 0, 0.1, 1e-12, 4)
@@ -125,14 +132,16 @@ def test_statistics_far_from_zero(backend):
     assert rms_error(rstd, exact) < 1e-4
 
 
-def test_what_is_no_number_is_not_hidden(backend):
+@pytest.mark.usefixtures("backend")
+def test_what_is_no_number_is_not_hidden():
     x = torch.randn(4, 2, 3, 3, device=DEVICE)
     x[3, 1, 2, 2] = float("nan")
     y = ops.batch_norm_act(x, *torch.ones(4, 2, device=DEVICE), group=2)
     assert y[2:, 1].isnan().all() and int(y.isnan().sum()) == 18
 
 
-def test_the_same_bits_twice_and_the_same_as_compiled(backend):
+@pytest.mark.usefixtures("backend")
+def test_the_same_bits_twice_and_the_same_as_compiled():
     torch.use_deterministic_algorithms(False)
     g = torch.Generator().manual_seed(3)
     start = [torch.randn(6, 20, 9, 9, generator=g).to(DEVICE) for _ in range(2)] + list(

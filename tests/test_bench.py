@@ -178,7 +178,7 @@ def test_floors_are_those_worked_out_by_hand():
 
 def test_a_wrong_result_is_not_timed_and_the_status_is_1(bench, monkeypatch, tmp_path, capsys):
     variants = importlib.import_module("variants")
-    monkeypatch.setattr(bench.timing, "ceilings", lambda device: dict.fromkeys(CEILINGS, 1e12))
+    monkeypatch.setattr(bench.timing, "ceilings", lambda _: dict.fromkeys(CEILINGS, 1e12))
 
     def broken(q, k, queue, temperature):
         loss, hit = variants.official.info_nce(q, k, queue, temperature)
@@ -201,9 +201,9 @@ def test_a_wrong_result_is_not_timed_and_the_status_is_1(bench, monkeypatch, tmp
 
 def test_an_op_that_raises_is_reported_and_the_run_goes_on(bench, monkeypatch, capsys):
     variants = importlib.import_module("variants")
-    monkeypatch.setattr(bench.timing, "ceilings", lambda device: dict.fromkeys(CEILINGS, 1e12))
+    monkeypatch.setattr(bench.timing, "ceilings", lambda _: dict.fromkeys(CEILINGS, 1e12))
 
-    def broken(*arguments):
+    def broken(*_):
         raise RuntimeError("the kernel is not there")
 
     monkeypatch.setattr(variants.ops, "queue_enqueue_", broken)

@@ -167,7 +167,7 @@ def test_an_image_that_is_not_as_large_as_its_header_says(index, monkeypatch):
 
 
 def test_nothing_readable(index, monkeypatch):
-    monkeypatch.setattr(cache.decode, "decode", lambda data: (_ for _ in ()).throw(OSError(19, "No such device")))
+    monkeypatch.setattr(cache.decode, "decode", lambda _: (_ for _ in ()).throw(OSError(19, "No such device")))
     with pytest.raises(UserError, match=r"cannot read .*jpg \(No such device\), nor any of 25 images"):
         next(on_device(index).epoch(0))
 
@@ -175,7 +175,7 @@ def test_nothing_readable(index, monkeypatch):
 def test_more_than_fits(index, monkeypatch):
     needed = 3 * sum(h * w for h, w in (SHAPES[i % len(SHAPES)] for i in range(37)))
     assert needed == len(on_device(index)._pixels)
-    monkeypatch.setattr(cache, "_free", lambda device: needed - 1)
+    monkeypatch.setattr(cache, "_free", lambda _: needed - 1)
     monkeypatch.setattr(cache, "_decoded", None)  # it is known before
     expected = f"needs {needed} bytes for 37 images, {DEVICE} has {needed - 1} free.*--size.*, or use --cache no$"
     with pytest.raises(UserError, match=expected):
@@ -200,8 +200,8 @@ def test_free_memory():
 
 
 def test_an_image_with_too_long_a_side(index, monkeypatch):
-    monkeypatch.setattr(cache, "largest_side", lambda size: 119)
-    with pytest.raises(UserError, match="3.jpg has 120x24 pixels, --cache device takes sides of at most 119"):
+    monkeypatch.setattr(cache, "largest_side", lambda _: 119)
+    with pytest.raises(UserError, match=r"3\.jpg has 120x24 pixels, --cache device takes sides of at most 119"):
         on_device(index)
 
 

@@ -319,7 +319,7 @@ def test_two_at_a_time(odd):
 def test_a_lock_whose_file_has_gone_is_not_held(tmp_path, monkeypatch):
     """The other process removes the file, and with it its lock, just when this one has opened it."""
     with pytest.raises(UserError, match="busy"), monkeypatch.context() as patch:
-        patch.setattr(shards.fcntl, "flock", lambda file, how: os.unlink(file.name))
+        patch.setattr(shards.fcntl, "flock", lambda file, _: os.unlink(file.name))
         with shards.locked(str(tmp_path / "x"), "busy"):
             pass
     monkeypatch.setattr(shards.fcntl, "flock", no_locks)
@@ -328,7 +328,7 @@ def test_a_lock_whose_file_has_gone_is_not_held(tmp_path, monkeypatch):
     assert not (tmp_path / "x").exists()
 
 
-def no_locks(file, how):
+def no_locks(*_):
     raise OSError(38, "Function not implemented")
 
 

@@ -146,7 +146,7 @@ def test_refusals(model, data, tmp_path):
     found = torch.load(model, weights_only=True)
     found["model"] = {n: t for n, t in found["model"].items() if n.startswith("encoder_q")}
     torch.save(found, tmp_path / "ce.pt")
-    with pytest.raises(UserError, match="ce.pt has no prototypes"):
+    with pytest.raises(UserError, match=r"ce\.pt has no prototypes"):
         clean(options(tmp_path / "ce.pt", data, tmp_path), CPU)
     assert not (tmp_path / "clean.json").exists()
     (tmp_path / "file").touch()

@@ -64,21 +64,24 @@ def check(n, in_channels, channels, height, width, group, dtype, with_norm, weig
     assert rms_error(mean, want_mean) < TOLERANCE and rms_error(var, want_var) < TOLERANCE
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("with_norm", [True, False])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_conv1x1_stats(shape, dtype, with_norm, backend):
+def test_conv1x1_stats(shape, dtype, with_norm):
     check(*shape, dtype, with_norm)
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_many_tiles_in_a_split_and_many_splits(dtype, backend, monkeypatch):
+def test_many_tiles_in_a_split_and_many_splits(dtype, monkeypatch):
     check(12, 100, 20, 13, 11, 6, dtype, True, weight_dtype=dtype)
-    monkeypatch.setattr(conv1x1_stats, "programs", lambda device: 1)
+    monkeypatch.setattr(conv1x1_stats, "programs", lambda _: 1)
     check(12, 20, 70, 13, 11, 6, dtype, True, weight_dtype=dtype)
 
 
-def test_the_same_bits_twice_and_the_same_as_compiled(backend):
+@pytest.mark.usefixtures("backend")
+def test_the_same_bits_twice_and_the_same_as_compiled():
     torch.use_deterministic_algorithms(False)
     g = torch.Generator().manual_seed(3)
     x, weight = torch.randn(6, 20, 9, 9, generator=g).to(DEVICE), torch.randn(24, 20, 1, 1, generator=g).to(DEVICE)
@@ -101,7 +104,7 @@ def test_mistakes_are_named():
         ops.conv1x1_stats_(x, weight, *torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"norm's mean must have shape \[2, 3\], got \[1, 3\]"):
         ops.conv1x1_stats_(x, weight, *running, (torch.zeros(1, 3),) * 4, group=2)
-    with pytest.raises(ValueError, match="get no gradient here: call conv1x1_stats_ under torch.no_grad"):
+    with pytest.raises(ValueError, match=r"get no gradient here: call conv1x1_stats_ under torch\.no_grad"):
         ops.conv1x1_stats_(x, weight.requires_grad_(), *running)
 
 

@@ -147,5 +147,5 @@ def test_wrong_calls(host_cuda):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a launch succeeds here")
 def test_refused_launch_is_an_error():
     module = pytest.importorskip("mopro_fast._C", reason="the CUDA extension is not built")
-    with pytest.raises(RuntimeError, match="ema_update: .+"):
+    with pytest.raises(RuntimeError, match=r"ema_update: .+"):
         module.ema_update([16], [16], [], [1], "float32", None, 0.5, 0)

@@ -29,7 +29,8 @@ def test_text_is_aligned(capsys):
     assert all(line[column - 2 : column] == "  " and line[column] != " " for line in lines)
 
 
-def test_without_anything(monkeypatch, build_info, capsys):
+@pytest.mark.usefixtures("build_info")
+def test_without_anything(monkeypatch, capsys):
     """No torch, no nvidia-smi, no build record, no distribution: still a report."""
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setitem(sys.modules, "mopro_fast.ops", None)

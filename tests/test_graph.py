@@ -94,7 +94,8 @@ def test_replayed_through_all_phases_it_is_the_eager_step(tapes, precision: str,
     assert [tape.replays for tape in tapes] == [3, 3, 4]  # one per phase, after two eager steps in each
 
 
-def test_a_loss_that_is_not_finite_is_noted_with_its_step(tapes) -> None:
+@pytest.mark.usefixtures("tapes")
+def test_a_loss_that_is_not_finite_is_noted_with_its_step() -> None:
     step = train_step(small_model())
     step._call = Graphed(step._run, 1)
     batch, place = another_batch()

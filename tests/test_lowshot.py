@@ -199,7 +199,7 @@ def test_numbers_without_images_are_no_classes(tmp_path):
     assert sorted(draw(task.train_labels, (2,), 1, 0)[2, 0]) == [0, 1, 2, 3]
     with (tmp_path / "test.txt").open("a") as file:
         file.write("n01/0.png 1\n")
-    with pytest.raises(UserError, match="class 1 has 0 images in .*train.txt, fewer than the 2 needed: add some"):
+    with pytest.raises(UserError, match=r"class 1 has 0 images in .*train\.txt, fewer than the 2 needed: add some"):
         lowshot._require_enough(lowshot.load(str(tmp_path / "train.txt"), str(tmp_path / "test.txt")), (1, 2))
 
 
@@ -215,5 +215,5 @@ def test_lists_of_voc_that_do_not_fit_together(tmp_path):
         with pytest.raises(UserError, match=message):
             lowshot.load(str(tmp_path), None)
     (main / "cat_test.txt").unlink()
-    with pytest.raises(UserError, match="cannot read .*cat_test.txt"):
+    with pytest.raises(UserError, match=r"cannot read .*cat_test\.txt"):
         lowshot.load(str(tmp_path), None)

@@ -65,5 +65,5 @@ def test_mistakes_are_named():
         ops.normalize(images.float())
     with pytest.raises(ValueError, match=r"flips must have shape \[2\], got \[3\]"):
         ops.normalize(images, flips=torch.zeros(3, dtype=torch.bool))
-    with pytest.raises(ValueError, match="dtype must be .*, got torch.int32"):
+    with pytest.raises(ValueError, match=r"dtype must be .*, got torch\.int32"):
         ops.normalize(images, dtype=torch.int32)

@@ -39,9 +39,10 @@ OPS_ON_BACKENDS = [(op, b) for b in backends.MODULES for op in backends.IMPLEMEN
 
 
 def on_backends(op: str):
-    """Run the test on every backend that has `op`; the argument `backend` is its name."""
+    """Run the test on every backend that has `op`; an argument `backend` of the test is its name."""
     names = [b for b in backends.MODULES if op in backends.IMPLEMENTED[b]]
-    return pytest.mark.parametrize("backend", names, indirect=True)
+    each = pytest.mark.parametrize("backend", names, indirect=True)
+    return lambda test: pytest.mark.usefixtures("backend")(each(test))
 
 
 @pytest.fixture
@@ -131,7 +132,7 @@ def test_info_nce_of_vectors_that_are_not_of_unit_length(length, backend):
 
 @on_backends("info_nce")
 @pytest.mark.parametrize("half", [BF16, F16])
-def test_info_nce_is_as_exact_as_pytorch_in_half_precision(half, backend):
+def test_info_nce_is_as_exact_as_pytorch_in_half_precision(half):
     q, k, queue = unit_rows(64, 128, 1, half), unit_rows(64, 128, 2, half), unit_rows(500, 128, 3, half)
     results = []
     for dtype in (half, torch.float64):
@@ -148,14 +149,14 @@ def test_info_nce_is_as_exact_as_pytorch_in_half_precision(half, backend):
 
 
 @on_backends("info_nce")
-def test_info_nce_counts_a_tie_as_a_hit(backend):
+def test_info_nce_counts_a_tie_as_a_hit():
     q, k, far = (torch.tensor([x], device=DEVICE) for x in ([1.0, 0.0], [1.0, 0.0], [0.9, 0.0]))
     assert ops.info_nce(q, k, k, 0.1)[1].tolist() == [True]
     assert ops.info_nce(q, far, k, 0.1)[1].tolist() == [False]
 
 
 @on_backends("info_nce")
-def test_info_nce_of_scores_that_are_no_numbers(backend):
+def test_info_nce_of_scores_that_are_no_numbers():
     q, queue = unit_rows(4, 8, 1), unit_rows(40, 8, 2)
     q[1] = float("nan")
     loss, hit = ops.info_nce(q, unit_rows(4, 8, 3), queue, 0.1)
@@ -203,20 +204,20 @@ def check_correct_labels(n, classes, d, alpha, threshold, types):
 @pytest.mark.parametrize("types", TYPES)
 @pytest.mark.parametrize("alpha, threshold", [(0.5, 0.8), (0.0, 0.3), (1.0, 0.5), (0.5, 0.0)])
 @pytest.mark.parametrize("classes", [2, 10, 257])
-def test_correct_labels(classes, alpha, threshold, types, backend):
+def test_correct_labels(classes, alpha, threshold, types):
     check_correct_labels(200 if classes < 257 else 70, classes, 16, alpha, threshold, types)
 
 
 @on_backends("correct_labels")
 @pytest.mark.parametrize("types", [(F32, F32), (BF16, BF16)])
 @pytest.mark.parametrize("n, classes, d", [*LARGE_SHAPES[1:], (6, 6000, 16)])
-def test_correct_labels_over_many_splits(n, classes, d, types, backend):
+def test_correct_labels_over_many_splits(n, classes, d, types):
     check_correct_labels(max(n, 6), classes, d, 0.5, 0.2, types)
 
 
 @on_backends("correct_labels")
 @pytest.mark.parametrize("types", [(F32, F32), (BF16, BF16)])
-def test_correct_labels_traps(types, backend):
+def test_correct_labels_traps(types):
     d, classes = 16, 800  # in the interpreter nine splits of three tiles; the last kernel reads them in two goes
     q, prototypes = torch.zeros(8, d, dtype=types[0]), torch.zeros(classes, d, dtype=types[1])
     logits = torch.zeros(8, classes, dtype=types[0])
@@ -350,7 +351,7 @@ def test_mopro_loss_under_autocast(backend):
 
 
 @on_backends("mopro_loss")
-def test_mopro_loss_traps(backend):
+def test_mopro_loss_traps():
     """No row kept, labels that no kernel may follow, scores that are no numbers, no rows at all."""
     c = {"temperature": 0.1, "alpha": 0.5, "threshold": 1.0}
     queue, prototypes = unit_rows(9, 8, 1), unit_rows(5, 8, 2)
@@ -412,8 +413,9 @@ def test_nothing_as_large_as_rows_by_bank_is_allocated():
     assert largest[reference] >= 4 * n * bank  # this test can see such a tensor
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("op, backend", OPS_ON_BACKENDS, indirect=["backend"])
-def test_autograd_notices_what_an_op_overwrites(op, backend):
+def test_autograd_notices_what_an_op_overwrites(op):
     torch.use_deterministic_algorithms(False)
     with ops.use_backend("reference"):
         arguments = [copied(x) for x in some_arguments()[op]]
@@ -442,7 +444,7 @@ def test_gradcheck():
 
 
 @on_backends("info_nce")
-def test_gradients_are_of_first_order(backend):
+def test_gradients_are_of_first_order():
     q, k, weight = (
         unit_rows(3, 8, 1).requires_grad_(),
         unit_rows(3, 8, 2),
@@ -455,7 +457,7 @@ def test_gradients_are_of_first_order(backend):
 
 
 @on_backends("mopro_loss")
-def test_the_same_bits_twice(backend):
+def test_the_same_bits_twice():
     def run():
         q, k, bank = unit_rows(40, 32, 1).requires_grad_(), unit_rows(40, 32, 2), unit_rows(150, 32, 3)
         logits = torch.randn(40, 150, generator=torch.Generator().manual_seed(5)).to(DEVICE).requires_grad_()
@@ -470,7 +472,7 @@ def test_the_same_bits_twice(backend):
 @on_backends("prototype_update_")
 @pytest.mark.parametrize("momentum", [0.999, 0.5, 0.0, 1.0])
 @pytest.mark.parametrize("rows, classes, d", [(0, 3, 4), (1, 1, 8), (50, 4, 16), (300, 1000, 128), (257, 7, 33)])
-def test_prototype_update_is_the_sequential_loop(rows, classes, d, momentum, backend):
+def test_prototype_update_is_the_sequential_loop(rows, classes, d, momentum):
     g = torch.Generator().manual_seed(10)
     prototypes, features = unit_rows(classes, d, 11, device="cpu"), unit_rows(rows, d, 12, device="cpu")
     prototypes[::3] = 0
@@ -493,7 +495,7 @@ def test_prototype_update_is_the_sequential_loop(rows, classes, d, momentum, bac
 
 @on_backends("queue_enqueue_")
 @pytest.mark.parametrize("slots, batches", [(8, [3, 3, 3, 8]), (5, [5, 1, 0, 4]), (1, [1, 1]), (64, [7] * 30)])
-def test_queue_enqueue_wraps_round(slots, batches, backend):
+def test_queue_enqueue_wraps_round(slots, batches):
     queue = unit_rows(slots, 4, 13)
     expected, at = queue.tolist(), 0
     cursor = torch.zeros(1, dtype=torch.int64, device=DEVICE)
@@ -509,7 +511,7 @@ def test_queue_enqueue_wraps_round(slots, batches, backend):
 @on_backends("ema_update_")
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.999, 1.0])
-def test_ema_update(momentum, dtype, backend):
+def test_ema_update(momentum, dtype):
     shapes = [(), (1,), (0, 3), (7, 5), (64, 3, 7, 7), (2048,)]
     g = torch.Generator().manual_seed(14)
     targets = [torch.randn(s, generator=g).to(DEVICE) for s in shapes]
@@ -571,8 +573,9 @@ def some_arguments() -> dict[str, tuple]:
     }  # fmt: skip
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("op, backend", OPS_ON_BACKENDS, indirect=["backend"])
-def test_opcheck(op, backend):
+def test_opcheck(op):
     torch.use_deterministic_algorithms(False)
     with ops.use_backend("reference"):
         arguments = some_arguments()
@@ -746,11 +749,12 @@ def test_the_largest_banks_and_offsets_beyond_32_bits():
     assert target[-9:].tolist() == [0, 0] + [0.5] * 7 and int(target.count_nonzero()) == 7
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "op, backend", [pair for pair in OPS_ON_BACKENDS if pair[1] != "reference"], indirect=["backend"]
 )
-def test_captured_in_a_graph_without_a_synchronisation(op, backend):
+def test_captured_in_a_graph_without_a_synchronisation(op):
     torch.use_deterministic_algorithms(False)
     function = getattr(torch.ops.mopro_fast, op)
     with ops.use_backend("reference"):
@@ -771,10 +775,11 @@ def test_captured_in_a_graph_without_a_synchronisation(op, backend):
         assert torch.equal(a, b)
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("op, backend", OPS_ON_BACKENDS, indirect=["backend"])
-def test_tensors_of_another_gpu_than_the_current_one(op, backend):
+def test_tensors_of_another_gpu_than_the_current_one(op):
     torch.use_deterministic_algorithms(False)
     start = some_arguments()[op]
     on_first = [copied(x) for x in start]

@@ -59,11 +59,12 @@ def together(model, target, **options):
     return SGDEMA(model.parameters(), parameters(target), ema_momentum=M, **{**OPTIONS, **options})
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(
     "options",
     [{}, {"nesterov": True}, {"momentum": 0.0}, {"weight_decay": 0.0}, {"momentum": 0.0, "weight_decay": 0.0}],
 )
-def test_as_sgd_then_ema(backend, options):
+def test_as_sgd_then_ema(options):
     model, target = encoder(), encoder(1)
     plain_model, plain_target = copy.deepcopy(model), copy.deepcopy(target)
     optimizer = together(model, target, **options)
@@ -81,8 +82,9 @@ def test_as_sgd_then_ema(backend, options):
     assert optimizer.state_dict()["state"].keys() == plain.state_dict()["state"].keys()
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("first, then", [("plain", "together"), ("together", "plain"), ("together", "together")])
-def test_state_dicts_are_interchangeable(backend, first, then, tmp_path):
+def test_state_dicts_are_interchangeable(first, then, tmp_path):
     def make(kind, model, target):
         if kind == "together":
             return together(model, target, lr=0.5 if kind == then else 0.1)
@@ -114,7 +116,8 @@ def test_state_dicts_are_interchangeable(backend, first, then, tmp_path):
     assert all(set(state) == {"momentum_buffer"} for state in states.values())
 
 
-def test_a_parameter_whose_first_gradient_comes_late(backend):
+@pytest.mark.usefixtures("backend")
+def test_a_parameter_whose_first_gradient_comes_late():
     model, target = encoder(), encoder(1)
     plain_model, plain_target = copy.deepcopy(model), copy.deepcopy(target)
     optimizer, plain = together(model, target), torch.optim.SGD(plain_model.parameters(), **OPTIONS)
@@ -130,7 +133,8 @@ def test_a_parameter_whose_first_gradient_comes_late(backend):
     assert len(optimizer.state_dict()["state"]) == 8
 
 
-def test_groups_shadows_and_a_closure(backend):
+@pytest.mark.usefixtures("backend")
+def test_groups_shadows_and_a_closure():
     def groups(model):
         return [{"params": list(model[0].parameters()), "lr": 0.3}, {"params": []},
                 {"params": list(model[3].parameters()), "weight_decay": 0.5, "momentum": 0.5}]  # fmt: skip
@@ -161,8 +165,9 @@ def test_groups_shadows_and_a_closure(backend):
         assert all(torch.equal(w, p.bfloat16()) for w, p in zip(shadow, stepped, strict=True))
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("shape", [(), (1,)])
-def test_the_learning_rate_may_be_a_tensor(backend, shape):
+def test_the_learning_rate_may_be_a_tensor(shape):
     lr = torch.full(shape, 0.1)
     results = []
     for rate in (lr, 0.1):
@@ -241,7 +246,8 @@ def test_build_optimizer():
     assert not torch.equal(target[0].weight, encoder(1)[0].weight)
 
 
-def test_the_three_kinds_of_sgd_take_up_each_other_s_run(tmp_path, fake_apex):
+@pytest.mark.usefixtures("fake_apex")
+def test_the_three_kinds_of_sgd_take_up_each_other_s_run(tmp_path):
     """Fused, PyTorch's and (a stand-in for) apex's, with 16-bit copies whose gradients they take."""
     results = []
     for kinds in itertools.product(("fused", "torch", "apex"), repeat=2):
@@ -261,7 +267,7 @@ def test_the_three_kinds_of_sgd_take_up_each_other_s_run(tmp_path, fake_apex):
                     low[:4](images).float().square().mean().backward()
                 optimizer.step()
             for p, v, w, t in zip(model.parameters(), shadows, target_shadows, target.parameters(), strict=True):
-                assert v is None or torch.equal(v, p.bfloat16()) and torch.equal(w, t.bfloat16())
+                assert v is None or (torch.equal(v, p.bfloat16()) and torch.equal(w, t.bfloat16()))
             torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
         results.append([*parameters(model), *parameters(target)])
     for result in results[1:]:
@@ -369,7 +375,7 @@ def test_apex_is_refused_where_it_cannot_be_used(apex_folder):
     with pytest.raises(UserError, match="without its CUDA kernels"):
         sgd_class("apex", cuda)
     apex_folder(optimizers="raise ImportError('undefined symbol')")
-    with pytest.raises(UserError, match="cannot be imported .*undefined symbol.*build it again"):
+    with pytest.raises(UserError, match=r"cannot be imported .*undefined symbol.*build it again"):
         sgd_class("apex", cuda)
     assert sgd_class("fused", cuda) is SGDEMA and sgd_class("torch", cuda) is SGDThenEMA
 
@@ -377,7 +383,7 @@ def test_apex_is_refused_where_it_cannot_be_used(apex_folder):
 def test_apex_and_a_graph_are_refused_together():
     config = TrainConfig(optim=OptimConfig(sgd="apex"))
     config.data.path = config.run.out = "x"
-    with pytest.raises(UserError, match="--sgd apex .*set --cuda-graph False"):
+    with pytest.raises(UserError, match=r"--sgd apex .*set --cuda-graph False"):
         config.validate()
     config.run.cuda_graph = False
     config.validate()

@@ -195,7 +195,7 @@ def test_flip_is_the_mirrored_view(index):
         assert (a.view_q.flip(2).int() - b.view_q.int()).abs().max() <= 1
 
 
-def test_boxes_in_dali_equal_crop_boxes(index):
+def test_boxes_in_dali_equal_crop_boxes():
     """Through the ROI itself, for shapes with no image file: DALI's arithmetic against numpy's."""
     from nvidia.dali import Pipeline, fn
 
@@ -395,7 +395,7 @@ def resize_and_crop(path, resize, size):
     short, long = min(width, height), max(width, height)
     new_long = int(resize * long / short)
     width, height = (resize, new_long) if width <= height else (new_long, resize)
-    left, top = int(round((width - size) / 2.0)), int(round((height - size) / 2.0))
+    left, top = round((width - size) / 2.0), round((height - size) / 2.0)
     image = image.resize((width, height), Image.BILINEAR)
     return np.asarray(image.crop((left, top, left + size, top + size))).astype(int)
 

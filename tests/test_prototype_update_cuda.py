@@ -197,14 +197,15 @@ def test_launches(host_cuda, kernels):
 
 def test_wrong_calls(host_cuda):
     for sizes in ((-1, 1, 1), (1, -1, 1), (1, 1, -1)):
-        with pytest.raises(ValueError, match="prototype_update: .* sizes"):
+        with pytest.raises(ValueError, match=r"prototype_update: .* sizes"):
             host_cuda.prototype_update(16, 16, "float32", 16, 0, *sizes, 0.9, 0)
     with pytest.raises(ValueError, match="not float64"):
         host_cuda.prototype_update(16, 16, "float64", 16, 0, 1, 1, 1, 0.9, 0)
 
 
+@pytest.mark.usefixtures("cuda_on_host")
 @pytest.mark.parametrize("kept_share", [None, 0.5])
-def test_through_the_op(cuda_on_host, kept_share):
+def test_through_the_op(kept_share):
     """Arguments that are not contiguous; as the reference."""
     prototypes, features, labels, kept = random_case(7, 60, 10, junk=0.2, kept_share=kept_share)
     results = []

@@ -98,8 +98,9 @@ def test_launches(host_cuda, kernels):
         assert host_cuda.launches() == before + 1
 
 
+@pytest.mark.usefixtures("cuda_on_host")
 @pytest.mark.parametrize("shadow", [None, BF16])
-def test_through_the_op(cuda_on_host, shadow):
+def test_through_the_op(shadow):
     """Non-contiguous and strided arguments; the same as the reference, bit for bit."""
     results = []
     for backend in ("cuda", "reference"):

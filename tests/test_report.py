@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import io
+import itertools
 import json
 import re
 import shutil
@@ -148,7 +149,7 @@ def test_similar_prototypes_come_together():
     found = figures.similarity(prototypes)
     assert sorted(found["order"]) == [0, 1, 2, 3, 5, 6] and found["unused"] == 1
     group = [{0: 0, 3: 0, 6: 0, 1: 1, 2: 2, 5: 2}[c] for c in found["order"]]
-    assert sum(a != b for a, b in zip(group, group[1:], strict=False)) == 2
+    assert sum(a != b for a, b in itertools.pairwise(group)) == 2
     unit = prototypes / np.linalg.norm(prototypes, axis=1, keepdims=True).clip(1e-9)
     cosines = np.frombuffer(base64.b64decode(found["cosines"]), np.int8).reshape(6, 6) / 127
     assert np.abs(cosines - (unit @ unit.T)[np.ix_(found["order"], found["order"])]).max() < 0.005

@@ -192,7 +192,7 @@ def test_too_many_broken_files_end_the_run_in_one_line(photos, tmp_path):
     trainer = Recorder(c)
     for row in trainer.loader._rows(0, 6)[:3]:
         Path(trainer.index.full_path(row)).write_text("no image")
-    with pytest.raises(UserError, match="^3 of 1000 images could not be read any more, such as .* --max-broken"):
+    with pytest.raises(UserError, match=r"^3 of 1000 images could not be read any more, such as .* --max-broken"):
         trainer.run()
 
 

@@ -48,7 +48,7 @@ class Handed(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def step_of_a_rank(rank: int, ranks: int) -> None:
+def step_of_a_rank(_rank: int, ranks: int) -> None:
     for precision in ("fp32", "bf16"):
         compare_a_step(ranks, precision)
 

@@ -160,7 +160,7 @@ def test_wrong_calls(host_cuda):
         {"n": (1, 1, 1, 1, 0, 1), "shadow": "bfloat16"}, {"momentum": 0.0}, {"numels": (1, 1)}, {"numels": (-1,)},
     ]  # fmt: skip
     for arguments in wrong:
-        with pytest.raises(ValueError, match="sgd_ema_update: . params, . grads, .* do not go together"):
+        with pytest.raises(ValueError, match=r"sgd_ema_update: . params, . grads, .* do not go together"):
             call(**arguments)
     with pytest.raises(ValueError, match="not float64"):
         call(grad="float64")
@@ -181,9 +181,10 @@ def arguments(shadow=None):
     return params, grads, buffers, targets, dict(zip(("param_shadows", "target_shadows"), low, strict=True))
 
 
+@pytest.mark.usefixtures("cuda_on_host")
 @pytest.mark.parametrize("missing", [(), (0, 3), (1,), range(6)])
 @pytest.mark.parametrize("shadow", [None, BF16])
-def test_through_the_op(cuda_on_host, shadow, missing):
+def test_through_the_op(shadow, missing):
     """Layouts that differ, gaps, mixed gradient types, tensors without a gradient: as the reference."""
     results = []
     for backend in ("cuda", "reference"):

@@ -38,7 +38,7 @@ def as_floats(images):
 def smooth():
     """At a ReLU's kink a rounding difference of 1e-8 becomes a jump in the gradient, and of ~700,000 units some sit
     there in every step. SiLU in its place leaves float32 rounding alone between two versions."""
-    return mock.patch.object(F, "relu", lambda x, inplace=False: F.silu(x))
+    return mock.patch.object(F, "relu", lambda x, **_: F.silu(x))
 
 
 def twenty_steps(rank: int, ranks: int, bn_group: int) -> None:
@@ -134,7 +134,7 @@ def test_rows_change_ranks_and_come_back(ranks: int) -> None:
     on_ranks(ranks, shuffle_round_trip)
 
 
-def first_gradients_again(rank: int, ranks: int) -> None:
+def first_gradients_again(rank: int, _ranks: int) -> None:
     """From three ranks on the order of a sum matters: a fresh wrapper must sum as one that has run for a while."""
     torch.manual_seed(0)
     module = torch.nn.Sequential(*(torch.nn.Linear(40, 40) for _ in range(12)))
@@ -180,7 +180,7 @@ def test_grouped_batchnorm_is_batchnorm_of_each_group() -> None:
     x = torch.randn(8, 3, 8, 8).to(memory_format=torch.channels_last)
     split = copy.deepcopy(grouped)
     parts = [copy.deepcopy(grouped)(rows) for rows in x.split(4)]
-    logits, q = split(x)
+    logits, _ = split(x)
     close(logits, torch.cat([p[0] for p in parts]), 1e-6)
     bn = grouped.bn1
     stem = F.conv2d(x, grouped.conv1.weight, padding=1)

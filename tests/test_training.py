@@ -271,7 +271,7 @@ def test_a_checkpoint_older_than_some_settings_goes_on(digits, uninterrupted, tm
     assert (trainer.epoch, trainer.step) == (state["epoch"], state["step"])
     changed = small_config(digits, tmp_path)
     changed.run.bf16_weights = False
-    with pytest.raises(UserError, match="run.bf16_weights=True, this one has False"):
+    with pytest.raises(UserError, match=r"run\.bf16_weights=True, this one has False"):
         Trainer(changed)
 
 
@@ -285,7 +285,7 @@ def test_initial_weights_must_fit(digits, uninterrupted, tmp_path):
     model = Trainer(config).model
     assert torch.equal(model.encoder_k.fc2.weight, checkpoint.load(saved)["model"]["encoder_k.fc2.weight"])
     config.model.width = 0.25
-    with pytest.raises(UserError, match="another architecture: .* set --arch, --width"):
+    with pytest.raises(UserError, match=r"another architecture: .* set --arch, --width"):
         Trainer(config)
 
 
@@ -298,7 +298,7 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(UserError, match="cannot write the checkpoint .*No space left on device"):
+    with pytest.raises(UserError, match=r"cannot write the checkpoint .*No space left on device"):
         checkpoint.save(tmp_path, 9, {"model": {}, "config": "{}"}, keep=2)
     assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
     assert len(checkpoint.all_of(tmp_path)) == 2

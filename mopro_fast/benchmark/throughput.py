@@ -236,7 +236,7 @@ def _cpu_for_cuda(device: str) -> contextlib.AbstractContextManager:
     """On a CPU the official code's .cuda() calls do nothing."""
     if device == "cuda":
         return contextlib.nullcontext()
-    return mock.patch.object(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
+    return mock.patch.object(torch.Tensor, "cuda", lambda self, *_, **__: self)
 
 
 def variants(case: Case, clone: Path | None, everything: bool) -> dict[str, Callable[[Case], Callable[[], Any]]]:

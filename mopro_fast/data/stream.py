@@ -109,7 +109,7 @@ class Decoder:
     def refused(self, data: list[np.ndarray]) -> dict[int, str]:
         """Which of these images DALI cannot decode, and why. Its message for a batch does not say."""
         single = Decoder(
-            lambda fn, images, shape, _numbers: [images, shape()], 1, self._threads, self._device, self._hw_decoder_load
+            lambda _fn, images, shape, _: [images, shape()], 1, self._threads, self._device, self._hw_decoder_load
         )
         reasons = {}
         for i, encoded in enumerate(data):

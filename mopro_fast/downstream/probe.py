@@ -7,6 +7,7 @@ plus λ·‖W‖ (the norm, not its square); seven λ. As their protocol asks, �
 validation images; the best result on the test images, which their code prints, is given beside it.
 """
 
+import itertools
 import os
 import sys
 from collections.abc import Callable
@@ -192,7 +193,7 @@ def closure(net: nn.Linear, optimizer: torch.optim.Optimizer, train: Rows, lam: 
     n = len(train.labels)
     segments = min(SEGMENTS, n)
     bounds = [i * (n // segments) for i in range(segments)] + [n]
-    parts = [(train.features[a:b], train.labels[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    parts = [(train.features[a:b], train.labels[a:b]) for a, b in itertools.pairwise(bounds)]
 
     def objective() -> Tensor:
         optimizer.zero_grad()

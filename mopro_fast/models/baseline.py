@@ -17,7 +17,7 @@ class CrossEntropy(nn.Module):
         super().__init__()
         self.encoder_q = encoder_q
 
-    def phase(self, epoch: int) -> int:
+    def phase(self, _epoch: int) -> int:
         return 0
 
     def forward(

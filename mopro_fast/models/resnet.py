@@ -50,7 +50,7 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
         return F.relu(x, inplace=True) if relu else x
 
     def _is_fused(self, device: str) -> bool:
-        return self.fused == "on" or self.fused == "auto" and ops.backends.is_fused("batch_norm_act", device)
+        return self.fused == "on" or (self.fused == "auto" and ops.backends.is_fused("batch_norm_act", device))
 
     def _by_groups(self, x: Tensor) -> Tensor:
         parts, means, variances = [], [], []

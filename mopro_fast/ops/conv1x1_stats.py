@@ -46,7 +46,7 @@ def conv1x1_stats_(
     """
     device = checks.device_of("x", x)
     checks.tensor("x", x, ("N", "Cin", "H", "W"), checks.FLOATS, device)
-    n, in_channels, height, width = x.shape
+    n, in_channels = x.shape[:2]
     checks.tensor("weight", weight, ("Cout", in_channels, 1, 1), checks.FLOATS, device)
     check_statistics(x, len(weight), running_mean, running_var, group, momentum, eps)
     if norm is not None:

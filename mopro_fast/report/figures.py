@@ -1,6 +1,7 @@
 """The numbers of the report: thinned curves, noise per class, relabellings, the sample, similar prototypes."""
 
 import base64
+import itertools
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ def thin(x: np.ndarray, y: np.ndarray, points: int = POINTS) -> dict[str, list]:
     Values that are not finite become None.
     """
     edges = np.linspace(0, len(x), min(len(x), points) + 1).astype(int)
-    parts = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [slice(a, b) for a, b in itertools.pairwise(edges)]
     curve = {"x": numbers([x[p].mean() for p in parts], 6), "y": numbers([y[p].mean() for p in parts])}
     if len(x) > points:
         curve |= {"low": numbers([y[p].min() for p in parts]), "high": numbers([y[p].max() for p in parts])}
