@@ -17,6 +17,8 @@ from mopro_fast.kernels.info_nce import info_nce
 from mopro_fast.kernels.prototype_contrast import contrast_row
 from mopro_fast.kernels.similarity import LN_2, LOG2_E, block_of, combine_splits, row_options, similarity
 
+SUM_ROWS = 1024  # rows that mopro_loss_sum_kernel adds at a time
+
 
 @triton.jit
 def mopro_loss_fwd_kernel(
@@ -160,7 +162,7 @@ def mopro_loss(
     mopro_loss_sum_kernel[(1,)](
         labels, new_labels, kept, cls, hit, proto, inst, inst_hit, loss, metrics, rows,
         n, float(max(1, n)), w_proto, w_inst,
-        CONTRAST=contrast, BLOCK_N=1024,
+        CONTRAST=contrast, BLOCK_N=SUM_ROWS,
     )  # fmt: skip
     return loss, metrics, new_labels, kept, used, inst_grad, proto_grad, log_z, rows
 

@@ -1,12 +1,13 @@
 import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as mopro_fast/cli.py does, and for the same reason
-# PyTorch's threads, here and in processes that tests start: together no more than cores. Before it is imported.
-os.environ.setdefault(
-    "OMP_NUM_THREADS", str(os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) or 1)
-)
+# Threads of PyTorch, also in what tests start: with more of them than cores a step takes ten times as long. The process
+# that only hands out the tests must not decide, for its environment is theirs.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // int(workers))))
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,27 @@ if not torch.cuda.is_available():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
+    tests_of = Counter(item.path for item in items)
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
         if item.get_closest_marker("ranks"):
             item.add_marker(pytest.mark.xdist_group("ranks"))
-    items.sort(key=lambda item: item.get_closest_marker("ranks") is None)  # the longest group of all begins first
+    # Long groups first, for the last one to end is what all wait for.
+    items.sort(key=lambda item: (item.get_closest_marker("ranks") is None, -tests_of[item.path], item.path))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Under `--dist loadgroup` a file's tests run in one process, in order, and those marked "ranks" in one, too."""
+    from xdist.scheduler import LoadGroupScheduling
+
+    class ByFile(LoadGroupScheduling):
+        def _split_scope(self, nodeid):
+            return super()._split_scope(nodeid).partition("::")[0]
+
+    config.option.loadscopereorder = False  # as sorted above
+    return ByFile(config, log)
 
 
 def pytest_make_parametrize_id(val, argname):

@@ -1,7 +1,14 @@
-"""Triton's interpreter in half the time: it patches triton.language once for a launch, not for every call in it."""
+"""Triton's interpreter in a third of the time: what it works out for every call and every value is worked out once."""
+
+import functools
 
 
 def speed_up() -> None:
+    patch_once_a_launch()
+    remember_types()
+
+
+def patch_once_a_launch() -> None:
     """Before every call of a device function, tl.sum among them, the interpreter lists all members of four modules to
     patch those that a launch has not patched yet: triton.language.core's, which only that module's functions see.
     Patching both modules with the launch leaves nothing to do."""
@@ -20,3 +27,27 @@ def speed_up() -> None:
     tl, builder = interpreter.tl, interpreter.interpreter_builder
     interpreter._patch_lang = patch_lang
     interpreter.InterpretedFunction.__call__ = lambda function, *args, **kwargs: function.rewrite()(*args, **kwargs)
+
+
+def remember_types() -> None:
+    """A value's type is checked, formatted and looked up in a table made for that, thousands of times a launch."""
+    from triton.runtime import interpreter
+
+    block_type = interpreter.tl.core.block_type
+    init, np_dtype, made = block_type.__init__, interpreter._get_np_dtype, {}
+
+    def remembered(self, element_ty, shape):
+        key = (element_ty.name, *[getattr(size, "value", size) for size in shape])
+        if key not in made:
+            init(self, element_ty, shape)
+            made[key] = dict(vars(self))
+        self.__dict__.update(made[key])
+
+    @functools.cache
+    def of_scalar(name):
+        return np_dtype(interpreter.tl.dtype(name))
+
+    block_type.__init__ = remembered
+    interpreter._get_np_dtype = lambda type_: (
+        of_scalar(type_.name) if type(type_) is interpreter.tl.dtype else np_dtype(type_)
+    )

@@ -212,11 +212,10 @@ def test_an_op_that_raises_is_reported_and_the_run_goes_on(bench, monkeypatch, c
     assert "WRONG, not timed: RuntimeError: the kernel is not there" in printed and "info_nce N=7 Q=21" in printed
 
 
-def test_from_end_to_end(tmp_path):
-    command = [sys.executable, BENCH / "ops.py", "--quick", "--device", "cpu", "--compile-seconds", "0"]
+def test_from_end_to_end(bench, tmp_path):
     only = ["--only", "info_nce", "head", "ema_update_", "sgd_ema_update_"]
-    run = subprocess.run([*command, *only, "--results", tmp_path], capture_output=True, text=True, timeout=60)
-    assert run.returncode == 0, run.stdout + run.stderr
+    options = ["--quick", "--device", "cpu", "--compile-seconds", "0", "--results", str(tmp_path)]
+    assert bench.main([*options, *only]) == 0
     result = json.loads((tmp_path / "ops_cpu.json").read_text())
     assert {"triton", "extension", "commit", "torch", "cpu"} <= set(result["conditions"])
     assert {r["op"] for r in result["cases"]} == set(only[1:])

@@ -1,7 +1,6 @@
 """`mopro-fast check`: every file is read once and named if it is odd, and no interruption changes the index."""
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -62,17 +61,12 @@ def snapshot(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
 
-def start(*args, **environment):
-    command = [sys.executable, "-m", "mopro_fast", *map(str, args)]
-    return subprocess.Popen(command, env={**os.environ, **environment}, stderr=subprocess.DEVNULL)
-
-
-def kill_when(process, reached):
-    """kill -9 once ``reached()``; says whether the process was still running."""
-    while process.poll() is None and not reached():
-        time.sleep(0.002)
-    process.kill()
-    return process.wait() == -signal.SIGKILL
+def command(*args, stop=(), **environment):
+    """The command line in a process of its own, stopped as tests/stopped_command.py does; -> status and stderr."""
+    program = [Path(__file__).with_name("stopped_command.py"), *stop] if stop else ["-m", "mopro_fast"]
+    words = [sys.executable, *map(str, (*program, *args))]
+    environment = {**os.environ, **environment}
+    return subprocess.run(words, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def test_every_file_has_its_row(odd, run):
@@ -179,18 +173,13 @@ def test_killed_twice_the_index_is_the_same(tmp_path):
     for name, (data, _) in odd_images().items():
         (folder / name).write_bytes(data)
     expected = tmp_path / "expected.parquet"
-    assert start("check", folder.parent, "--index", expected, "--workers", 2).wait() == 0
+    assert command("check", folder.parent, "--index", expected, "--workers", 2).returncode == 0
     before = snapshot(tmp_path)
     partial = tmp_path / "data" / f"{FILE}.partial"
-    rng, done, killed = random.Random(), 0, 0
-    for _ in range(2):
-        done += rng.randint(3_000, 12_000)  # of about 30 kB
-
-        def reached(done=done):
-            return partial.exists() and partial.stat().st_size >= done
-
-        killed += kill_when(start("check", folder.parent, "--workers", 2), reached)
-    assert killed == 2 and partial.stat().st_size >= done
+    for item in (50, 80):
+        killed = command("check", folder.parent, "--workers", 2, stop=("SIGKILL", item))
+        assert killed.returncode == -signal.SIGKILL
+    assert partial.read_bytes().count(b"\n") >= 50 - 1 + 80 - 1  # what was killed may not have written its last line
     with partial.open("a") as file:
         file.write('["class/000.jpg", 1')  # as a line cut off by the end of the process
     known = partial.read_bytes().count(b"\n")
@@ -222,10 +211,9 @@ def test_killed_it_leaves_no_process(tmp_path):
                 pass
         return found
 
-    partial = tmp_path / f"{FILE}.partial"
-    process = start("check", tmp_path, "--workers", 2, MARK=mark)
-    assert kill_when(process, lambda: partial.exists() and partial.stat().st_size > 500)
-    deadline = time.monotonic() + 10
+    killed = command("check", tmp_path, "--workers", 2, stop=("SIGKILL", 20), MARK=mark)
+    assert killed.returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 60
     while processes() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not processes()
@@ -235,18 +223,9 @@ def test_interrupted_by_ctrl_c_it_says_so(tmp_path):
     (tmp_path / "class").mkdir()
     for i in range(300):
         (tmp_path / "class" / f"{i:03}.jpg").write_bytes(encoded(picture(200, 300, seed=i)))
-        for link in range(9):  # enough to read for a while
-            (tmp_path / "class" / f"{i:03}_{link}.jpg").hardlink_to(tmp_path / "class" / f"{i:03}.jpg")
-    command = [sys.executable, "-m", "mopro_fast", "check", str(tmp_path), "--workers", "2"]
-    heeds = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731, what runs in the background ignores it
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heeds)
-    while not (tmp_path / f"{FILE}.partial").exists():
-        time.sleep(0.001)
-    time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: workers that it starts meanwhile get it, too
-    _, error = process.communicate()
-    assert process.returncode == 130 and "goes on where it stopped" in error and "Traceback" not in error
-    assert check(load(tmp_path), workers=1, progress=False).read <= 3000
+    ended = command("check", tmp_path, "--workers", 2, stop=("SIGINT", 100))
+    assert ended.returncode == 130 and "goes on where it stopped" in ended.stderr and "Traceback" not in ended.stderr
+    assert check(load(tmp_path), workers=1, progress=False).read < 300
 
 
 def dying_reader(root, paths):

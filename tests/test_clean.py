@@ -19,6 +19,9 @@ from mopro_fast.models.build import build
 
 IMAGES, BATCH, BROKEN = 150, 4, 77  # three parts of 64 rows
 CPU = torch.device("cpu")
+# A batch is convolved in another order than one image: 1e-6 in a cosine, ten times that after 1/T. Verdicts are judged
+# where a score is further than this from its limit.
+CLOSE = 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +82,13 @@ def test_every_image_has_the_verdict_of_the_method(whole, model, data):
         parts = logits[0].softmax(0), (weights.state["prototypes"] @ q[0] / 0.1).softmax(0)
         mixed = 0.4 * parts[0] + 0.6 * parts[1]
         best, given = int(mixed.argmax()), row["given"]
-        assert abs(mixed.max() - 0.6) > 1e-4 and abs(mixed[given] - 0.25) > 1e-4, "too near to judge"
+        assert abs(mixed.max() - 0.6) > CLOSE and abs(mixed[given] - 0.25) > CLOSE, "too near to judge"
         label = best if mixed.max() > 0.6 else given if given >= 0 and mixed[given] > 1 / 4 else -1
         assert (row["best"], row["label"]) == (best, label)
         assert row["verdict"] == ("removed" if label < 0 else "kept" if label == given else "relabelled")
         for name, p in zip(("score", "classifier", "prototype"), (mixed, *parts), strict=True):
-            assert row[f"{name}_best"] == pytest.approx(float(p[best]), abs=1e-5)
-            assert row[f"{name}_given"] == (None if given < 0 else pytest.approx(float(p[given]), abs=1e-5))
+            assert row[f"{name}_best"] == pytest.approx(float(p[best]), abs=CLOSE)
+            assert row[f"{name}_given"] == (None if given < 0 else pytest.approx(float(p[given]), abs=CLOSE))
     verdicts = [r["verdict"] for r in rows]
     assert min(verdicts.count(v) for v in ("kept", "relabelled", "removed")) >= 10
     totals = json.loads((whole / "clean.json").read_text())["totals"]

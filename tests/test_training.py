@@ -5,12 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from processes import on_ranks
 
+from mopro_fast import cli
 from mopro_fast.config import OptimConfig, TrainConfig, recipe
 from mopro_fast.demo import write_images
 from mopro_fast.errors import UserError
@@ -148,34 +149,31 @@ def test_entries_are_means_over_their_steps(digits, tmp_path, monkeypatch):
 def arguments(digits: Path, out: Path) -> list[str]:
     options = {"data": digits, "out": out, "device": "cpu", "epochs": EPOCHS, "image-size": 8, "eval-resize": 8}
     options |= {"width": 0.125, "start-clean": 2, "threshold": 0.3, "log-every": 5, "tensorboard": False}
-    return ["-m", "mopro_fast", "train", "demo", *(str(x) for k, v in options.items() for x in (f"--{k}", v))]
+    return ["train", "demo", *(str(x) for k, v in options.items() for x in (f"--{k}", v))]
 
 
-def torchrun(*args: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *args]
+def torchrun(*program: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def train_on_a_rank(_rank: int, _ranks: int, words: list[str]) -> None:
+    assert cli._run(words) == 0
 
 
 @pytest.mark.ranks
 def test_torchrun_two_ranks_sigterm_resume_same_bits(digits, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    process = torchrun(*arguments(digits, whole))
-    assert process.wait(300) == 0, process.stderr.read()
-
-    process = torchrun(*arguments(digits, broken))
-    log = broken / "log.jsonl"
-    deadline = time.time() + 120
-    while not log.exists() or log.read_text().count("\n") < 8:  # somewhere in the second epoch
-        assert time.time() < deadline and process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    on_ranks(2, train_on_a_rank, arguments(digits, whole))
+    stopped = torchrun(
+        str(Path(__file__).with_name("stopped_command.py")), "SIGTERM", str(STEPS + 8), *arguments(digits, broken)
+    )
     state = checkpoint.load(checkpoint.all_of(broken / "checkpoints")[-1])
-    assert 0 < state["step"] < STEPS, "it was not stopped in the middle of an epoch"
-    assert "stopped by signal 15" in said and "the same command goes on from there" in said
-    process = torchrun(*arguments(digits, broken))
-    assert process.wait(300) == 0, process.stderr.read()
+    assert (state["epoch"], state["step"] > 8) == (1, True), "it was not stopped in the middle of an epoch"
+    assert "stopped by signal 15" in stopped.stderr and "the same command goes on from there" in stopped.stderr
+    resumed = torchrun("-m", "mopro_fast", *arguments(digits, broken))
+    assert resumed.returncode == 0, resumed.stderr
     assert_same_run(whole, broken)
 
 

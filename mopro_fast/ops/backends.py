@@ -159,10 +159,13 @@ def _implementation(op: str, device: str, choice: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(MODULES[backend]), op)
 
 
-@torch.compiler.assume_constant_result
 def is_fused(op: str, device: str) -> bool:
     """Whether another backend than the reference would run ``op`` on tensors of this device now."""
     return _implementation(op, device, _choice).__module__ != MODULES["reference"]
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler: a second more at every start.
+is_fused._dynamo_marked_constant = True
 
 
 def _run(op: str, device: str, *args: Any) -> Any:
