@@ -53,8 +53,8 @@ def build(cache: Path) -> Path:
 def load(path: Path):
     """The extension module; `launches()` on it counts the kernels launched so far.
 
-    `order(n)` sets the order of blocks and threads: as numbered (0), backwards (1) or shuffled with seed n; -1: launches
-    are counted and nothing runs.
+    `order(n)` sets the order of blocks and threads: as numbered (0), backwards (1) or shuffled with seed n. With -1
+    launches are counted and nothing runs.
     """
     spec = importlib.util.spec_from_file_location("host_cuda._C", path)
     module = importlib.util.module_from_spec(spec)

@@ -1,6 +1,7 @@
 """Triton's interpreter in a third of the time: what it works out for every call and every value is worked out once."""
 
 import functools
+import math
 
 
 def speed_up() -> None:
@@ -30,7 +31,8 @@ def patch_once_a_launch() -> None:
 
 
 def remember_types() -> None:
-    """A value's type is checked, formatted and looked up in a table made for that, thousands of times a launch."""
+    """A value's type is checked, formatted and looked up in a table made for that, thousands of times a launch; so is
+    the shape of every value, a tuple of constants."""
     from triton.runtime import interpreter
 
     block_type = interpreter.tl.core.block_type
@@ -47,6 +49,16 @@ def remember_types() -> None:
     def of_scalar(name):
         return np_dtype(interpreter.tl.dtype(name))
 
+    @functools.cache
+    def of_shape(shape):
+        constexpr = interpreter.tl.constexpr
+        return constexpr(math.prod(shape)), interpreter.tl.tuple([constexpr(size) for size in shape])
+
+    def tensor_init(self, handle, type):
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.numel, self.shape = of_shape(type.shape if type.is_block() else ())
+
+    interpreter.tl.tensor.__init__ = tensor_init
     block_type.__init__ = remembered
     interpreter._get_np_dtype = lambda type_: (
         of_scalar(type_.name) if type(type_) is interpreter.tl.dtype else np_dtype(type_)
