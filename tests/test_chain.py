@@ -43,6 +43,7 @@ def write_data(folder: Path) -> None:
         (folder / f"{name}.txt").write_text("".join(f"{split}/{i}.png {label}\n" for i, label in enumerate(labels)))
 
 
+@pytest.mark.slow
 def test_the_whole_chain_runs_and_goes_on_after_an_interruption(chain, tmp_path, monkeypatch, capsys):
     write_data(tmp_path / "data")
     commands = []

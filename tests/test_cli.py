@@ -172,6 +172,7 @@ def test_unknown_keys_of_a_config_are_refused():
         from_dict(TrainConfig, values, "config.json")
 
 
+@pytest.mark.filterwarnings("default")
 def test_pillow_s_warnings_do_not_reach_the_terminal(mopro_fast):
     mopro_fast("--version")
     with warnings.catch_warnings(record=True) as shown:

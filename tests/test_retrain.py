@@ -1,5 +1,6 @@
 """Classifier re-training and fine-tuning: what is shown, what moves, and the same bits after interruptions."""
 
+import contextlib
 import json
 import os
 import signal
@@ -74,8 +75,19 @@ def finetune(data: Path, out: Path) -> Finetune:
     return configure(Finetune(), data, out, "val.txt")
 
 
+@pytest.fixture
+def opened():
+    """Makes a trainer that does not run to its end; what it holds is let go of after the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda c, model: stack.enter_context(contextlib.closing(trainer_of(c, model)))
+
+
+def trainer_of(c, model: Path) -> Supervised:
+    return Supervised(c, load_weights(model), with_cleaned_labels if isinstance(c, Retrain) else with_share)
+
+
 def run(c, model: Path) -> Supervised:
-    trainer = Supervised(c, load_weights(model), with_cleaned_labels if isinstance(c, Retrain) else with_share)
+    trainer = trainer_of(c, model)
     assert trainer.run() == 0
     return trainer
 
@@ -137,8 +149,7 @@ def test_retraining_moves_the_classifier_alone(whole, model):
 
 
 def stopped_at(c, model: Path, at_step: int) -> None:
-    narrow = with_cleaned_labels if isinstance(c, Retrain) else with_share
-    trainer = Supervised(c, load_weights(model), narrow)
+    trainer = trainer_of(c, model)
     step = trainer._train_step
 
     def stop_here(batch, place):
@@ -194,8 +205,8 @@ def test_finetuning_killed_and_resumed_ends_with_the_same_bits(data, model, tmp_
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
-def test_what_is_shown_are_images_that_stayed_with_their_new_labels(data, model, tmp_path):
-    trainer = Supervised(retrain(data, tmp_path), load_weights(model), with_cleaned_labels)
+def test_what_is_shown_are_images_that_stayed_with_their_new_labels(data, model, tmp_path, opened):
+    trainer = opened(retrain(data, tmp_path), model)
     shown = Counter()
     for epoch in range(3):
         for batch in trainer.loader.epoch(epoch):
@@ -208,14 +219,13 @@ def test_what_is_shown_are_images_that_stayed_with_their_new_labels(data, model,
 
 
 @pytest.mark.parametrize("freeze", [True, False])
-def test_an_epoch_is_the_official_one_written_out(data, model, tmp_path, freeze):
+def test_an_epoch_is_the_official_one_written_out(data, model, tmp_path, freeze, opened):
     """Two optimizers as in classifier_retrain.py; the encoder's, with --finetune, keeps its learning rate."""
     c = retrain(data, tmp_path)
     c.freeze, c.optim.epochs, c.optim.milestones = freeze, 2, (1,)
     c.optim.encoder_lr = None if freeze else 0.05
-    trainer = Supervised(c, load_weights(model), with_cleaned_labels)
+    trainer = opened(c, model)
     batches = [[*trainer.loader.epoch(epoch)] for epoch in (0, 1)]
-    trainer.loader.close()
     encoder, _ = load_encoder(model, torch.device("cpu"))
     classifier = encoder.classifier
     body = [p for n, p in encoder.named_parameters() if not n.startswith(("classifier", "fc"))]
@@ -238,10 +248,10 @@ def test_an_epoch_is_the_official_one_written_out(data, model, tmp_path, freeze)
         torch.testing.assert_close(last(tmp_path)["model"][f"encoder_q.{name}"], t, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_mixup_mixes_images_and_losses(data, model, tmp_path):
+def test_mixup_mixes_images_and_losses(data, model, tmp_path, opened):
     c = finetune(data, tmp_path)
     c.mixup = 1.0
-    trainer = Supervised(c, load_weights(model), with_share)
+    trainer = opened(c, model)
     batch = next(trainer.loader.epoch(0))
     trainer.step = 2
     rng = np.random.default_rng((3, 0, 2))

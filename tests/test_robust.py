@@ -50,7 +50,7 @@ def packed(data: Path, out: Path, *options: str) -> Path:
 
 
 def table(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
 
 
 def shown(out: Path) -> dict[tuple[int, int], list[int]]:

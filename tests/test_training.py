@@ -67,6 +67,13 @@ def uninterrupted(digits, tmp_path_factory) -> Path:
     return out
 
 
+def opened(config: TrainConfig) -> Trainer:
+    """A trainer that is not to run."""
+    trainer = Trainer(config)
+    trainer.close()
+    return trainer
+
+
 def run_and_stop_at(config: TrainConfig, at_step: int) -> None:
     trainer = Trainer(config)
     step = trainer._train_step
@@ -160,6 +167,7 @@ def train_on_a_rank(_rank: int, _ranks: int, words: list[str]) -> None:
     assert cli._run(words) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_torchrun_two_ranks_sigterm_resume_same_bits(digits, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -184,7 +192,7 @@ def test_cross_entropy_runs_through_the_same_loop(digits, tmp_path):
     assert all(name.startswith("encoder_q.") for name in weights)
     config = small_config(digits, tmp_path / "from_ce")
     config.run.init = str(saved)
-    model = Trainer(config).model
+    model = opened(config).model
     assert torch.equal(model.encoder_q.fc1.weight, weights["encoder_q.fc1.weight"])
     assert torch.equal(model.encoder_k.fc1.weight, weights["encoder_q.fc1.weight"])
 
@@ -199,7 +207,7 @@ def test_cached_on_the_device_it_trains_on_the_same_images(digits, uninterrupted
 
 
 def test_weights_that_are_not_finite_are_never_saved(digits, tmp_path):
-    trainer = Trainer(small_config(digits, tmp_path))
+    trainer = opened(small_config(digits, tmp_path))
     with torch.no_grad():
         trainer.model.encoder_q.fc1.weight[0, 0] = float("inf")
     with pytest.raises(UserError, match="weights are not finite at epoch 1, step 0, rank 0"):
@@ -263,7 +271,7 @@ def test_a_checkpoint_older_than_some_settings_goes_on(digits, uninterrupted, tm
     config = json.loads(state["config"])
     del config["run"]["bf16_weights"], config["optim"]["sgd"]
     checkpoint.save(tmp_path / "checkpoints", state["epoch"] * STEPS, state | {"config": json.dumps(config)}, 1)
-    trainer = Trainer(small_config(digits, tmp_path))
+    trainer = opened(small_config(digits, tmp_path))
     assert (trainer.epoch, trainer.step) == (state["epoch"], state["step"])
     changed = small_config(digits, tmp_path)
     changed.run.bf16_weights = False
@@ -275,10 +283,10 @@ def test_initial_weights_must_fit(digits, uninterrupted, tmp_path):
     saved = checkpoint.all_of(uninterrupted / "checkpoints")[-1]
     config = small_config(digits, tmp_path)
     config.run.init, config.optim.epochs = str(saved), 1
-    model = Trainer(config).model
+    model = opened(config).model
     assert torch.equal(model.prototypes, checkpoint.load(saved)["model"]["prototypes"])
     config.mopro.queue_size = 128  # only the query encoder must fit
-    model = Trainer(config).model
+    model = opened(config).model
     assert torch.equal(model.encoder_k.fc2.weight, checkpoint.load(saved)["model"]["encoder_k.fc2.weight"])
     config.model.width = 0.25
     with pytest.raises(UserError, match=r"another architecture: .* set --arch, --width"):

@@ -23,19 +23,22 @@ class Done:
         self.results: dict[str, Any] = by_rank0(self._read)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = (folder / f"{self._name}.{world()[0]}.jsonl").open("a", buffering=1)
+            self._append("")
         except OSError as error:
             raise UserError(f"cannot write into {folder}: {error.strerror}: name another --out") from None
 
     def add(self, key: str, result: Any) -> None:
         self.results[key] = result
-        self._file.write(f"\n{json.dumps([key, result])}\n")
+        self._append(f"\n{json.dumps([key, result])}\n")
 
     def remove(self) -> None:
         """When all is finished and written elsewhere; on one rank."""
-        self._file.close()
         for path in self._files():
             path.unlink()
+
+    def _append(self, text: str) -> None:
+        with (self._folder / f"{self._name}.{world()[0]}.jsonl").open("a") as file:
+            file.write(text)
 
     def _files(self) -> list[Path]:
         return sorted(self._folder.glob(f"{self._name}.*.jsonl"))

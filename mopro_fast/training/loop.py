@@ -116,9 +116,13 @@ class Trainer:
                         )
                         return received
         finally:
-            for resource in self.resources:
-                resource.close()
+            self.close()
         return 0
+
+    def close(self) -> None:
+        """Let go of files, threads and GPU memory; :meth:`run` does it at its end."""
+        for resource in self.resources:
+            resource.close()
 
     def _train_epoch(self, stop: distributed.StopSignal) -> int:
         """Train from (epoch, step) to the epoch's end; -> 0, or the signal that asks to stop now."""
