@@ -62,7 +62,7 @@ def pytest_make_parametrize_id(val, argname):
         return None if None in words else "_".join(words) or f"no-{argname}"
     if val is None or isinstance(val, bool | int | float):
         return str(val)
-    return None if getattr(val, "__name__", "<lambda>") == "<lambda>" else val.__name__
+    return re.sub(r"\W", "", getattr(val, "__name__", "")) or None  # <lambda> among them
 
 
 @pytest.hookimpl(tryfirst=True)

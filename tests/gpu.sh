@@ -31,11 +31,12 @@ build() {
 }
 
 test_() {
-  run "op tests" "$python" -m pytest -q tests/test_ops.py tests/test_{two_views,normalize,batch_norm_act,conv1x1_stats}.py \
+  # -W default: warnings are errors elsewhere, but no GPU has said its own yet; here they are printed.
+  run "op tests" "$python" -m pytest -q -W default tests/test_ops.py tests/test_{two_views,normalize,batch_norm_act,conv1x1_stats}.py \
     tests/test_*_cuda.py
   local others=(tests/test_optim.py tests/test_augment.py tests/test_cache.py tests/test_train_step.py)
   if "$python" -c 'import nvidia.dali' 2>/dev/null; then others+=(tests/test_pipeline.py); fi
-  run "other GPU tests" "$python" -m pytest -q -m gpu "${others[@]}"
+  run "other GPU tests" "$python" -m pytest -q -W default -m gpu "${others[@]}"
 }
 
 # Every kernel at two small odd shapes in both types (bench/ops.py --check), then the tests with traps and with labels
@@ -50,7 +51,7 @@ sanitize() {
   local memcheck=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 200 compute-sanitizer --tool memcheck --error-exitcode 1)
   run "memcheck, all ops" "${memcheck[@]}" "${check[@]}"
   run "racecheck, all ops" timeout 150 compute-sanitizer --tool racecheck --error-exitcode 1 "${check[@]}"
-  run "memcheck, kernel tests" "${memcheck[@]}" "$python" -m pytest -q \
+  run "memcheck, kernel tests" "${memcheck[@]}" "$python" -m pytest -q -W default \
     tests/test_ops.py tests/test_{ema_update,sgd_ema_update,queue_enqueue,prototype_update}_cuda.py \
     -k "not graph and not opcheck and ((test_ops and (triton or cuda) and (traps or many_splits)) or ([cuda or -cuda))"
 }

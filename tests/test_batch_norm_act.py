@@ -86,12 +86,14 @@ def test_batch_norm_act(shape, dtype, relu, residual):
     check(*shape, dtype, relu, residual)
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("shape, dtype, residual", LARGE)
 def test_of_many_channels(shape, dtype, residual):
     check(*shape, dtype, True, residual)
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("group", [0, 10])
 def test_many_splits(group, monkeypatch):
@@ -101,6 +103,7 @@ def test_many_splits(group, monkeypatch):
     check(20, 40, 13, 17, group, F32, True, False)
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("backend")
 def test_more_groups_than_are_combined_at_a_time():
     check(200, 5, 2, 1, 2, F32, True, True)
@@ -140,6 +143,7 @@ def test_what_is_no_number_is_not_hidden():
     assert y[2:, 1].isnan().all() and int(y.isnan().sum()) == 18
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("backend")
 def test_the_same_bits_twice_and_the_same_as_compiled():
     torch.use_deterministic_algorithms(False)
@@ -242,6 +246,7 @@ def test_the_fused_encoder_is_the_plain_one(arch, bn_group):
         assert a.dtype == b.dtype and (a.dtype != torch.int64 or a == 1)
 
 
+@pytest.mark.medium
 def test_the_kernels_give_the_plain_encoder_too():
     encoder = small_encoder("resnet18", 4)
     x = images()
@@ -276,6 +281,7 @@ def test_where_no_kernel_runs_the_plain_path_does():
         small_encoder("resnet18", 3)(x)
 
 
+@pytest.mark.medium
 def test_a_compiled_encoder_has_no_graph_break():
     torch.use_deterministic_algorithms(False)
     encoder = small_encoder("resnet18", 4)

@@ -212,6 +212,7 @@ def test_an_op_that_raises_is_reported_and_the_run_goes_on(bench, monkeypatch, c
     assert "WRONG, not timed: RuntimeError: the kernel is not there" in printed and "info_nce N=7 Q=21" in printed
 
 
+@pytest.mark.medium
 def test_from_end_to_end(bench, tmp_path):
     only = ["--only", "info_nce", "head", "ema_update_", "sgd_ema_update_"]
     options = ["--quick", "--device", "cpu", "--compile-seconds", "0", "--results", str(tmp_path)]
@@ -300,6 +301,7 @@ def test_requirements_follow_the_numbers(bench):
     assert len(missing) == 10
 
 
+@pytest.mark.medium
 def test_tables_and_figure_come_from_the_result(bench, tmp_path, monkeypatch, capsys):
     tables = importlib.import_module("tables")
     (tmp_path / "results").mkdir()
@@ -351,6 +353,7 @@ def test_the_report_names_what_failed_and_what_was_skipped(bench):
     assert "skipped official, compiled: made up" in text and "1 requirements not measured" in text
 
 
+@pytest.mark.slow
 def test_launches_are_the_committed_ones(compiled, tmp_path):
     """bench/launches.py counts them without a GPU."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

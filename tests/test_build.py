@@ -14,6 +14,7 @@ CSRC = ROOT / "csrc"
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
+@pytest.mark.medium
 @pytest.mark.skipif(NVCC is None, reason="nvcc is neither on PATH nor in /usr/local/cuda/bin")
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("source", sorted(CSRC.glob("*.cu")))

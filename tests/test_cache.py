@@ -129,6 +129,7 @@ def test_ranks_share_the_batch_of_one_rank(index):
         assert equal(batch, [torch.cat(pair) for pair in zip(*parts, strict=True)])
 
 
+@pytest.mark.medium
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the backend of this device anyway")
 def test_triton_makes_the_same_batch(index):
     small = {"batch_size": 4, "image_size": 8}
@@ -254,6 +255,7 @@ def test_eval_crop_larger_than_the_resized_image(index):
         eval_on_device(index, image_size=33)
 
 
+@pytest.mark.medium
 def test_without_dali(folder):
     code = f"""
 import sys, torch

@@ -120,6 +120,7 @@ def test_bytes_do_not_depend_on_the_workers(odd):
     assert (odd.parent / "1.parquet").read_bytes() == (odd.parent / "4.parquet").read_bytes()
 
 
+@pytest.mark.medium
 def test_only_what_changed_is_read_again(odd):
     first = check(load(odd), workers=1, progress=False)
     content = Path(first.path).read_bytes()
@@ -165,6 +166,7 @@ def test_a_check_of_a_part_keeps_the_rest(odd):
     assert sorted(table(whole.path)["path"]) == sorted(line.split()[0] for line in lines)
 
 
+@pytest.mark.medium
 def test_killed_twice_the_index_is_the_same(tmp_path):
     folder = tmp_path / "data" / "class"
     folder.mkdir(parents=True)
@@ -195,6 +197,7 @@ def test_killed_twice_the_index_is_the_same(tmp_path):
     assert snapshot(tmp_path) == before  # nothing temporary is left
 
 
+@pytest.mark.medium
 def test_killed_it_leaves_no_process(tmp_path):
     (tmp_path / "class").mkdir()
     for i in range(300):
@@ -219,6 +222,7 @@ def test_killed_it_leaves_no_process(tmp_path):
     assert not processes()
 
 
+@pytest.mark.medium
 def test_interrupted_by_ctrl_c_it_says_so(tmp_path):
     (tmp_path / "class").mkdir()
     for i in range(300):
@@ -236,6 +240,7 @@ def dying_reader(root, paths):
         yield from decode.examine_files(root, [path])
 
 
+@pytest.mark.medium
 def test_a_file_that_kills_its_reader_is_named(tmp_path, monkeypatch):
     (tmp_path / "class").mkdir()
     names = ["0.jpg", "1_deadly.jpg", "2_deadly.jpg", "3.jpg", "4.jpg", "5_deadly.jpg"]
@@ -263,6 +268,7 @@ def test_a_worker_that_ends_while_it_waits_is_reported():
     assert worker.receive() == workers.Crashed("signal 9")
 
 
+@pytest.mark.medium
 def test_errors_of_workers_are_passed_on():
     items = [(task[0], item) for task, item in workers.run(raising, deque([(1,), (2,)]), 2)]
     assert sorted(items, key=str) == sorted([(1, 1), (1, workers.Done()), (2, 2), (2, workers.Done())], key=str)
@@ -336,6 +342,7 @@ def test_mistakes_end_in_one_line(tmp_path, odd, run):
     assert status == 1 and "empty file" in out
 
 
+@pytest.mark.medium
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no shared folder: set MOPRO_FAST_SHARED")
 def test_all_decode_cases(tmp_path, run):
     files = decode_cases(tmp_path / "cases")

@@ -104,6 +104,7 @@ def test_names_that_do_not_exist_come_with_the_nearest(mopro_fast):
         assert status == 2 and named in stderr
 
 
+@pytest.mark.medium
 def test_as_a_process_there_is_one_line_and_no_traceback(tmp_path):
     command = [sys.executable, "-m", "mopro_fast", "train", "demo", "--data", "nowhere", "--out", tmp_path]
     result = subprocess.run(command, capture_output=True, text=True)

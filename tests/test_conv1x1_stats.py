@@ -72,6 +72,7 @@ def test_conv1x1_stats(shape, dtype, with_norm):
     check(*shape, dtype, with_norm)
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_many_tiles_in_a_split_and_many_splits(dtype, monkeypatch):

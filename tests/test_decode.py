@@ -82,6 +82,7 @@ def test_dali_sees_what_pillow_sees():
     check_against_dali([(name, data) for name, (data, _) in ODD.items()])
 
 
+@pytest.mark.medium
 def test_all_decode_cases(tmp_path):
     files = decode_cases(tmp_path)
     counts = check_against_dali([(file.name, file.read_bytes()) for file in files])

@@ -20,7 +20,7 @@ from mopro_fast.downstream.supervised import Supervised
 from mopro_fast.downstream.weights import load_weights
 from mopro_fast.training import checkpoint
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.medium]
 
 EACH, BROKEN = 25, "n02/7.png"  # three parts of 64 rows
 

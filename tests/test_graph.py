@@ -76,6 +76,7 @@ def another_batch() -> tuple[Batch, torch.Tensor]:
     return Batch(*views.unbind(), torch.zeros(ROWS, dtype=torch.int64), torch.arange(ROWS)), torch.arange(ROWS)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("precision, bf16_weights", [("fp32", True), ("bf16", True), ("bf16", False)])
 def test_replayed_through_all_phases_it_is_the_eager_step(tapes, precision: str, bf16_weights: bool) -> None:
     states = []

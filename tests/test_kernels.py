@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.medium
+
 ROOT = Path(__file__).parent.parent
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a block may use (CUDA programming guide, compute capabilities)
 

@@ -14,6 +14,7 @@ if sys.platform != "linux":
     pytest.skip("DALI is for Linux", allow_module_level=True)
 
 
+@pytest.mark.medium
 def test_official_views_have_the_statistics_of_ours(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "bench"))
     import loader

@@ -71,6 +71,7 @@ def made(several: bool):
     return features[:70], features[70:], labels[:70], labels[70:]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("several", [True, False])
 def test_scores_against_the_protocol_written_out(several, tmp_path):
     train, test, train_labels, test_labels = made(several)
@@ -123,6 +124,7 @@ def write_voc(root, images):
     return labels
 
 
+@pytest.mark.medium
 def test_voc(tmp_path, capsys):
     labels = write_voc(tmp_path, images=130)
     for data in (tmp_path, tmp_path / "VOCdevkit", tmp_path / "VOCdevkit" / "VOC2007"):
@@ -163,6 +165,7 @@ def run(*args):
     assert not stop.value.code
 
 
+@pytest.mark.medium
 def test_class_folders_and_their_mistakes(tmp_path, capsys):
     data, checkpoint = write_folders(tmp_path / "data", {"train": 6, "val": 4}), write_checkpoint(tmp_path / "c.pt")
     arguments = ["--data", data, "--out", tmp_path / "out", "--runs", "2", "--device", "cpu", "--jobs", "1"]

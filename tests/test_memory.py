@@ -60,6 +60,7 @@ def test_live_bytes() -> None:
     del d
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_of_fake_tensors_takes_what_a_real_one_does(precision) -> None:
     config = TrainConfig(
@@ -76,6 +77,7 @@ def test_a_step_of_fake_tensors_takes_what_a_real_one_does(precision) -> None:
         assert fake[name] == pytest.approx(size, rel=tolerance), name
 
 
+@pytest.mark.medium
 def test_a_batch_of_1024_fits_80_gb() -> None:
     case = memory.predicted(memory.Assumptions(), 1024, 5000)
     assert case["total"] <= 0.9 * 80e9

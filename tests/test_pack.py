@@ -181,6 +181,7 @@ def test_small_images_stay_as_they_are():
     assert len(shards.packed(large, 200, 50)) < len(shards.packed(large, 200, 90))
 
 
+@pytest.mark.medium
 def test_bytes_do_not_depend_on_workers_or_interruptions(data, packed, tmp_path):
     expected = snapshot(packed)
     arguments = ("pack", data, tmp_path / "out", "--size", 64, "--shard-images", 20, "--workers")
@@ -198,6 +199,7 @@ def test_bytes_do_not_depend_on_workers_or_interruptions(data, packed, tmp_path)
         assert (tmp_path / "out" / name).stat().st_mtime_ns == time or Path(name).stem not in recorded
 
 
+@pytest.mark.medium
 def test_changed_shards_are_found_and_repaired(data, packed, tmp_path, run):  # noqa: F811
     out = tmp_path / "out"
     shutil.copytree(packed, out)
@@ -281,6 +283,7 @@ def dying_writer(job):
 DEADLY = encoded(picture(33, 44))
 
 
+@pytest.mark.medium
 def test_an_image_that_kills_its_reader_is_left_out(tmp_path, monkeypatch, run):  # noqa: F811
     (tmp_path / "data/class").mkdir(parents=True)
     for i in range(6):
@@ -341,6 +344,7 @@ def test_mistakes_end_in_one_line(data, packed, tmp_path, run):  # noqa: F811
         open_shards(tmp_path / "stop")
 
 
+@pytest.mark.medium
 def test_a_full_disk_is_one_line_and_can_be_put_right(data, packed, tmp_path):
     command = [
         sys.executable,
@@ -370,6 +374,7 @@ def test_a_full_disk_is_one_line_and_can_be_put_right(data, packed, tmp_path):
         assert not (tmp_path / "out/manifest.json").exists()  # it would vouch for what is not there
 
 
+@pytest.mark.medium
 def test_all_decode_cases(tmp_path, run):  # noqa: F811
     files = decode_cases(tmp_path / "cases")
     (tmp_path / "list.txt").write_text("".join(f"{f.relative_to(tmp_path)} 0\n" for f in files), encoding="utf-8")

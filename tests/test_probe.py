@@ -135,6 +135,7 @@ def checkpoint(tmp_path_factory):
 OPTIONS = ["--device", "cpu", "--lambdas", "0.001", "0.1", "--steps", "10", "--evaluate-every", "5"]
 
 
+@pytest.mark.medium
 def test_class_folders(tmp_path, checkpoint, capsys):
     data = write_folders(tmp_path / "data", {"train": 20, "val": 5})
     assert run("probe", checkpoint, "--data", data, "--out", tmp_path / "out", *OPTIONS) == 0
@@ -148,6 +149,7 @@ def test_class_folders(tmp_path, checkpoint, capsys):
     assert result["images"] == {"train": 120, "test": 18, "val": 30}
 
 
+@pytest.mark.medium
 def test_interrupted_it_goes_on_with_the_next_lambda(tmp_path, checkpoint, monkeypatch):
     data = write_folders(tmp_path / "data", {"train": 4, "val": 2})
     arguments = ["probe", checkpoint, "--data", data, "--out", tmp_path / "out", *OPTIONS, "--holdout", "0.25"]
@@ -167,6 +169,7 @@ def test_interrupted_it_goes_on_with_the_next_lambda(tmp_path, checkpoint, monke
     assert (tmp_path / "out" / "probe.json").read_text() == interrupted
 
 
+@pytest.mark.medium
 def test_a_realm_of_omnibenchmark(tmp_path, checkpoint, monkeypatch):
     realm = write_folders(tmp_path / "n015", {"images": 12})
     lists = realm / "annotations" / "v2"

@@ -111,6 +111,7 @@ def test_labels_are_staged_in_pieces(kernels, rows, dim):
     check(kernels, unit_rows(9, dim, g), unit_rows(rows, dim, g), labels, kept)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_one_class_is_slow_and_the_others_are_ready_for_the_next_piece(host_cuda, kernels, order):
     """They must not stage it before the slow one has read the end of this one."""

@@ -484,6 +484,7 @@ SET = "(() => {{ $('{0}').value = arguments[0]; $('{0}').dispatchEvent(new Event
 CARDS = "[...document.querySelectorAll('#gallery figure')].map(f => [f.dataset.verdict, f.innerText])"
 
 
+@pytest.mark.medium
 def test_in_chromium_search_and_filters_change_the_visible_cards(opened):
     ask = opened()
     assert ask("document.title").endswith("MoPro report") and ask("window.boom === undefined")

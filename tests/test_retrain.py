@@ -170,6 +170,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert (one / "log.jsonl").read_bytes() == (other / "log.jsonl").read_bytes()
 
 
+@pytest.mark.medium
 def test_retraining_interrupted_and_resumed_ends_with_the_same_bits(data, model, whole, tmp_path):
     c = retrain(data, tmp_path)
     c.mixup = 0.2
@@ -180,6 +181,7 @@ def test_retraining_interrupted_and_resumed_ends_with_the_same_bits(data, model,
     assert_same_run(whole, tmp_path)
 
 
+@pytest.mark.medium
 def test_finetuning_killed_and_resumed_ends_with_the_same_bits(data, model, tmp_path):
     c = finetune(data, tmp_path / "whole")
     c.optim.encoder_lr = 0.02
@@ -218,6 +220,7 @@ def test_what_is_shown_are_images_that_stayed_with_their_new_labels(data, model,
     assert np.mean(rare) > 1.5 * np.mean(first)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("freeze", [True, False])
 def test_an_epoch_is_the_official_one_written_out(data, model, tmp_path, freeze, opened):
     """Two optimizers as in classifier_retrain.py; the encoder's, with --finetune, keeps its learning rate."""

@@ -81,6 +81,7 @@ def decode_cases(tmp_path_factory) -> Path:
     return folder / "list.txt"
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("layout", ["files", "shards"])
 def test_every_odd_file_is_trained_on_or_named(decode_cases, tmp_path, layout, capsys):
     data = decode_cases if layout == "files" else packed(decode_cases, tmp_path / "pack", "--size", "64")
@@ -103,6 +104,7 @@ def test_every_odd_file_is_trained_on_or_named(decode_cases, tmp_path, layout, c
         assert "train: 7 of them are left out: " in capsys.readouterr().err
 
 
+@pytest.mark.medium
 def test_files_that_break_while_an_epoch_runs_are_named_and_replaced(photos, tmp_path, capsys):
     out = tmp_path / "out"
     trainer = Recorder(config(photos, out))
@@ -138,6 +140,7 @@ def test_files_that_break_while_an_epoch_runs_are_named_and_replaced(photos, tmp
     assert Recorder(config(photos, out)).run() == 0  # with both files broken it is still the same run
 
 
+@pytest.mark.medium
 def test_interrupted_after_it_named_a_file_it_has_one_row_for_it(photos, tmp_path):
     c = config(photos, tmp_path / "out")
     trainer = Recorder(c)
@@ -160,6 +163,7 @@ def test_interrupted_after_it_named_a_file_it_has_one_row_for_it(photos, tmp_pat
     assert rows[:1] == before and [row["epoch"] for row in rows].count("0") == 1
 
 
+@pytest.mark.medium
 def test_a_run_on_class_folders_goes_on_without_a_file_that_has_gone(photos, tmp_path):
     for i in range(IMAGES):
         (tmp_path / "classes" / str(i % 4)).mkdir(parents=True, exist_ok=True)
@@ -196,8 +200,16 @@ def test_too_many_broken_files_end_the_run_in_one_line(photos, tmp_path):
         trainer.run()
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.ranks)])
-@pytest.mark.parametrize("layout", ["files", "shards"])
+@pytest.mark.medium
+@pytest.mark.parametrize(
+    "layout, ranks",
+    [
+        ("files", 1),
+        ("shards", 1),
+        pytest.param("files", 2, marks=[pytest.mark.ranks, pytest.mark.slow]),
+        pytest.param("shards", 2, marks=pytest.mark.ranks),
+    ],
+)
 def test_killed_in_the_middle_of_an_epoch_each_image_is_shown_once(photos, tmp_path, layout, ranks):
     data, out = photos, tmp_path / "out"
     if layout == "shards":

@@ -96,6 +96,7 @@ def compare_a_step(ranks: int, precision: str) -> None:
     assert sorted(size for size, _ in handed.calls["broadcast"]) == sorted(buffers.sizes)
 
 
+@pytest.mark.medium
 @pytest.mark.ranks
 def test_bytes_are_those_that_two_ranks_hand_over() -> None:
     on_ranks(2, step_of_a_rank)

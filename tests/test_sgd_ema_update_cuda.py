@@ -112,6 +112,7 @@ def test_misaligned(kernels, grad, offsets):
     check(kernels, FEW, grad, None, offsets, momentum=0.0)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("count", [1, 2, TENSORS - 1, TENSORS, TENSORS + 1, 2 * TENSORS + 90])
 def test_many_tensors(kernels, count):
     check(kernels, [i % 23 for i in range(count)], F32, BF16)
@@ -125,6 +126,7 @@ def test_the_order_of_blocks_and_threads_does_not_matter(host_cuda, kernels, ord
     check(kernels, SIZES, BF16, BF16, nesterov=True)
 
 
+@pytest.mark.medium
 def test_launches(host_cuda, kernels):
     def launches(sizes):
         before = host_cuda.launches()

@@ -111,8 +111,16 @@ def compare_twenty_steps(rank: int, ranks: int, bn_group: int) -> None:
     assert relabelled > 0 and removed > 0  # the run did go through every branch
 
 
-@pytest.mark.parametrize("bn_group", [0, 3])
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.ranks)])
+@pytest.mark.medium
+@pytest.mark.parametrize(
+    "ranks, bn_group",
+    [
+        (1, 0),
+        (1, 3),
+        pytest.param(2, 0, marks=pytest.mark.ranks),
+        pytest.param(2, 3, marks=[pytest.mark.ranks, pytest.mark.slow]),
+    ],
+)
 def test_twenty_steps_equal_the_plain_method(ranks: int, bn_group: int) -> None:
     on_ranks(ranks, twenty_steps, bn_group)
 

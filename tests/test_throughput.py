@@ -54,6 +54,7 @@ def test_peers_have_none_of_our_kernels(monkeypatch):
         throughput.ours(case)()
 
 
+@pytest.mark.medium
 def test_every_variant_trains_and_the_table_has_it():
     made = throughput.variants(TINY, None, everything=True)
     found = throughput.measure(TINY, made, seconds=0.02)
@@ -72,6 +73,7 @@ def test_every_variant_trains_and_the_table_has_it():
     )
 
 
+@pytest.mark.medium
 def test_the_command_and_its_mistakes(tmp_path, capsys):
     small = {"device": "cpu", "image_size": 32, "width": 0.125, "queue_size": 32, "seconds": 0.01}
     options = Bench(batch_sizes=(4, 8), classes=(3,), out=tmp_path / "a" / "out.json", **small)

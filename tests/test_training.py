@@ -87,6 +87,7 @@ def run_and_stop_at(config: TrainConfig, at_step: int) -> None:
     assert trainer.run() == signal.SIGTERM
 
 
+@pytest.mark.medium
 def test_stopped_in_every_phase_and_resumed_it_ends_with_the_same_bits(digits, uninterrupted, tmp_path):
     for at_step in (3, STEPS + 7, 2 * STEPS + 6):  # epoch 0, prototypes, cleaning
         run_and_stop_at(small_config(digits, tmp_path), at_step)
@@ -94,6 +95,7 @@ def test_stopped_in_every_phase_and_resumed_it_ends_with_the_same_bits(digits, u
     assert_same_run(uninterrupted, tmp_path)
 
 
+@pytest.mark.medium
 def test_killed_without_warning_it_goes_on_from_the_last_checkpoint(digits, uninterrupted, tmp_path):
     config = small_config(digits, tmp_path)
     config.run.checkpoint_every = 8
@@ -132,6 +134,7 @@ def test_what_a_run_leaves_behind(uninterrupted):
     assert "images_per_second" in json.loads((uninterrupted / "timing.jsonl").read_text().splitlines()[0])
 
 
+@pytest.mark.medium
 def test_entries_are_means_over_their_steps(digits, tmp_path, monkeypatch):
     losses, closed, step = [], [], TrainStep.__call__
 
@@ -197,6 +200,7 @@ def test_cross_entropy_runs_through_the_same_loop(digits, tmp_path):
     assert torch.equal(model.encoder_k.fc1.weight, weights["encoder_q.fc1.weight"])
 
 
+@pytest.mark.medium
 def test_cached_on_the_device_it_trains_on_the_same_images(digits, uninterrupted, tmp_path):
     config = small_config(digits, tmp_path)
     config.data.cache, config.optim.epochs = "device", 1
@@ -215,6 +219,7 @@ def test_weights_that_are_not_finite_are_never_saved(digits, tmp_path):
     assert not checkpoint.all_of(tmp_path / "checkpoints")
 
 
+@pytest.mark.medium
 def test_killed_in_an_evaluation_it_goes_on_from_the_end_of_the_epoch(digits, uninterrupted, tmp_path, monkeypatch):
     def die(*_):
         raise MemoryError
@@ -229,6 +234,7 @@ def test_killed_in_an_evaluation_it_goes_on_from_the_end_of_the_epoch(digits, un
     assert_same_run(uninterrupted, tmp_path)
 
 
+@pytest.mark.medium
 def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoints(digits, tmp_path):
     config = small_config(digits, tmp_path)
     config.optim.epochs = 1

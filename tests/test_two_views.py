@@ -81,6 +81,7 @@ def test_reference_equals_pillow_within_rounding(size):
             assert difference.max() <= 1, (seed, i, v)  # Pillow rounds to 8 bits between its two passes
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("size", [8, 15, 32])
 def test_triton_equals_the_reference(size):
     images, boxes, flips, jitter = drawn(SHAPES, 10 + size)
@@ -93,6 +94,7 @@ def test_triton_equals_the_reference(size):
     assert torch.equal(views[1].cpu(), color_jitter(plain[1].cpu(), jitter))
 
 
+@pytest.mark.medium
 def test_boxes_at_every_border():
     image, sides = generator(1).integers(0, 256, (9, 5, 3), dtype=np.uint8), []
     for top, left in itertools.product((0, 4), (0, 1)):
@@ -117,6 +119,7 @@ def coloured(images, jitter):
     assert torch.equal(result[1].cpu(), color_jitter(torch.from_numpy(np.stack(images)), jitter))
 
 
+@pytest.mark.medium
 def test_all_orders_of_jitter():
     rng, orders = generator(3), np.array(list(itertools.permutations(range(4))))
     factors = rng.uniform([0.6, 0.6, 0.6, -0.4], [1.4, 1.4, 1.4, 0.4], (24, 4)).astype(np.float32)
@@ -131,6 +134,7 @@ def test_single_operations_over_their_range(operation):
     coloured(images, Jitter(np.arange(6) == 1, factors, np.full((6, 1), operation)))
 
 
+@pytest.mark.medium
 def test_hue_of_many_colours_and_turns():
     high = np.stack(np.meshgrid(np.arange(0, 256, 9), np.arange(0, 256, 9), [255, 171, 51, 52], indexing="ij"), -1)
     colours = high.reshape(-1, 3)[: 51 * 51].astype(np.uint8)
@@ -140,6 +144,7 @@ def test_hue_of_many_colours_and_turns():
     coloured(images, Jitter(np.zeros(3, bool), factors, np.full((3, 1), HUE)))
 
 
+@pytest.mark.medium
 def test_the_turn_next_to_whole_steps():
     """It is cut off to whole 255ths in float32, in augment.py in float64."""
     k = np.array([1, 51, 64, 101])
@@ -177,6 +182,7 @@ def test_no_rows(backend):
     assert on(backend, empty, 4).shape == (2, 0, 4, 4, 3)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_lies_outside_is_black(backend):
     image = np.full((4, 6, 3), 200, np.uint8)

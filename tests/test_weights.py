@@ -214,6 +214,7 @@ def damaged_files(files: dict[str, Path], folder: Path) -> dict[Path, str]:
     return cases
 
 
+@pytest.mark.medium
 def test_bad_files_are_refused_in_one_line_and_nothing_is_executed(files, tmp_path):
     for path, expected in damaged_files(files, tmp_path).items():
         with pytest.raises(UserError) as caught:
@@ -295,6 +296,7 @@ def test_the_detectron2_pickle_has_its_names(files, tmp_path):
     assert len(model) == len([n for n in encoder.state_dict() if not n.startswith(("fc", "classifier"))])
 
 
+@pytest.mark.slow
 def test_the_onnx_file_computes_the_same_on_any_size(files, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     export(load_weights(files["mopro_fast"]), tmp_path / "out.onnx", "onnx")
@@ -310,6 +312,7 @@ def test_the_onnx_file_computes_the_same_on_any_size(files, tmp_path):
             torch.testing.assert_close(torch.from_numpy(logits), encoder.classifier(expected), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.medium
 def test_exported_to_the_official_format_and_imported_a_training_goes_on_with_the_same_bits(tmp_path):
     images = tmp_path / "images"
     images.mkdir()
