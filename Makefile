@@ -1,7 +1,8 @@
 # Every target works from a bare checkout: the first one run makes .venv and installs everything into it.
 # TORCH is pinned because a newer PyTorch would be downloaded with gigabytes of CUDA packages on every change of
 # the index. Another one, beside the first: make VENV=.venv-211 TORCH=torch==2.11.0 TRITON=triton==3.6.0 test
-# On a machine with its own PyTorch: make VENV= test (uses that python and installs nothing).
+# On a machine with its own PyTorch: make VENV= test (uses that python, which needs pyproject.toml's dev packages, and
+# installs nothing).
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -19,20 +20,22 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/ready-$(shell printf '%s' '$(PYTHON) $(TORCH) $(TRITON)' | cksum | cut -d ' ' -f 1)
 endif
 
-PYTEST := $(RUN) -m pytest -q -n $(JOBS) --maxprocesses 8 --dist loadgroup --durations=8
+PYTEST := $(RUN) -m pytest -q -n $(JOBS) --maxprocesses 8 --dist loadgroup --timeout 600 --durations=8
 
 .PHONY: demo test test-fast test-slow test-gpu bench lint clean distclean
 
 demo: $(READY)
 	$(RUN) -m mopro_fast demo
 
-# All but what takes minutes; the fast ones alone, for daily work; what takes minutes.
+# Every test that needs no GPU but those marked slow.
 test: $(READY)
-	$(PYTEST)
+	$(PYTEST) -m "not slow"
 
+# Those that take a moment, for daily work.
 test-fast: $(READY)
 	$(PYTEST) -m "not medium and not slow"
 
+# Those marked slow.
 test-slow: $(READY)
 	$(PYTEST) -m slow
 
@@ -58,17 +61,18 @@ clean:
 	rm -rf build dist *.egg-info mopro_fast/_C*.so mopro_fast/_views*.so mopro_fast/_build_info.json
 	rm -rf .pytest_cache .ruff_cache .benchmarks
 
-# The environment, too. Only a folder that is one is removed.
+# The environment, too, if it was made here.
 distclean: clean
-	test ! -e "$(VENV)/pyvenv.cfg" || rm -rf "$(VENV)"
+	@case "$(CURDIR)/" in "$(abspath $(or $(VENV),none))"/*) echo "VENV=$(VENV) holds this checkout: it stays" >&2; exit 1;; esac
+	test ! -e "$(VENV)/made-by-make" || rm -rf "$(VENV)"
 
-VERSION := -c 'import sys; print("Python %d.%d" % sys.version_info[:2])'
+VERSION := -c 'import sys; print("Python", sys.version.split()[0], "of", sys.base_prefix)'
 
 $(READY): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	test -x $(VENV)/bin/python || { $(PYTHON) -m venv $(VENV) && touch $(VENV)/made-by-make; }
 	@has=$$($(VENV)/bin/python $(VERSION)) && asked=$$($(PYTHON) $(VERSION)) && test "$$has" = "$$asked" || \
 	  { echo "$(VENV) has $$has, PYTHON=$(PYTHON) is $$asked: name another folder in VENV" >&2; exit 1; }
-	rm -f $(VENV)/ready*
+	rm -f $(VENV)/ready $(VENV)/ready-*
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check "$(TORCH)" "$(TRITON)"
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]' "$(TORCH)" "$(TRITON)"
 	touch $@

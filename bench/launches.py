@@ -79,6 +79,8 @@ def main() -> int:
     a = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("unset TRITON_INTERPRET: there is no launcher to intercept in the interpreter")
+    if host_cuda.COMPILER is None:
+        parser.error("no C++ compiler: set CXX")
     wanted = [
         cases.Case("head", cases.PAPER),
         cases.Case("head", cases.replace(cases.PAPER, M=cases.GATHERED)),

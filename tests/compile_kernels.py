@@ -9,7 +9,6 @@ keeps the reports (tests/compiled.py).
 
 import json
 import multiprocessing
-import os
 import re
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import torch
 import triton
-from compiled import kept
+from compiled import CORES, kept
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -167,8 +166,9 @@ def report(task: int) -> str:
 
 
 def main() -> int:
+    torch.set_num_threads(1)  # a fork has no other thread than the one that forks
     TASKS.extend((*variant, int(arch)) for variant in variants() for arch in sys.argv[2:])
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
+    with ProcessPoolExecutor(CORES, multiprocessing.get_context("fork")) as pool:
         for line in pool.map(report, range(len(TASKS))):
             print(line, flush=True)
     return 0

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+CORES = len(os.sched_getaffinity(0))
+
 
 def kept(folder: Path, name: str, decides: Iterable[str | bytes | Path], make: Callable[[Path], None]) -> Path:
     """The path of the file that `make(path)` writes; where the folder has one made of the same, make is not called.
@@ -24,7 +26,10 @@ def kept(folder: Path, name: str, decides: Iterable[str | bytes | Path], make: C
         with FileLock(lock):
             if not output.exists():
                 partial = output.with_name(f"{output.name}.{os.getpid()}")
-                make(partial)
-                partial.replace(output)
+                try:
+                    make(partial)
+                    partial.replace(output)
+                finally:
+                    partial.unlink(missing_ok=True)
             lock.unlink(missing_ok=True)  # whoever waits for it or comes later finds the file
     return output

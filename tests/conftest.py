@@ -4,8 +4,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as mopro_fast/cli.py does, a
 # Threads of PyTorch, also in what tests start: with more of them than cores a step takes ten times as long. The process
 # that only hands out the tests must not decide, for its environment is theirs.
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // int(workers))))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(workers))))
 
+import importlib.util
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -18,24 +19,30 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined; then the triton backend takes CPU tensors
-    interpreter.speed_up()
+    if importlib.util.find_spec("triton") and os.environ.get("PLAIN_INTERPRETER") != "1":
+        interpreter.speed_up()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
+    odd = [item.nodeid for item in items if not re.fullmatch(r"\w+(\[[\w.=+-]+\])?", item.name, re.ASCII)]
+    if odd:
+        raise pytest.UsageError(f"ids that cannot be typed, name their parameters: {odd[:9]}")
     tests_of = Counter(item.path for item in items)
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
         if item.get_closest_marker("ranks"):
             item.add_marker(pytest.mark.xdist_group("ranks"))
-    # Long groups first, for the last one to end is what all wait for.
-    items.sort(key=lambda item: (item.get_closest_marker("ranks") is None, -tests_of[item.path], item.path))
+    if workers:  # long groups first, for the last one to end is what all wait for
+        items.sort(key=lambda item: (item.get_closest_marker("ranks") is None, -tests_of[item.path], item.path))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Under `--dist loadgroup` a file's tests run in one process, in order, and those marked "ranks" in one, too."""
+    if config.getvalue("dist") != "loadgroup":
+        return None
     from xdist.scheduler import LoadGroupScheduling
 
     class ByFile(LoadGroupScheduling):

@@ -3,6 +3,7 @@
 import ctypes
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -10,11 +11,11 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from compiled import kept
+from compiled import CORES, kept
 
 ROOT = Path(__file__).parent.parent
 HEADERS = ROOT / "tests" / "cuda_on_host"
-COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+COMPILER = shutil.which(shlex.split(os.environ.get("CXX", "g++"))[0])
 # No contraction: kernels say fma where they mean it, which leaves nvcc nothing to fuse.
 # _FORTIFY_SOURCE, a default of some compilers, forbids the longjmp between stacks that fibers live on. Kernels
 # move floats in whole words, which only nvcc allows.
@@ -43,7 +44,7 @@ def build(cache: Path) -> Path:
                     objects.append(f"{folder}/{source.stem}.o")
                     flags = [*FLAGS, SANITIZE if source.suffix == ".cu" else NO_THREAD_LOCAL, *include]
                     compiles.append([COMPILER, *flags, "-x", "c++", "-c", str(source), "-o", objects[-1]])
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
+            with ThreadPoolExecutor(CORES) as pool:
                 list(pool.map(lambda command: subprocess.run(command, check=True), compiles))
             subprocess.run([COMPILER, "-shared", SANITIZE, *objects, "-o", output], check=True)
 

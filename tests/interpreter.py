@@ -1,4 +1,7 @@
-"""Triton's interpreter in a third of the time: what it works out for every call and every value is worked out once."""
+"""Triton's interpreter, faster: what it works out for every call and every value is worked out once.
+
+Sixteen cases of mopro_loss took 17 s without this and 11 s with it, start of PyTorch included, on two CPU cores.
+"""
 
 import functools
 import math
@@ -10,9 +13,8 @@ def speed_up() -> None:
 
 
 def patch_once_a_launch() -> None:
-    """Before every call of a device function, tl.sum among them, the interpreter lists all members of four modules to
-    patch those that a launch has not patched yet: triton.language.core's, which only that module's functions see.
-    Patching both modules with the launch leaves nothing to do."""
+    """The interpreter patches triton.language, and triton.language.core where it is seen, at every call of a device
+    function, tl.sum among them. This patches both once per launch."""
     from triton.runtime import interpreter
 
     def patch_lang(_):
@@ -39,7 +41,11 @@ def remember_types() -> None:
     init, np_dtype, made = block_type.__init__, interpreter._get_np_dtype, {}
 
     def remembered(self, element_ty, shape):
-        key = (element_ty.name, *[getattr(size, "value", size) for size in shape])
+        key = (
+            element_ty.name,
+            getattr(element_ty, "address_space", 0),
+            *[getattr(size, "value", size) for size in shape],
+        )
         if key not in made:
             init(self, element_ty, shape)
             made[key] = dict(vars(self))

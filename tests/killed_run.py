@@ -1,6 +1,6 @@
 """One rank of a small training that writes down what it shows, and ends itself as kill -9 would, if it is to.
 
-With RANK and WORLD_SIZE in the environment it is one of many.
+In a process group it is one of many.
 """
 
 import json
@@ -37,7 +37,7 @@ class Recorder(Trainer):
         super()._train_step(batch, place)
 
 
-def main(data: Path, out: Path, kill_at: int) -> None:
+def main(_rank: int, _ranks: int, data: Path, out: Path, kill_at: int = -1) -> None:
     """Train; at the global step `kill_at`, if there is one, rank 0 is gone."""
     Recorder.kill_at = kill_at
     sys.exit(Recorder(config(data, out)).run())

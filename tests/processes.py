@@ -4,11 +4,8 @@ The processes are forks of a server that has imported the trainer, and nothing e
 for that, more than most tests. PyTorch runs nothing in the server, so no thread of it is lost in a fork.
 """
 
-import os
 import tempfile
-from collections.abc import Callable, Mapping
-from multiprocessing.process import BaseProcess
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -24,28 +21,32 @@ def on_ranks(ranks: int, function: Callable, *args) -> None:
         function(0, 1, *args)
         return
     with tempfile.TemporaryDirectory() as folder:
-        rendezvous = f"file://{Path(folder) / 'rendezvous'}"
-        mp.start_processes(_member, (ranks, rendezvous, function, args), nprocs=ranks, start_method="forkserver")
+        arguments = (ranks, f"{folder}/rendezvous", function, args)
+        mp.start_processes(_member, arguments, nprocs=ranks, start_method="forkserver")
+
+
+def statuses_of(ranks: int, function: Callable, *args) -> list[int]:
+    """The same, each rank in a process of its own even if alone; -> their exit statuses, the other ranks killed as soon
+    as rank 0 has ended with another than 0."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (ranks, f"{folder}/rendezvous", function, args)
+        processes = [FORKS.Process(target=_member, args=(rank, *arguments)) for rank in range(ranks)]
+        for process in processes:
+            process.start()
+        processes[0].join()
+        for process in processes[1:]:
+            if processes[0].exitcode != 0:
+                process.kill()
+            process.join()
+        return [process.exitcode for process in processes]
 
 
 def _member(rank: int, ranks: int, rendezvous: str, function: Callable, args: tuple) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=ranks)
+    if ranks > 1:
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks)
     try:
         function(rank, ranks, *args)
     finally:
         if dist.is_initialized():  # a command ends it by itself
             dist.destroy_process_group()
-
-
-def start(environment: Mapping[str, str], function: Callable, *args) -> BaseProcess:
-    """Begin ``function(*args)`` in a process of its own, with this added to its environment and one thread."""
-    process = FORKS.Process(target=_alone, args=(dict(environment), function, args))
-    process.start()
-    return process
-
-
-def _alone(environment: dict[str, str], function: Callable, args: tuple) -> None:
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    function(*args)

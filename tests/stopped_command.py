@@ -1,7 +1,7 @@
 """The command line, stopped from inside at a given point: python stopped_command.py SIGNAL POINT ARGUMENT...
 
-For commands that read files in worker processes (check, pack), POINT counts the items that these have handed over:
-with SIGKILL the main process is gone there, with SIGINT the whole process group gets it, as from a terminal.
+For commands that read files in worker processes (check, pack), POINT counts what the main process has got from these:
+with SIGKILL it is gone there, with SIGINT its process group gets it, as from a terminal; workers are in others.
 For train, POINT is the global step after which rank 0 sends SIGNAL to its parent, torchrun, and waits for its effect.
 Stopping from outside would be a race, lost where other work keeps the cores busy.
 """

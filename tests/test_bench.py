@@ -213,6 +213,13 @@ def test_an_op_that_raises_is_reported_and_the_run_goes_on(bench, monkeypatch, c
 
 
 @pytest.mark.medium
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["ops.py --check --quick --device cpu --only queue_enqueue_", "tables.py --check"])
+def test_as_a_command(script):
+    name, *words = script.split()
+    assert subprocess.run([sys.executable, BENCH / name, *words]).returncode == 0
+
+
 def test_from_end_to_end(bench, tmp_path):
     only = ["--only", "info_nce", "head", "ema_update_", "sgd_ema_update_"]
     options = ["--quick", "--device", "cpu", "--compile-seconds", "0", "--results", str(tmp_path)]

@@ -19,9 +19,9 @@ from mopro_fast.models.build import build
 
 IMAGES, BATCH, BROKEN = 150, 4, 77  # three parts of 64 rows
 CPU = torch.device("cpu")
-# A batch is convolved in another order than one image: 1e-6 in a cosine, ten times that after 1/T. Verdicts are judged
-# where a score is further than this from its limit.
-CLOSE = 1e-4
+# A batch is convolved in another order than one image: about 1e-6 in a cosine, ten times that after 1/T; 1.2e-5 was
+# seen. Verdicts are judged where a score is further than this from its limit.
+CLOSE = 5e-5
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ ROUNDING = {F32: 0.0, BF16: 2**-8 if DEVICE == "cuda" else 2**-7, F16: 2**-11}
 TYPES = [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32)]  # of q and k, of the bank
 # N, C or Q, D: empty batch, one row, sizes that divide nothing, more rows than bank
 SHAPES = [(0, 7, 8), (1, 1, 4), (5, 33, 32), (17, 10, 128), (40, 130, 65)]
+SHAPES += [pytest.param(64, 257, 65, marks=pytest.mark.slow)]
 # Several splits of several tiles, several blocks of rows, the widest embeddings, one beyond them
 LARGE_SHAPES = [(33, 1100, 16), (65, 70, 256), (3, 2000, 128), (18, 130, 512), (2, 70, 768)]
 
@@ -333,7 +334,10 @@ def check_mopro_loss(backend, n, classes, slots, d, contrast, correct, types, lo
 @pytest.mark.parametrize("types", TYPES)
 @pytest.mark.parametrize("correct", [True, False])
 @pytest.mark.parametrize("contrast", [True, False])
-@pytest.mark.parametrize("n, classes, slots, d", [(1, 2, 1, 4), (9, 10, 70, 32), (40, 130, 33, 128)])
+@pytest.mark.parametrize(
+    "n, classes, slots, d",
+    [(1, 2, 1, 4), (9, 10, 70, 32), (40, 130, 33, 128), pytest.param(40, 257, 33, 128, marks=pytest.mark.slow)],
+)
 def test_mopro_loss(n, classes, slots, d, contrast, correct, types, backend):
     check_mopro_loss(backend, n, classes, slots, d, contrast, correct, types)
 
@@ -342,7 +346,12 @@ def test_mopro_loss(n, classes, slots, d, contrast, correct, types, backend):
 @on_backends("mopro_loss")
 @pytest.mark.parametrize(
     "n, classes, slots, d, dtype",
-    [(7, 1100, 5, 16, F32), (7, 1100, 5, 16, BF16), (9, 1025, 40, 300, F32)],
+    [
+        (7, 1100, 5, 16, F32),
+        (7, 1100, 5, 16, BF16),
+        (9, 1025, 40, 300, F32),
+        pytest.param(1100, 5, 6, 4, F32, marks=pytest.mark.slow),
+    ],
 )
 def test_mopro_loss_over_many_classes_and_rows(n, classes, slots, d, dtype, backend):
     check_mopro_loss(backend, n, classes, slots, d, True, True, (dtype, dtype))
@@ -726,6 +735,14 @@ for choice in ("auto", "auto", ops.backends._choice):
     ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert ended.stderr.count("ema_update_ on cpu tensors runs on the reference backend") == 1
     assert ended.returncode != 0 and "it takes CUDA tensors only" in ended.stderr
+
+
+def test_is_fused_is_marked_as_the_compiler_wants_it():
+    def marked():
+        return True
+
+    torch.compiler.assume_constant_result(marked)
+    assert vars(marked) and vars(marked).items() <= vars(backends.is_fused).items()
 
 
 def test_a_backend_of_no_name_that_is_known(monkeypatch):

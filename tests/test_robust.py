@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import socket
 import subprocess
 import sys
 import tarfile
@@ -16,7 +15,7 @@ import pytest
 import torch
 from killed_run import Recorder, config
 from PIL import Image
-from processes import start
+from processes import statuses_of
 
 from mopro_fast.data.index import load_index
 from mopro_fast.errors import UserError
@@ -215,9 +214,9 @@ def test_killed_in_the_middle_of_an_epoch_each_image_is_shown_once(photos, tmp_p
     if layout == "shards":
         data = packed(photos, tmp_path / "pack", "--shard-images", "9")
     kill_at = STEPS + 5
-    assert -9 in train(data, out, ranks, kill_at)
+    assert -9 in statuses_of(ranks, killed_run.main, data, out, kill_at)
     before = len((out / "shown.0").read_text().splitlines())
-    assert train(data, out, ranks) == [0] * ranks
+    assert statuses_of(ranks, killed_run.main, data, out) == [0] * ranks
     again = json.loads((out / "shown.0").read_text().splitlines()[before])
     assert (again["epoch"], again["step"]) == (1, 3)  # the latest checkpoint
     steps = shown(out)
@@ -225,24 +224,6 @@ def test_killed_in_the_middle_of_an_epoch_each_image_is_shown_once(photos, tmp_p
     for epoch in (0, 1):
         ids = [i for step in range(STEPS) for i in steps[epoch, step]]
         assert len(ids) == len(set(ids)) == STEPS * BATCH
-
-
-def train(data: Path, out: Path, ranks: int, kill_at: int = -1) -> list[int]:
-    """-> the ranks' exit statuses. When one of several is killed, the others are as well."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = []
-    for rank in range(ranks):
-        place = {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-        processes.append(start(place, killed_run.main, data, out, kill_at))
-    processes[0].join()
-    for process in processes[1:]:
-        if processes[0].exitcode != 0:
-            process.kill()
-        process.join()
-    return [process.exitcode for process in processes]
 
 
 def test_order_of_shards_is_a_shuffle_of_shards_and_of_images_in_a_few(photos, tmp_path):
