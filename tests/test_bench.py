@@ -212,7 +212,6 @@ def test_an_op_that_raises_is_reported_and_the_run_goes_on(bench, monkeypatch, c
     assert "WRONG, not timed: RuntimeError: the kernel is not there" in printed and "info_nce N=7 Q=21" in printed
 
 
-@pytest.mark.medium
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["ops.py --check --quick --device cpu --only queue_enqueue_", "tables.py --check"])
 def test_as_a_command(script):
@@ -220,6 +219,7 @@ def test_as_a_command(script):
     assert subprocess.run([sys.executable, BENCH / name, *words]).returncode == 0
 
 
+@pytest.mark.slow
 def test_from_end_to_end(bench, tmp_path):
     only = ["--only", "info_nce", "head", "ema_update_", "sgd_ema_update_"]
     options = ["--quick", "--device", "cpu", "--compile-seconds", "0", "--results", str(tmp_path)]

@@ -81,7 +81,7 @@ def decode_cases(tmp_path_factory) -> Path:
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("layout", ["files", "shards"])
+@pytest.mark.parametrize("layout", [pytest.param("files", marks=pytest.mark.slow), "shards"])
 def test_every_odd_file_is_trained_on_or_named(decode_cases, tmp_path, layout, capsys):
     data = decode_cases if layout == "files" else packed(decode_cases, tmp_path / "pack", "--size", "64")
     c = config(data, tmp_path / "out", epochs=3, batch_size=14)
