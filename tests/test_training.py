@@ -182,7 +182,10 @@ def test_torchrun_two_ranks_sigterm_resume_same_bits(digits, tmp_path):
     state = checkpoint.load(checkpoint.all_of(broken / "checkpoints")[-1])
     assert (state["epoch"], state["step"] >= 4) == (1, True), "it was not stopped in the middle of an epoch"
     assert "stopped by signal 15" in stopped.stderr and "the same command goes on from there" in stopped.stderr
-    on_ranks(2, train_on_a_rank, arguments(digits, broken))
+    resumed = subprocess.run(
+        [*torchrun, "-m", "mopro_fast", *arguments(digits, broken)], stderr=subprocess.PIPE, text=True
+    )
+    assert resumed.returncode == 0, resumed.stderr
     assert_same_run(whole, broken)
 
 
