@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fake_apex
 import pytest
 import torch
 import torch.nn.functional as F
@@ -114,7 +115,7 @@ def test_every_peer_of_every_op_computes_the_same(bench):
         op = variants.OPS[case.op]
         oracle = bench.outputs(case, op.official(cases.float64(case.state("cpu")))())
         for name, factory in op.others.items():
-            if not isinstance(factory, str) and "compiled" not in name:
+            if not isinstance(factory, str) and "compiled" not in name and "apex" not in name:
                 errors = bench.compare(bench.outputs(case, factory(cases.float64(case.state("cpu")))()), oracle)
                 assert max(errors.values()) < 1e-9, (case.name, name, errors)
         if case.shape.dtype in ("float32", "uint8"):
@@ -373,47 +374,41 @@ def test_launches_are_the_committed_ones(compiled, tmp_path):
     assert found[0]["op"] == "head" and found[0]["ours"]["launches"] <= 12 and found[0]["ours"]["waits"] == 0
 
 
-FAKE_GROUPBN = """
-import torch, torch.nn.functional as F
-
-class BatchNorm2d_NHWC(torch.nn.BatchNorm2d):
-    def __init__(self, channels, fuse_relu=False, bn_group=1):
-        super().__init__(channels)
-        self.relu = fuse_relu
-
-    def forward(self, x, z=None):
-        assert x.dtype == torch.float16 and x.is_contiguous() and (z is None or self.relu and z.is_contiguous())
-        y = super().forward(x.permute(0, 3, 1, 2).float()).permute(0, 2, 3, 1)
-        y = y if z is None else y + z
-        return (F.relu(y) if self.relu else y).half().contiguous()
-"""
-
-
-def test_the_peer_of_apex_gets_what_it_takes(tmp_path, monkeypatch):
-    """Layout and arguments alone, on a stand-in for apex.contrib.groupbn."""
+def test_the_batch_norm_of_apex_gets_what_it_takes(tmp_path, monkeypatch):
+    """Arguments and layouts, forward and backward, on a stand-in."""
     peers = importlib.import_module("apex_peers")
+    fake_apex.install(tmp_path, monkeypatch, without=fake_apex.MODULES)
     assert "apex is not installed" in peers.missing()
-    for name in ("apex/optimizers", "apex/normalization", "apex/multi_tensor_apply", "apex/contrib/groupbn"):
-        (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "amp_C.py").touch()
-    (tmp_path / "apex/contrib/groupbn/__init__.py").write_text(FAKE_GROUPBN)
-    monkeypatch.syspath_prepend(tmp_path)
+    fake_apex.install(tmp_path, monkeypatch, without=("bnp",))
     assert "without --bnp" in peers.missing()
-    (tmp_path / "bnp.py").touch()
-    importlib.invalidate_caches()
+    fake_apex.install(tmp_path, monkeypatch)
     assert peers.missing() is None
 
     g = torch.Generator().manual_seed(0)
-    x, residual = (torch.randn(4, 8, 3, 5, generator=g).half().to(memory_format=torch.channels_last) for _ in range(2))
+    x, residual, dy = (
+        torch.randn(4, 8, 3, 5, generator=g).half().to(memory_format=torch.channels_last) for _ in range(3)
+    )
     weight, bias, mean, var = (torch.rand(8, generator=g) for _ in range(4))
+    weight.requires_grad_()
     want_mean, want_var = mean.clone(), var.clone()
-    want = F.batch_norm(x.float(), want_mean, want_var, weight, bias, True, 0.3, 1e-3)
-    call = peers.batch_norm_act(weight.requires_grad_(), bias, mean, var, 0.3, 1e-3, True)
+    want = F.relu(F.batch_norm(x.float(), want_mean, want_var, weight, bias, True, 0.3, 1e-3) + residual)
+    call = peers.batch_norm_act(weight, bias, mean, var, 0.3, 1e-3, True)
     y = call(x, residual)
-    torch.testing.assert_close(y, F.relu(want + residual).half())
+    torch.testing.assert_close(y, want.half())
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(mean, want_mean) and torch.equal(var, want_var)
-    y.sum().backward()
-    assert call.weight.grad is not None and call.bias.grad is None
-    for name in [n for n in sys.modules if n.split(".")[0] == "apex"]:
-        del sys.modules[name]
+    y.backward(dy)
+    (want_grad,) = torch.autograd.grad(want, weight, dy.float())
+    torch.testing.assert_close(call.weight.grad, want_grad)
+    assert call.bias.grad is None
+
+
+@pytest.mark.parametrize("shadows", [False, True])
+def test_the_kernels_of_apex_get_what_they_take(tmp_path, monkeypatch, shadows):
+    cases, variants = (importlib.import_module(name) for name in ("cases", "variants"))
+    fake_apex.install(tmp_path, monkeypatch)
+    apex, torchs = (cases.model_state(cases.Shape(model="few", shadows=shadows), "cpu") for _ in range(2))
+    for _ in range(2):
+        got = variants.apex_sgd(apex)()
+        want = variants.torch_sgd(torchs, variants.foreach_ema, foreach=True)()
+    torch.testing.assert_close(got, want)

@@ -112,5 +112,6 @@ def test_apex(tmp_path, monkeypatch, folders, expected):
         (package / folder).mkdir(exist_ok=True)
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "amp_C", None)  # not installed
     assert environment._apex().split(", ", 1)[1].startswith(expected)
     assert "apex" not in sys.modules

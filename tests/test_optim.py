@@ -1,9 +1,10 @@
 """SGDEMA: the numbers and the state dicts of torch.optim.SGD, and the momentum encoder's update."""
 
 import copy
+import functools
 import itertools
-import sys
 
+import fake_apex
 import pytest
 import torch
 from torch import nn
@@ -133,6 +134,22 @@ def test_a_parameter_whose_first_gradient_comes_late():
     assert len(optimizer.state_dict()["state"]) == 8
 
 
+@pytest.mark.usefixtures("apex")
+@pytest.mark.parametrize("options", [{}, {"nesterov": True}, {"momentum": 0.0}])
+def test_apex_takes_a_late_gradient_as_pytorch_does(options):
+    results = []
+    for kind in ("torch", "apex"):
+        model = encoder()
+        optimizer = build_optimizer(model, OptimConfig(sgd=kind, **options))
+        for step in range(4):
+            backward(model, step)
+            if step >= 2:
+                model[4](torch.ones(1, 7)).sum().backward()
+            optimizer.step()
+        results.append(parameters(model))
+    same(*results)
+
+
 @pytest.mark.usefixtures("backend")
 def test_groups_shadows_and_a_closure():
     def groups(model):
@@ -246,7 +263,7 @@ def test_build_optimizer():
     assert not torch.equal(target[0].weight, encoder(1)[0].weight)
 
 
-@pytest.mark.usefixtures("fake_apex")
+@pytest.mark.usefixtures("apex")
 def test_the_three_kinds_of_sgd_take_up_each_other_s_run(tmp_path):
     """Fused, PyTorch's and (a stand-in for) apex's, with 16-bit copies whose gradients they take."""
     results = []
@@ -255,7 +272,7 @@ def test_the_three_kinds_of_sgd_take_up_each_other_s_run(tmp_path):
         for half, kind in enumerate(kinds):
             low, (shadows, target_shadows) = lowered(model, target)
             copies = {"param_shadows": shadows, "target_shadows": target_shadows}
-            optimizer = built(kind, model, target.parameters(), M, **copies)
+            optimizer = build_optimizer(model, OptimConfig(sgd=kind), target.parameters(), M, **copies)
             if half:
                 optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
             for step in range(2 * half, 2 * half + 2):
@@ -274,14 +291,6 @@ def test_the_three_kinds_of_sgd_take_up_each_other_s_run(tmp_path):
         same(result, results[0])
 
 
-def built(kind, model, *args, **shadows):
-    if kind != "apex":
-        return build_optimizer(model, OptimConfig(sgd=kind), *args, **shadows)
-    return optim._apex_class()(
-        model.parameters(), args[0], ema_momentum=args[1], lr=0.1, momentum=0.9, weight_decay=1e-4, **shadows
-    )
-
-
 def lowered(model, target):
     """A copy that computes with bf16 weights, and the lists of copies: as models/precision.py makes them."""
     low = copy.deepcopy(model)
@@ -298,7 +307,7 @@ def lowered(model, target):
 @pytest.mark.parametrize("kind", ["fused", "torch"])
 def test_what_resumes_keeps_its_learning_rate_tensor(kind):
     model = encoder()
-    saved = built(kind, model)
+    saved = build_optimizer(model, OptimConfig(sgd=kind))
     saved.param_groups[0]["lr"] = 0.25
     rate = torch.tensor([0.1])
     optimizer = SGDThenEMA(model.parameters(), lr=rate, momentum=0.9, fused=True)
@@ -307,76 +316,38 @@ def test_what_resumes_keeps_its_learning_rate_tensor(kind):
     assert optimizer.param_groups[0]["fused"] is True
 
 
-FAKE_APEX = {  # not apex: what its package looks like, and an SGD with FusedSGD's arguments and state
-    "apex/optimizers/__init__.py": """
-import torch
-
-class FusedSGD(torch.optim.Optimizer):
-    def __init__(self, params, lr, momentum=0, dampening=0, weight_decay=0, nesterov=False):
-        super().__init__(params, dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
-                                      nesterov=nesterov))
-
-    def zero_grad(self):
-        raise AssertionError("does not take set_to_none")
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            assert isinstance(group["lr"], float)
-            for p in group["params"]:
-                if p.grad is not None:
-                    assert p.grad.dtype == p.dtype == torch.float32
-                    buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                    buffer.mul_(group["momentum"]).add_(p.grad).add_(p, alpha=group["weight_decay"])
-                    p.sub_(group["lr"] * buffer)
-""",
-    "apex/normalization/__init__.py": "",
-    "apex/multi_tensor_apply/__init__.py": "",
-    "apex/__init__.py": "",
-    "amp_C.py": "",
-}
-
-
 @pytest.fixture
 def apex_folder(tmp_path, monkeypatch):
-    """Writes a stand-in for apex's files, some left out, where Python finds them."""
-
-    def write(*left_out, **changed):
-        for name, text in FAKE_APEX.items():
-            if name.split("/")[1 if "/" in name else 0] not in left_out:
-                (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-                (tmp_path / name).write_text(changed.get("optimizers", text) if "optimizers" in name else text)
-        monkeypatch.syspath_prepend(tmp_path)
-
-    before = set(sys.modules)
+    """Installs the stand-in, or part of it."""
     optim._apex_class.cache_clear()
-    yield write
+    yield functools.partial(fake_apex.install, tmp_path, monkeypatch)
     optim._apex_class.cache_clear()
-    for name in set(sys.modules) - before:
-        if name.split(".")[0] in ("apex", "amp_C"):
-            del sys.modules[name]
 
 
 @pytest.fixture
-def fake_apex(apex_folder):
+def apex(apex_folder, monkeypatch):
+    """The stand-in, which takes parameters on the CPU."""
     apex_folder()
+    monkeypatch.setattr(optim, "sgd_class", lambda sgd, _: sgd_class(sgd, torch.device("cuda")))
 
 
 def test_apex_is_refused_where_it_cannot_be_used(apex_folder):
     cuda = torch.device("cuda")
     with pytest.raises(UserError, match="needs a GPU, not device cpu"):
         build_optimizer(encoder(), OptimConfig(sgd="apex"))
+    apex_folder(without=fake_apex.MODULES)
     with pytest.raises(UserError, match="apex is not installed: install NVIDIA's from"):
         sgd_class("apex", cuda)
-    apex_folder("optimizers", "normalization", "amp_C.py")
+    apex_folder(without=("apex.optimizers", "apex.normalization", "amp_C"))
     with pytest.raises(UserError, match="another package of that name: uninstall it"):
         sgd_class("apex", cuda)
-    apex_folder("amp_C.py")
+    apex_folder(without=("amp_C",))
     with pytest.raises(UserError, match="without its CUDA kernels"):
         sgd_class("apex", cuda)
-    apex_folder(optimizers="raise ImportError('undefined symbol')")
-    with pytest.raises(UserError, match=r"cannot be imported .*undefined symbol.*build it again"):
-        sgd_class("apex", cuda)
+    for module in ("amp_C", "apex.optimizers"):
+        apex_folder(broken=(module,))
+        with pytest.raises(UserError, match=r"cannot be imported .*undefined symbol.*build it again"):
+            sgd_class("apex", cuda)
     assert sgd_class("fused", cuda) is SGDEMA and sgd_class("torch", cuda) is SGDThenEMA
 
 

@@ -335,6 +335,9 @@ def test_exported_to_the_official_format_and_imported_a_training_goes_on_with_th
     a, b = (load_weights(p) for p in (finished[-1], tmp_path / "resumed"))  # of a folder the newest
     assert (a.epoch, b.epoch) == (2, 2) and digest(a.state) == digest(b.state)
     assert b.path.name == a.path.name
+    c.optim.sgd, c.run.cuda_graph = "apex", False  # for another machine: none is needed to import
+    (tmp_path / "apex.json").write_text(c.to_json())
+    importing.main([str(tmp_path / "official.tar"), str(tmp_path / "apex.pt"), str(tmp_path / "apex.json")])
     c.mopro.queue_size = 32
     (tmp_path / "other.json").write_text(c.to_json())
     with pytest.raises(UserError, match="another architecture: queue is 64×8 there and 32×8"):

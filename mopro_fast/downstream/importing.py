@@ -4,6 +4,7 @@ Without a recipe OUT holds the model, for ``--init`` and for every command that 
 the options of a training, ``mopro-fast train`` with the same options and ``--resume OUT`` goes on from it.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,8 @@ def resumable(weights: Weights, config: TrainConfig) -> dict[str, Any]:
     config.validate()
     with torch.device("meta"):
         model = build(config)
-        optimizer = build_optimizer(model.encoder_q, config.optim).state_dict()
+        optim = dataclasses.replace(config.optim, sgd="torch")  # apex's refuses the meta device; all save the same
+        optimizer = build_optimizer(model.encoder_q, optim).state_dict()
     state = plain(weights, config)
     checkpoint.check_fits(model.state_dict(), state["model"], weights.path)
     sets = inputs.load(config, resumed=False)

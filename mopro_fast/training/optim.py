@@ -239,13 +239,23 @@ def _apex_class() -> type[torch.optim.Optimizer]:
     """FusedSGD of NVIDIA's apex, then the momentum encoder."""
     environment.require_apex("--sgd apex")
     try:
+        import amp_C  # noqa: F401  apex hides why this fails
         from apex.optimizers import FusedSGD
     except Exception as error:  # built for another torch or CUDA: whatever that raises
         raise UserError(
             f"--sgd apex: NVIDIA's apex cannot be imported ({type(error).__name__}: {error}): build it again for "
             f"PyTorch {torch.__version__}"
         ) from None
-    return type("ApexThenEMA", (_ThenEMA, FusedSGD), {})
+
+    class ApexThenEMA(_ThenEMA, FusedSGD):
+        def get_momentums(self, params: list[Tensor]) -> tuple[list[Tensor], bool]:
+            """FusedSGD begins every buffer anew where the last one is missing, so none may be."""
+            for p in params:
+                if self.state[p].get("momentum_buffer") is None:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            return super().get_momentums(params)
+
+    return ApexThenEMA
 
 
 def sgd_class(sgd: str, device: torch.device) -> type[torch.optim.Optimizer]:
