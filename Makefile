@@ -1,12 +1,14 @@
 # Every target works from a bare checkout: the first one run makes .venv and installs everything into it.
 # TORCH is pinned because a newer PyTorch would be downloaded with gigabytes of CUDA packages on every change of
-# the index. Another one, beside the first: make VENV=.venv-211 TORCH=torch==2.11.0 TRITON=triton==3.6.0 test
+# the index. Another one, beside the first:
+#   make VENV=.venv-211 TORCH=torch==2.11.0 TRITON=triton==3.6.0 NUMPY='numpy<2.4' test
 # On a machine with its own PyTorch: make VENV= test (uses that python, which needs pyproject.toml's dev packages, and
 # installs nothing).
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
+NUMPY ?= numpy
 VENV ?= .venv
 # Test files run in so many processes; one for each core, but no more than eight.
 JOBS ?= auto
@@ -16,8 +18,8 @@ RUN := $(PYTHON)
 READY :=
 else
 RUN := $(VENV)/bin/python
-# Its name stands for what was asked for: with another PYTHON, TORCH or TRITON the environment is not ready.
-READY := $(VENV)/ready-$(shell printf '%s' '$(PYTHON) $(TORCH) $(TRITON)' | cksum | cut -d ' ' -f 1)
+# Its name stands for what was asked for: with another PYTHON, TORCH, TRITON or NUMPY the environment is not ready.
+READY := $(VENV)/ready-$(shell printf '%s' '$(PYTHON) $(TORCH) $(TRITON) $(NUMPY)' | cksum | cut -d ' ' -f 1)
 endif
 
 PYTEST := $(RUN) -m pytest -q -n $(JOBS) --maxprocesses 8 --dist loadgroup --timeout 600 --durations=8
@@ -39,7 +41,7 @@ test-fast: $(READY)
 test-slow: $(READY)
 	$(PYTEST) -m slow
 
-# On a CUDA machine: build, kernel tests, compute-sanitizer, then timings. OUT receives the JSON results.
+# On a CUDA machine: every stage of tests/gpu.sh, which says how to run some. OUT receives logs and JSON results.
 test-gpu: $(READY)
 	PYTHON="$(RUN)" bash tests/gpu.sh
 
@@ -73,6 +75,6 @@ $(READY): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 	@has=$$($(VENV)/bin/python $(VERSION)) && asked=$$($(PYTHON) $(VERSION)) && test "$$has" = "$$asked" || \
 	  { echo "$(VENV) has $$has, PYTHON=$(PYTHON) is $$asked: name another folder in VENV" >&2; exit 1; }
 	rm -f $(VENV)/ready $(VENV)/ready-*
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check "$(TORCH)" "$(TRITON)"
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]' "$(TORCH)" "$(TRITON)"
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check "$(TORCH)" "$(TRITON)" "$(NUMPY)"
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]' "$(TORCH)" "$(TRITON)" "$(NUMPY)"
 	touch $@

@@ -8,9 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, PlatformError
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # it would name a line of pyproject.toml, and not the reason
+    raise SystemExit(
+        f"mopro_fast: setuptools 77 or newer is needed to build, this Python ({sys.executable}) has "
+        f"{setuptools.__version__}: pip install --upgrade setuptools, or build without --no-build-isolation"
+    )
 
 ROOT = Path(__file__).parent.resolve()
 INFO = "mopro_fast/_build_info.json"

@@ -19,9 +19,6 @@ RESULTS = Path(__file__).parent / "results"
 def conditions() -> dict:
     """Hardware, versions, commit and date, for the head of a result file."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    here = Path(__file__).parent
-    git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude", "*"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
     found = environment.collect()
     extension = found["extension"]
     return {
@@ -35,7 +32,7 @@ def conditions() -> dict:
         "triton": found["triton"],
         "extension": {name: extension[name] for name in ("usable", "nvcc", "archs") if name in extension},
         "mopro_fast": __version__,
-        "commit": commit,
+        "commit": _commit(),
         "date": datetime.date.today().isoformat(),
     }
 
@@ -47,13 +44,24 @@ def write(name: str, result: dict, folder: Path = RESULTS) -> Path:
     return path
 
 
+def _commit() -> str:
+    """Of this repository; where there is none, as in a copy of its files, what MOPRO_FAST_COMMIT says."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
+    return _first_line(git) or os.environ.get("MOPRO_FAST_COMMIT") or "unknown"
+
+
 def _clocks() -> str:
     """SM and memory clock now, and the SM clock's maximum; empty where nvidia-smi says nothing."""
-    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,clocks.max.sm", "--format=csv,noheader"]
+    return _first_line(["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,clocks.max.sm", "--format=csv,noheader"])
+
+
+def _first_line(command: list[str]) -> str:
+    """Empty where the command is missing, fails or takes too long."""
     try:
-        return subprocess.run(query, capture_output=True, text=True, timeout=30).stdout.partition("\n")[0]
-    except OSError:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
         return ""
+    return done.stdout.partition("\n")[0].strip()
 
 
 def _cpu_model() -> str:

@@ -2,7 +2,8 @@
 
     python bench/throughput.py [--results FOLDER] [the options of mopro-fast bench]
 
-docs/performance.md shows it (python bench/tables.py). With --check it fails if the GPU's requirements are not met.
+docs/performance.md shows it (python bench/tables.py). With --check it fails if the GPU's requirements are
+not met or a variant failed.
 """
 
 import argparse
@@ -34,14 +35,14 @@ def main() -> int:
     result = command.run(tyro.cli(command.Bench, args=rest, prog="bench/throughput.py"), keep)
     print(keep(result), file=sys.stderr)
     print(report.table(result))
-    return int(a.check and not all(q["passed"] for q in result["requirements"]))
+    return int(a.check and (report.failed(result) or not all(q["passed"] for q in result["requirements"])))
 
 
 def requirements(result: dict) -> list[dict]:
     """Name, value, limit, whether it is met; None where the case was not run."""
     cases = {(c["batch"], c["classes"]): c for c in result["cases"]}
     large, small = cases.get((256, 1000)), cases.get((32, 1000))
-    ours = large["variants"][report.OURS] if large else {}
+    ours = large["variants"].get(report.OURS, {}) if large else {}
     found = [
         ("images a second, N=256", ours.get("images_per_second"), SPEED, True),
         ("times the official step, N=256", large and report.over_official(large), OVER_OFFICIAL, True),

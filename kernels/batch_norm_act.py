@@ -21,9 +21,9 @@ from mopro_fast.kernels.batch_norm_stats import (
     group_tile,
     load,
     new,
+    part_of,
     split_of,
     split_tile,
-    tile,
     tiling,
 )
 
@@ -34,18 +34,22 @@ def batch_norm_act_fwd_kernel(
     positions, split_positions, splits, channels,
     RESIDUAL: tl.constexpr, RELU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Grid (groups·splits, channel blocks); a split is one tile."""
-    start, count = split_of(positions, split_positions, splits)
-    rows, c, at = tile(channels, BLOCK_P, BLOCK_C)
-    ok = (rows < count)[:, None] & (c < channels)[None, :]
-    at += start * channels
-    mean, rstd = of_group(mean_ptr, c, channels, splits), of_group(rstd_ptr, c, channels, splits)
-    y = affine(load(x_ptr + at, ok), mean, rstd, weight_ptr, bias_ptr, c, channels)
-    if RESIDUAL:
-        y += load(residual_ptr + at, ok)
-    if RELU:
-        y = tl.where(y <= 0, 0.0, y)  # NaN stays NaN
-    tl.store(y_ptr + at, y, ok)
+    """Grid (groups·splits·channel blocks)."""
+    part, c = part_of(channels, BLOCK_C)
+    start, count = split_of(part, positions, split_positions, splits)
+    mean, rstd = of_group(mean_ptr, part // splits, c, channels), of_group(rstd_ptr, part // splits, c, channels)
+    scale, bias = scale_bias(rstd, weight_ptr, bias_ptr, c, channels)
+    rows = tl.arange(0, BLOCK_P)
+    at = rows[:, None] * channels + c[None, :]
+    for first in tl.range(0, count, BLOCK_P, num_stages=3):
+        ok = (first + rows < count)[:, None] & (c < channels)[None, :]
+        here = (start + first) * channels + at
+        y = affine(load(x_ptr + here, ok), mean, scale, bias)
+        if RESIDUAL:
+            y += load(residual_ptr + here, ok)
+        if RELU:
+            y = tl.where(y <= 0, 0.0, y)  # NaN stays NaN
+        tl.store(y_ptr + here, y, ok)
 
 
 @triton.jit
@@ -54,16 +58,19 @@ def batch_norm_act_bwd_sums_kernel(
     positions, split_positions, splits, channels,
     RELU: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Grid (groups·splits, channel blocks): Σ g and Σ g·x̂ of a split → [groups, splits, C].
+    """Grid (groups·splits·channel blocks): Σ g and Σ g·x̂ of a split → [groups, splits, C].
 
     RESIDUAL: where y > 0 is read from y, and g is written, the residual's gradient.
     """
-    start, count = split_of(positions, split_positions, splits)
-    rows, c, at = tile(channels, BLOCK_P, BLOCK_C)
-    mean, rstd = of_group(mean_ptr, c, channels, splits), of_group(rstd_ptr, c, channels, splits)
+    part, c = part_of(channels, BLOCK_C)
+    start, count = split_of(part, positions, split_positions, splits)
+    mean, rstd = of_group(mean_ptr, part // splits, c, channels), of_group(rstd_ptr, part // splits, c, channels)
+    scale, bias = scale_bias(rstd, weight_ptr, bias_ptr, c, channels)
+    rows = tl.arange(0, BLOCK_P)
+    at = rows[:, None] * channels + c[None, :]
     g_sum = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     gx_sum = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for first in range(0, count, BLOCK_P):
+    for first in tl.range(0, count, BLOCK_P, num_stages=3):
         ok = (first + rows < count)[:, None] & (c < channels)[None, :]
         here = (start + first) * channels + at
         g, x = load(dy_ptr + here, ok), load(x_ptr + here, ok)
@@ -71,10 +78,10 @@ def batch_norm_act_bwd_sums_kernel(
             g = tl.where(load(y_ptr + here, ok) <= 0, 0.0, g)
             tl.store(g_ptr + here, g, ok)
         elif RELU:
-            g = tl.where(affine(x, mean, rstd, weight_ptr, bias_ptr, c, channels) <= 0, 0.0, g)
+            g = tl.where(affine(x, mean, scale, bias) <= 0, 0.0, g)
         g_sum += g
         gx_sum += g * (x - mean[None, :])
-    out = tl.program_id(0).to(tl.int64) * channels + c
+    out = part * channels + c
     tl.store(split_g_ptr + out, tl.sum(g_sum, 0), c < channels)
     tl.store(split_gx_ptr + out, tl.sum(gx_sum, 0) * rstd, c < channels)
 
@@ -112,33 +119,44 @@ def batch_norm_act_bwd_kernel(
     positions, split_positions, splits, channels,
     RELU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Grid (groups·splits, channel blocks); a split is one tile. RELU: dy is not g yet."""
-    start, count = split_of(positions, split_positions, splits)
-    rows, c, at = tile(channels, BLOCK_P, BLOCK_C)
-    ok = (rows < count)[:, None] & (c < channels)[None, :]
-    at += start * channels
-    g, x = load(dy_ptr + at, ok), load(x_ptr + at, ok)
-    mean, rstd = of_group(mean_ptr, c, channels, splits), of_group(rstd_ptr, c, channels, splits)
-    if RELU:
-        g = tl.where(affine(x, mean, rstd, weight_ptr, bias_ptr, c, channels) <= 0, 0.0, g)
-    g_mean = of_group(g_ptr, c, channels, splits) / positions
-    gx_mean = of_group(gx_ptr, c, channels, splits) / positions
-    x_hat = (x - mean[None, :]) * rstd[None, :]
-    scale = tl.load(weight_ptr + c, c < channels, 0.0) * rstd
-    tl.store(dx_ptr + at, (g - g_mean[None, :] - x_hat * gx_mean[None, :]) * scale[None, :], ok)
+    """Grid (groups·splits·channel blocks). RELU: dy is not g yet."""
+    part, c = part_of(channels, BLOCK_C)
+    start, count = split_of(part, positions, split_positions, splits)
+    mean, rstd = of_group(mean_ptr, part // splits, c, channels), of_group(rstd_ptr, part // splits, c, channels)
+    scale, bias = scale_bias(rstd, weight_ptr, bias_ptr, c, channels)
+    g_mean = of_group(g_ptr, part // splits, c, channels) / positions
+    gx_mean = rstd * of_group(gx_ptr, part // splits, c, channels) / positions
+    rows = tl.arange(0, BLOCK_P)
+    at = rows[:, None] * channels + c[None, :]
+    for first in tl.range(0, count, BLOCK_P, num_stages=3):
+        ok = (first + rows < count)[:, None] & (c < channels)[None, :]
+        here = (start + first) * channels + at
+        g, x = load(dy_ptr + here, ok), load(x_ptr + here, ok)
+        if RELU:
+            g = tl.where(affine(x, mean, scale, bias) <= 0, 0.0, g)
+        dx = (g - g_mean[None, :] - (x - mean[None, :]) * gx_mean[None, :]) * scale[None, :]
+        tl.store(dx_ptr + here, dx, ok)
 
 
 @triton.jit
-def of_group(ptr, c, channels, splits):
-    """Of [groups, C], this program's group and channels."""
-    return tl.load(ptr + (tl.program_id(0) // splits).to(tl.int64) * channels + c, c < channels, 0.0)
+def of_group(ptr, group, c, channels):
+    """Of [groups, C], the group's channels."""
+    return tl.load(ptr + group * channels + c, c < channels, 0.0)
 
 
 @triton.jit
-def affine(x, mean, rstd, weight_ptr, bias_ptr, c, channels):
+def scale_bias(rstd, weight_ptr, bias_ptr, c, channels):
+    return tl.load(weight_ptr + c, c < channels, 0.0) * rstd, tl.load(bias_ptr + c, c < channels, 0.0)
+
+
+@triton.jit
+def affine(x, mean, scale, bias):
     """BatchNorm's output, in one order of operations: the backward pass must find the signs of the forward pass."""
-    scale = tl.load(weight_ptr + c, c < channels, 0.0) * rstd
-    return (x - mean[None, :]) * scale[None, :] + tl.load(bias_ptr + c, c < channels, 0.0)[None, :]
+    return (x - mean[None, :]) * scale[None, :] + bias[None, :]
+
+
+# Of the kernels without sums. An SM holds six programs of four warps with the 80 registers that dx wants.
+ELEMENTWISE = {"tile_bytes": 4096, "per_sm": 6}
 
 
 def batch_norm_act(
@@ -147,7 +165,7 @@ def batch_norm_act(
     x, (mean, rstd, weight, bias) = channels_last(x), (t.contiguous() for t in (mean, rstd, weight, bias))
     y = torch.empty_like(x, memory_format=torch.channels_last)
     if y.numel():
-        t = tiling(x, len(mean), reduce=False)
+        t = tiling(x, len(mean), **ELEMENTWISE)
         batch_norm_act_fwd_kernel[t.grid](
             x, mean, rstd, weight, bias, y if residual is None else channels_last(residual), y, *t.integers,
             RESIDUAL=residual is not None, RELU=relu, **t.blocks,
@@ -167,7 +185,7 @@ def batch_norm_act_backward(
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     if not x.numel():
         return dx, dweight.zero_(), dbias.zero_(), g
-    t = tiling(x, groups, reduce=True)
+    t = tiling(x, groups, tile_bytes=8192, per_sm=2)
     split_g, split_gx = (new(x, groups, t.splits, channels) for _ in range(2))
     batch_norm_act_bwd_sums_kernel[t.grid](
         dy, x, x if y is None else channels_last(y), mean, rstd, weight, bias, g, split_g, split_gx, *t.integers,
@@ -178,7 +196,7 @@ def batch_norm_act_backward(
     batch_norm_act_bwd_finish_kernel[grid](
         split_g, split_gx, g_sum, gx_sum, dweight, dbias, groups, t.splits, channels, **blocks
     )
-    t = tiling(x, groups, reduce=False)
+    t = tiling(x, groups, **ELEMENTWISE)
     batch_norm_act_bwd_kernel[t.grid](
         dy if y is None else g, x, mean, rstd, weight, bias, g_sum, gx_sum, dx, *t.integers,
         RELU=relu and y is None, **t.blocks,

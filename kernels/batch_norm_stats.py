@@ -3,7 +3,8 @@
     n = n₁ + n₂    δ = mean₂ − mean₁    mean = mean₁ + δ·n₂/n    M2 = M2₁ + M2₂ + δ²·n₁·n₂/n       M2 = Σ(x − mean)²
 
 The positions of a group are cut into splits, one per program; a second launch combines them in their order. No
-large sums cancel, and nothing is atomic. Traffic: x once, and 8 bytes per split and channel.
+large sums cancel, and nothing is atomic. Traffic: x once, and 8 bytes per split and channel. Loads are asynchronous
+(num_stages), for without them a thread has one in flight: docs/kernels.md.
 Source: Welford 1962 within a program, Chan, Golub and LeVeque 1983 between them; BatchNorm is Ioffe and Szegedy's
 (arXiv 1502.03167).
 """
@@ -25,14 +26,16 @@ def batch_norm_stats_fwd_kernel(
     positions, split_positions, splits, channels,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Grid (groups·splits, channel blocks): mean and M2 of a split → [groups, splits, C]. positions: P of a group."""
-    start, count = split_of(positions, split_positions, splits)
-    rows, c, at = tile(channels, BLOCK_P, BLOCK_C)
+    """Grid (groups·splits·channel blocks): mean and M2 of a split → [groups, splits, C]. positions: P of a group."""
+    part, c = part_of(channels, BLOCK_C)
+    start, count = split_of(part, positions, split_positions, splits)
+    rows = tl.arange(0, BLOCK_P)
+    at = rows[:, None] * channels + c[None, :]
     # Every place of the tile has its own running mean and M2 (Welford); they are pooled once, at the end.
     mean = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     m2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     seen = 0.0
-    for first in range(0, count, BLOCK_P):
+    for first in tl.range(0, count, BLOCK_P, num_stages=4):
         ok = (first + rows < count)[:, None] & (c < channels)[None, :]
         x = tl.where(ok, load(x_ptr + (start + first) * channels + at, ok), mean)
         seen += 1.0
@@ -41,7 +44,7 @@ def batch_norm_stats_fwd_kernel(
         m2 += delta * (x - mean)
     seen_by_row = (tl.maximum(count - rows, 0) + BLOCK_P - 1) // BLOCK_P
     _, mean, m2 = pool(seen_by_row.to(tl.float32)[:, None], mean, m2, 0)
-    out = tl.program_id(0).to(tl.int64) * channels + c
+    out = part * channels + c
     tl.store(split_mean_ptr + out, mean, c < channels)
     tl.store(split_m2_ptr + out, m2, c < channels)
 
@@ -83,19 +86,21 @@ def batch_norm_stats_finish_kernel(
 
 
 @triton.jit
-def split_of(positions, split_positions, splits):
-    """This program's split: -> its first position among those of all groups (int64), how many it has."""
-    group, split = tl.program_id(0) // splits, tl.program_id(0) % splits
-    begin = split.to(tl.int64) * split_positions
-    return group.to(tl.int64) * positions + begin, tl.minimum(positions - begin, split_positions).to(tl.int32)
+def part_of(channels, BLOCK_C: tl.constexpr):
+    """-> which of the groups' splits this program has (int64), its channels [BLOCK_C].
+
+    Channel blocks run fastest: programs of the same moment then read whole lines of x, not 128 bytes of every line.
+    """
+    blocks = tl.cdiv(channels, BLOCK_C)
+    part, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    return part.to(tl.int64), block * BLOCK_C + tl.arange(0, BLOCK_C)
 
 
 @triton.jit
-def tile(channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """-> rows [BLOCK_P], this program's channels [BLOCK_C], offsets [BLOCK_P, BLOCK_C] from the tile's first row."""
-    rows = tl.arange(0, BLOCK_P)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    return rows, c, rows[:, None] * channels + c[None, :]
+def split_of(part, positions, split_positions, splits):
+    """-> the split's first position among those of all groups (int64), how many it has."""
+    group, begin = part // splits, part % splits * split_positions
+    return group * positions + begin, tl.minimum(positions - begin, split_positions).to(tl.int32)
 
 
 @triton.jit
@@ -142,7 +147,7 @@ def pool(count, mean, m2, AXIS: tl.constexpr):
 class Tiling(NamedTuple):
     """How programs share x; the names are the kernels'."""
 
-    grid: tuple[int, int]
+    grid: tuple[int]
     integers: tuple[int, int, int, int]
     """positions, split_positions, splits, channels"""
     blocks: dict[str, int]
@@ -152,27 +157,29 @@ class Tiling(NamedTuple):
         return self.integers[2]
 
 
-def tiling(x: Tensor, groups: int, reduce: bool, values: int = 4096) -> Tiling:
-    """reduce: as many splits as programs run at a time; else one per tile. values: of a tile."""
+def tiling(x: Tensor, groups: int, tile_bytes: int, per_sm: int) -> Tiling:
+    """tile_bytes: of x, that a program has in hand at a time. per_sm: programs that an SM holds at a time: no more
+    are launched, and each walks the tiles of its split, for a loop is what the compiler pipelines."""
     channels = x.shape[1]
     positions = x.numel() // channels // groups
     block_c = min(64, triton.next_power_of_2(channels))  # a cache line of 16-bit values
-    block_p = values // max(32, block_c)  # taller tiles of a few channels would spill
+    block_p = tile_bytes // x.element_size() // max(32, block_c)  # taller tiles of a few channels would spill
     channel_blocks, tiles = triton.cdiv(channels, block_c), triton.cdiv(positions, block_p)
-    if reduce:  # two per SM, which 8 warps of at most 128 registers let it hold at once
-        tiles = triton.cdiv(tiles, max(1, 2 * programs(x.device) // (groups * channel_blocks)))
-    split_positions = block_p * (tiles if reduce else 1)
+    split_positions = block_p * triton.cdiv(tiles, max(1, per_sm * programs(x.device) // (groups * channel_blocks)))
     splits = triton.cdiv(positions, split_positions)
     blocks = {"BLOCK_P": block_p, "BLOCK_C": block_c}
-    return Tiling((groups * splits, channel_blocks), (positions, split_positions, splits, channels), blocks)
+    return Tiling((groups * splits * channel_blocks,), (positions, split_positions, splits, channels), blocks)
 
 
 def finish_tiling(groups: int, splits: int, channels: int) -> tuple[tuple[int], dict[str, int]]:
-    """-> grid, blocks of the launches that combine splits: several groups at a time where these have few."""
-    block_s = min(64, triton.next_power_of_2(splits))
-    block_g = min(64 // block_s, triton.next_power_of_2(groups))
-    block_c = 16  # 64 bytes of a split; not measured
-    return (triton.cdiv(channels, block_c),), {"BLOCK_G": block_g, "BLOCK_S": block_s, "BLOCK_C": block_c}
+    """-> grid, blocks and warps of the launches that combine splits. All splits at once, and as many groups as go with
+    them: there are a few hundred rows of partial results, and every turn of a loop would cost a memory latency."""
+    block_s = min(512, triton.next_power_of_2(splits))
+    block_g = min(512 // block_s, triton.next_power_of_2(groups))
+    block_c = 8  # a sector of 32 bytes of a split; few channels make more programs, which share what little there is
+    num_warps = max(1, block_s * block_g * block_c // 512)
+    blocks = {"BLOCK_G": block_g, "BLOCK_S": block_s, "BLOCK_C": block_c, "num_warps": num_warps}
+    return (triton.cdiv(channels, block_c),), blocks
 
 
 def batch_norm_stats_(
@@ -183,7 +190,7 @@ def batch_norm_stats_(
     groups = len(x) // group if group else 1
     if not x.numel():
         return new(x, groups, channels).zero_(), new(x, groups, channels).fill_(eps**-0.5)
-    t = tiling(x, groups, reduce=True, values=8192)  # 16 KB of 16-bit values in flight per program; not measured
+    t = tiling(x, groups, tile_bytes=16384, per_sm=2)
     split_mean, split_m2 = (new(x, groups, t.splits, channels) for _ in range(2))
     batch_norm_stats_fwd_kernel[t.grid](x, split_mean, split_m2, *t.integers, **t.blocks, num_warps=8)
     return finish_stats(split_mean, split_m2, t, running_mean, running_var, momentum, eps)

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mopro_fast.kernels.batch_norm_act import affine, of_group
-from mopro_fast.kernels.batch_norm_stats import Tiling, channels_last, finish_stats, merge, new, split_of
+from mopro_fast.kernels.batch_norm_act import affine, of_group, scale_bias
+from mopro_fast.kernels.batch_norm_stats import Tiling, channels_last, finish_stats, merge, new, part_of, split_of
 from mopro_fast.kernels.similarity import dot, programs
 
 
@@ -25,10 +25,10 @@ def conv1x1_stats_fwd_kernel(
     positions, split_positions, splits, channels, in_channels,
     NORM: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid (groups·splits, channel blocks). channels: Cout, in_channels: Cin."""
-    start, count = split_of(positions, split_positions, splits)
+    """Grid (groups·splits·channel blocks). channels: Cout, in_channels: Cin."""
+    part, c = part_of(channels, BLOCK_C)
+    start, count = split_of(part, positions, split_positions, splits)
     rows = tl.arange(0, BLOCK_P)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     seen = 0.0
     mean = tl.zeros([BLOCK_C], tl.float32)
     m2 = tl.zeros([BLOCK_C], tl.float32)
@@ -42,9 +42,10 @@ def conv1x1_stats_fwd_kernel(
             k = first_k + tl.arange(0, BLOCK_K)
             x = tl.load(x_rows + k[None, :], row_ok[:, None] & (k < in_channels)[None, :], 0.0)
             if NORM:
-                x_mean = of_group(mean_ptr, k, in_channels, splits)
-                x_rstd = of_group(rstd_ptr, k, in_channels, splits)
-                z = affine(x.to(tl.float32), x_mean, x_rstd, norm_weight_ptr, norm_bias_ptr, k, in_channels)
+                x_mean = of_group(mean_ptr, part // splits, k, in_channels)
+                x_rstd = of_group(rstd_ptr, part // splits, k, in_channels)
+                scale, bias = scale_bias(x_rstd, norm_weight_ptr, norm_bias_ptr, k, in_channels)
+                z = affine(x.to(tl.float32), x_mean, scale, bias)
                 x = tl.where(z <= 0, 0.0, z).to(x.dtype)
             w_ok = (k < in_channels)[:, None] & (c < channels)[None, :]
             w = tl.load(weight_ptr + c[None, :] * in_channels + k[:, None], w_ok, 0.0)  # [BLOCK_K, BLOCK_C]
@@ -59,7 +60,7 @@ def conv1x1_stats_fwd_kernel(
         apart = tl.where(row_ok[:, None], y - more_mean[None, :], 0.0)
         mean, m2 = merge(seen, mean, m2, more, more_mean, tl.sum(apart * apart, 0))
         seen += more
-    out = tl.program_id(0).to(tl.int64) * channels + c
+    out = part * channels + c
     tl.store(split_mean_ptr + out, mean, c < channels)
     tl.store(split_m2_ptr + out, m2, c < channels)
 
@@ -73,14 +74,14 @@ def tiling(x: Tensor, groups: int, channels: int, norm: bool) -> tuple[Tiling, d
         block_p, block_k = 64 if norm else 128, 32
         options = {"num_warps": 4, "maxnreg": 224} if norm else {"num_warps": 4}
     else:  # three tf32 products take more registers
-        block_p, block_k, options = 64, 16, {"num_warps": 8}
+        block_p, block_k, options = 64, 16, {"num_warps": 8, "maxnreg": 168}
     block_c = max(16, min(64, triton.next_power_of_2(channels)))
     block_k = max(16, min(block_k, triton.next_power_of_2(in_channels)))
     channel_blocks, tiles = triton.cdiv(channels, block_c), triton.cdiv(positions, block_p)
     tiles = triton.cdiv(tiles, max(1, 2 * programs(x.device) // (groups * channel_blocks)))
     splits = triton.cdiv(positions, tiles * block_p)
     blocks = {"BLOCK_P": block_p, "BLOCK_C": block_c, "BLOCK_K": block_k}
-    return Tiling((groups * splits, channel_blocks), (positions, tiles * block_p, splits, channels), blocks), options
+    return Tiling((groups * splits * channel_blocks,), (positions, tiles * block_p, splits, channels), blocks), options
 
 
 def conv1x1_stats_(

@@ -43,7 +43,7 @@ def normalize(images: Tensor, flips: Tensor | None, dtype: torch.dtype) -> Tenso
     out = torch.empty(n, height, width, channels, dtype=dtype, device=images.device)
     if out.numel():
         values = height * width * 3
-        block = 2048  # 16 bytes a thread in, a cache line a warp's quarter out; not measured
+        block = 4096 if flips is None else 2048  # two loads of 16 bytes a thread; mirrored, a byte at a time
         normalize_fwd_kernel[(n, triton.cdiv(values, block))](
             images.contiguous(), images if flips is None else flips.contiguous(), out, values, width * 3,
             FLIP=flips is not None, BLOCK=block,

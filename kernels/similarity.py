@@ -262,5 +262,6 @@ def block_of(dim: int) -> int:
 
 
 def row_options(dim: int) -> dict[str, int]:
-    """For kernels whose program has one row. Left to itself ptxas stops at 48 to 80 registers for some D and spills."""
-    return {"BLOCK_D": block_of(dim), "maxnreg": 128}
+    """For kernels whose program has one row. Left to itself ptxas stops at 48 to 80 registers for some D and spills;
+    with D above 512, Triton 3.6 wants 168."""
+    return {"BLOCK_D": block_of(dim), "maxnreg": 128 if dim <= 512 else 168}

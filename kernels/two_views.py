@@ -10,8 +10,8 @@ integers and the one division rounds correctly: the same pixels on every machine
 
 One launch. A program makes a whole view, for contrast needs the mean luma of the image as it is at that point of the
 order: the view is written, and what contrast and later operations change is read back (from the cache). Splitting
-a view over programs would want a second launch, and another pass over half of the views, for a fraction of a percent
-of a training step (estimated; not measured).
+a view over programs would want a second launch, and another pass over half of the views. A pixel takes about 600
+instructions: predicted, not measured, are 1 to 1.6 ms a step at N = 256 and 224 px on an H100 or H200.
 Traffic: V·N crops in, 3·V·N·S² bytes out, and 6·N·S² more, in cache, for contrast. Source: torchvision's
 RandomResizedCrop and ColorJitter on Pillow images, as in mopro_fast/data/augment.py.
 """

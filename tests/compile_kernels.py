@@ -1,13 +1,14 @@
 """Compiles every Triton kernel for GPUs that are not here, with the arguments its own launcher gives it.
 
 python tests/compile_kernels.py FOLDER ARCH...    one JSON object per line: {"op", "launches"} for every call, and
-                                                  {"kernel", "arch", "stack", "registers", "shared"} for every variant
+                                                  what `report` finds for every variant of a kernel
 
 The launches are intercepted: types, alignment and constants come from the tensors and tilings of real calls. FOLDER
 keeps the reports (tests/compiled.py).
 """
 
 import json
+import math
 import multiprocessing
 import re
 import subprocess
@@ -16,6 +17,7 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import in_flight
 import torch
 import triton
 from compiled import CORES, kept
@@ -30,17 +32,18 @@ TYPES = {
     torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1", torch.uint8: "*u8",
 }  # fmt: skip
 WARPS, STAGES = 4, 3  # Triton's defaults
-TASKS: list[tuple[JITFunction, dict, dict, int]] = []  # (kernel, arguments, options, architecture), for forks to find
+TASKS: list[tuple[JITFunction, dict, dict, int, int]] = []  # what `variants` finds, architecture: for forks to find
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 
 
-def launches(call) -> list[tuple[JITFunction, dict, dict]]:
-    """What `call` launches, without running any of it: (kernel, its arguments, its options)."""
+def launches(call) -> list[tuple[JITFunction, dict, dict, int]]:
+    """What `call` launches, without running any of it: (kernel, its arguments, its options, programs)."""
     seen = []
 
     def record(kernel, *args, grid, warmup, **kwargs):  # noqa: ARG001, Triton passes these two by name
         options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
-        seen.append((kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs, options))
+        arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        seen.append((kernel, arguments, options, math.prod(grid)))
 
     run, JITFunction.run = JITFunction.run, record
     try:
@@ -66,14 +69,19 @@ def source(kernel: JITFunction, arguments: dict) -> ASTSource:
     return ASTSource(kernel, signature, constants, attributes)
 
 
-def resources(cubin: bytes) -> dict:
+def resources(cubin: bytes, shared: int, warps: int) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
-    return {"registers": int(registers), "stack": int(stack)}
+        (code,) = in_flight.machine_code(Path(file.name)).values()
+    registers, stack = (int(n) for n in re.search(r"REG:(\d+) STACK:(\d+)", text).groups())
+    programs, loads = in_flight.blocks_per_sm(registers, shared, warps), in_flight.loads(code)
+    return {
+        "registers": registers, "stack": stack, "shared": shared, "warps": warps, "programs_per_sm": programs,
+        "loads": loads._asdict(), "in_flight": loads.in_flight * 32 * warps * programs,
+    }  # fmt: skip
 
 
 def calls():
@@ -132,37 +140,47 @@ def calls():
                 yield kernels.conv1x1_stats_, (x, weight, running, running, norm, 0.1, 1e-5, group)
 
 
-def variants() -> list[tuple[JITFunction, dict, dict]]:
-    """Every kernel with all that it is specialised for, once; on the way, what each call launches is printed."""
+def variants() -> list[tuple[JITFunction, dict, dict, int]]:
+    """Every kernel with all that it is specialised for, once, and how many programs are launched of it at most. On the
+    way, what each call launches is printed."""
     found = {}
     for function, arguments in calls():
         seen = launches(lambda f=function, a=arguments: f(*a))
         flags = [a for a in arguments if isinstance(a, bool)]
         print(json.dumps({"op": function.__name__, "flags": flags, "launches": len(seen)}))
-        for kernel, values, options in seen:
+        for kernel, values, options, programs in seen:
             options = {"num_warps": WARPS, "num_stages": STAGES, **options}
-            found[(source(kernel, values).hash(), *options.values())] = kernel, values, options
+            key = source(kernel, values).hash(), *options.values()
+            found[key] = kernel, values, options, max(programs, found[key][-1] if key in found else 0)
     return list(found.values())
 
 
 def report(task: int) -> str:
-    """One variant for one architecture, compiled unless FOLDER has it; -> JSON."""
-    kernel, values, options, arch = TASKS[task]
+    """One variant for one architecture, compiled unless FOLDER has it; -> JSON.
+
+    sixteens: arguments that 16 divides. programs: launched, for the twelve SMs that kernels/similarity.py sees here.
+    programs_per_sm: that one holds. loads: of a thread (tests/in_flight.py). in_flight: bytes, of an SM that is full.
+    """
+    kernel, values, options, programs, arch = TASKS[task]
     compiled_from, target = source(kernel, values), GPUTarget("cuda", arch, 32)
 
     def make(path: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:  # Triton's own cache would keep 0.3 MB of each in the home
             triton.knobs.cache.dir = folder
             compiled = triton.compile(compiled_from, target=target, options=options)
-        shown = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
+        given = ((p, values[p.name]) for p in kernel.params)
+        shown = {p.name: v for p, v in given if p.is_constexpr or (type(v) is int and v == 1)}
         types = [str(v.dtype) for v in values.values() if isinstance(v, torch.Tensor)][:2]
-        out = {"kernel": kernel.__name__, "arch": arch, "types": types, "constants": shown}
-        out |= {"shared": compiled.metadata.shared, **resources(compiled.asm["cubin"])}
+        sixteens = [name for name, v in values.items() if type(v) is int and v % 16 == 0]
+        out = {"kernel": kernel.__name__, "arch": arch, "types": types, "constants": shown, "sixteens": sixteens}
+        out |= resources(compiled.asm["cubin"], compiled.metadata.shared, options["num_warps"])
         path.write_text(json.dumps(out))
 
     backend = triton.compiler.make_backend(target).hash()  # Triton's version and ptxas'
-    decides = [Path(__file__), triton.__version__, backend, compiled_from.hash(), json.dumps(options)]
-    return kept(Path(sys.argv[1]), f"{kernel.__name__}.json", decides, make).read_text()
+    decides = [triton.__version__, backend, compiled_from.hash(), json.dumps(options)]
+    ours = [Path(__file__), Path(in_flight.__file__)]
+    found = json.loads(kept(Path(sys.argv[1]), f"{kernel.__name__}.json", ours + decides, make).read_text())
+    return json.dumps(found | {"programs": programs})
 
 
 def main() -> int:

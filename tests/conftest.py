@@ -19,6 +19,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined; then the triton backend takes CPU tensors
+    interpreter.refuse_what_it_cannot_run_with()
     if importlib.util.find_spec("triton") and os.environ.get("PLAIN_INTERPRETER") != "1":
         interpreter.speed_up()
 

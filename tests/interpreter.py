@@ -5,6 +5,28 @@ Sixteen cases of mopro_loss took 17 s without this and 11 s with it, start of Py
 
 import functools
 import math
+from importlib.metadata import PackageNotFoundError, version
+
+import pytest
+
+
+def refuse_what_it_cannot_run_with() -> None:
+    """Hundreds of tests would fail with NumPy's TypeError."""
+    try:
+        triton, numpy = version("triton"), version("numpy")
+    except PackageNotFoundError:
+        return
+    if of(triton) < (3, 7) and of(numpy) >= (2, 4):
+        pytest.exit(
+            f"Triton {triton}'s interpreter, which stands in for a GPU here, fails with NumPy {numpy}: "
+            "pip install 'numpy<2.4', or triton 3.7",
+            returncode=4,
+        )
+
+
+def of(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def speed_up() -> None:

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageEnhance
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mopro_fast.data import views
+from mopro_fast.data import augment, views
 from mopro_fast.data.augment import (
     BRIGHTNESS,
     CONTRAST,
@@ -239,6 +240,48 @@ def test_hue_of_every_saturated_and_many_other_colours_equals_pillow():
     check_jitter(colours, Jitter(np.zeros(3, bool), factors, np.full((3, 1), HUE)))
 
 
+def test_contrast_s_mean_at_a_half():
+    check_jitter(*means_at_a_half())
+
+
+def means_at_a_half():
+    """Of 112² pixels: 1/112² times their sum is below the half for 155 of 256 levels. The mean alone remains."""
+    images = np.arange(0, 255, 7, dtype=np.uint8)[:, None, None, None].repeat(112, 1).repeat(112, 2).repeat(3, 3)
+    images[:, ::2] += 1
+    n = len(images)
+    factors = np.tile(np.float32([1, 0, 1, 0]), (n, 1))
+    return images, Jitter(np.zeros(n, bool), factors, np.full((n, 1), CONTRAST))
+
+
+class Divisors(TorchDispatchMode):
+    """What is divided by, as a CUDA device would get it; a mean divides by a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0].rstrip("_")
+        if name in ("div", "true_divide", "mean", "reciprocal", "floor_divide"):
+            self.seen.append(args[1] if name == "div" else name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_is_divided_by_a_number(monkeypatch):
+    """On a GPU that is a multiplication by the reciprocal, by a 0-dim CPU tensor, too."""
+    monkeypatch.setattr(augment, "to_device", lambda array, device: torch.from_numpy(array).to(device))
+    images = torch.empty(6, 9, 9, 3, dtype=torch.uint8, device="meta")
+    with Divisors() as divisors:
+        color_jitter(images, draw(generator(8), 6, AugmentConfig()).jitter)
+    assert len(divisors.seen) > 5
+    assert all(isinstance(x, torch.Tensor) and x.device == images.device for x in divisors.seen), divisors.seen
+    arguments = 6, torch.float32, images.device
+    assert augment._divisor(*arguments) is augment._divisor(*arguments)  # made once: a graph can be captured
+    with Divisors() as divisors:  # what this test would see
+        images.float().div_(6), images / torch.tensor(6.0), images.float().mean((1, 2))
+    assert [getattr(x, "device", x) for x in divisors.seen] == [6, torch.device("cpu"), "mean"]
+
+
 def test_jitter_without_operations():
     images = noise_and_gradients(6, 9, 9)
     order = np.empty((6, 0), np.int64)
@@ -270,4 +313,7 @@ def test_jitter_on_a_gpu_equals_the_cpu_without_waiting():
         normalize(result)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert (result.cpu().int() - expected.int()).abs().max() <= 2
+    assert torch.equal(result.cpu(), expected)
+    images, jitter = means_at_a_half()
+    on_gpu = torch.from_numpy(images).cuda()
+    assert torch.equal(color_jitter(on_gpu, jitter).cpu(), color_jitter(torch.from_numpy(images), jitter))

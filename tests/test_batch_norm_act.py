@@ -6,6 +6,7 @@ from unittest import mock
 import pytest
 import torch
 from test_ops import BF16, DEVICE, F16, F32, ROUNDING, rms_error
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mopro_fast import ops
 from mopro_fast.kernels import batch_norm_stats
@@ -282,14 +283,57 @@ def test_where_no_kernel_runs_the_plain_path_does():
 
 
 @pytest.mark.medium
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile's own
 def test_a_compiled_encoder_has_no_graph_break():
     torch.use_deterministic_algorithms(False)
     encoder = small_encoder("resnet18", 4)
     x = images()[:, :, :8, :8]
-    compiled = torch.compile(copy.deepcopy(encoder), fullgraph=True, backend="aot_eager")
-    with ops.use_backend("triton"), torch.no_grad():  # "auto" as it decides on a GPU
-        for a, b in zip(compiled(x), encoder(x), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    copied = copy.deepcopy(encoder)
+    compiled = torch.compile(copied, fullgraph=True, backend="aot_eager")
+    # "auto" as it decides on a GPU
+    with ops.use_backend("triton"), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                results = compiled(x), encoder(x)
+            for a, b in zip(*results, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        for logits, q in results:
+            (logits.square().mean() + q[:, 0].mean()).backward()
+    for a, b in zip(copied.parameters(), encoder.parameters(), strict=True):
+        assert rms_error(a.grad, b.grad) < 1e-4
+
+
+class Writes(TorchDispatchMode):
+    """The operators that write a tensor of this shape."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.found = shape, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if out.shape == self.shape and not func.is_view:
+            self.found.append(func)
+        return out
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_the_pooled_gradient_is_written_once_and_as_the_activation_lies(layout, dtype):
+    encoder, last = small_encoder("resnet18", 0).to(memory_format=layout), []
+    encoder.layer4[-1].register_forward_hook(lambda *args: last.append(args[-1]))
+    with torch.autocast(DEVICE, BF16, enabled=dtype == BF16):
+        features = encoder.features(images().contiguous(memory_format=layout))
+    (x,) = last
+    assert x.dtype == dtype and x.is_contiguous(memory_format=layout)
+    plain_features = x.mean((2, 3))
+    assert torch.equal(features, plain_features)
+    grad = torch.randn(features.shape, generator=torch.Generator().manual_seed(2)).to(features)
+    with Writes(x.shape) as writes:
+        (found,) = torch.autograd.grad(features, x, grad)
+    assert len(writes.found) == 1 and found.is_contiguous(memory_format=layout)
+    (expected,) = torch.autograd.grad(plain_features, x, grad)
+    torch.testing.assert_close(found, expected, rtol=ROUNDING[dtype], atol=0)
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import in_flight
 import pytest
 from compiled import kept
 
@@ -38,6 +39,24 @@ def test_no_warning_no_spill(source, arch, tmp_path, compiled):
         assert frame == ("0", "0", "0"), f"{kernel}: {frame} bytes of stack, spill stores, spill loads"
 
 
+@pytest.mark.medium
+@pytest.mark.skipif(NVCC is None, reason="nvcc is neither on PATH nor in /usr/local/cuda/bin")
+@pytest.mark.parametrize("op", ["ema_update", "sgd_ema_update"])
+def test_optimizer_kernels_have_enough_bytes_in_flight(op, tmp_path):
+    """As tests/test_kernels.py has it of the others that only move memory: 32 KiB of an SM."""
+    cubin, threads = tmp_path / "out.cubin", 256
+    command = [NVCC, "-std=c++17", "-O3", "-arch=sm_90", "-cubin", "-Xptxas=-v", CSRC / f"{op}.cu", "-o", cubin]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    used = re.findall(r"Compiling entry function '(\w+)'.*?Used (\d+) registers", said, re.DOTALL)
+    registers = {kernel: int(number) for kernel, number in used}
+    code = in_flight.machine_code(cubin)
+    assert set(code) == set(registers) and len(code) == 9  # types of gradients or sources, and of shadows
+    for kernel, instructions in code.items():
+        loads = in_flight.loads(instructions)
+        blocks = in_flight.blocks_per_sm(registers[kernel], 0, threads // 32)
+        assert loads.in_flight * blocks * threads >= 32 * 1024, f"{kernel}: {loads}, {blocks} blocks of an SM"
+
+
 def test_a_compiler_given_with_arguments_is_found(tmp_path, monkeypatch):
     setuptools = pytest.importorskip("setuptools")
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
@@ -47,3 +66,10 @@ def test_a_compiler_given_with_arguments_is_found(tmp_path, monkeypatch):
     for given, found in (("my++ -m64", "my++"), ("my++", "my++"), ("other++ my++", None), ("", None)):
         monkeypatch.setenv("CXX", given)
         assert find_cxx() == (found and str(tmp_path / found)), given
+
+
+def test_an_old_setuptools_is_told_so(monkeypatch):
+    setuptools = pytest.importorskip("setuptools")
+    monkeypatch.setattr(setuptools, "__version__", "68.1.2")
+    with pytest.raises(SystemExit, match=r"setuptools 77 or newer .* has 68\.1\.2: pip install --upgrade setuptools"):
+        runpy.run_path(str(ROOT / "setup.py"))

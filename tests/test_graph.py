@@ -5,7 +5,9 @@ Python read on the host stays as it was at the capture.
 """
 
 import contextlib
+import gc
 import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from small_step import ROWS, SIZE, run_steps, small_model, train_step
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mopro_fast.benchmark import timing
 from mopro_fast.data.pipeline import Batch
 from mopro_fast.training.graph import Graphed
 
@@ -127,3 +130,35 @@ def test_another_key_is_captured_anew_and_frees_the_graph(tapes) -> None:
     assert [graphed(0, torch.ones(2), None).tolist() for _ in range(3)] == [[2, 2]] * 3 and len(tapes) == 3
     with pytest.raises(RuntimeError):
         graphed(0, torch.zeros(3), None)  # another shape than the captured one
+
+
+class Garbage:
+    def __init__(self) -> None:
+        self.itself = self
+
+
+@pytest.mark.usefixtures("tapes")
+@pytest.mark.parametrize("was_on", [True, False])
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("capture, warm_up", [(lambda f: Graphed(f, 0)(0), 0), (timing.capture, 3)])
+def test_no_garbage_is_collected_during_a_capture(capture, warm_up, fails, was_on, monkeypatch) -> None:
+    for name in ("Stream", "stream", "current_stream", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    calls = []
+
+    def function(*_):
+        calls.append((gc.isenabled(), garbage() is None))
+        if fails and len(calls) > warm_up:
+            raise RuntimeError("not captured")
+
+    if not was_on:
+        gc.disable()
+    try:
+        garbage = weakref.ref(Garbage())
+        with pytest.raises(RuntimeError, match="not captured") if fails else contextlib.nullcontext():
+            capture(function)
+        assert gc.isenabled() == was_on
+    finally:
+        gc.enable()
+    assert [on for on, _ in calls] == [was_on] * warm_up + [False]
+    assert calls[-1] == (False, True)  # what there was is gone

@@ -7,7 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import in_flight
 import pytest
+import torch
+
+from mopro_fast.kernels.similarity import programs
 
 pytestmark = pytest.mark.medium
 
@@ -38,6 +42,75 @@ def test_no_spill_and_shared_memory_fits(arch, request, compiled):
     for r in variants:
         assert r["stack"] == 0, f"spills: {r}"
         assert r["shared"] <= SHARED[r["arch"]], f"too much shared memory: {r}"
+
+
+# What has nothing to do but move activations.
+MEMORY_BOUND = {
+    "batch_norm_stats_fwd_kernel", "batch_norm_act_fwd_kernel", "batch_norm_act_bwd_sums_kernel",
+    "batch_norm_act_bwd_kernel", "normalize_fwd_kernel",
+}  # fmt: skip
+IN_FLIGHT = 32 * 1024  # bytes of an SM; 4.3 TB/s over 132 SMs for 0.6 to 0.8 µs are 20 to 26 KB
+
+
+def test_memory_bound_kernels_have_enough_bytes_in_flight(reports):
+    """At full occupancy, of any width and type that a ResNet has; 16 bytes a load. Mirrored images go byte by byte, and
+    so do those of 7 px, whose values 16 does not divide."""
+    found = [r for r in reports if r.get("kernel") in MEMORY_BOUND]
+    found = [r for r in found if {"values", "channels"} & set(r["sixteens"]) and not r["constants"].get("FLIP")]
+    assert {r["kernel"] for r in found} == MEMORY_BOUND and len(found) > 40
+    for r in found:
+        assert r["in_flight"] >= IN_FLIGHT and r["loads"]["width"] == 16, r
+
+
+def test_programs_that_walk_tiles_run_all_at_once(reports):
+    """A second wave of a few would keep the others waiting. Where there are more groups than that, each is a split."""
+    found = [r for r in reports if r.get("kernel") in MEMORY_BOUND - {"normalize_fwd_kernel"}]
+    sms = programs(torch.device("cpu"))
+    assert max(r["programs"] for r in found) >= 5 * sms
+    for r in found:
+        assert r["programs"] <= r["programs_per_sm"] * sms or r["constants"].get("splits") == 1, r
+
+
+CODE = """
+		Function : some_kernel
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/                   {}
+        /*0030*/                   LDG.E.64 R8, desc[UR4][R2.64+0x10] ;
+        /*0040*/                   FADD R0, R4, R5 ;
+        /*0050*/                   FADD R0, R0, R9 ;
+        /*0060*/                   EXIT ;
+"""
+ASYNCHRONOUS = """
+		Function : some_kernel
+        /*0000*/                   LDGSTS.E.BYPASS.128 [R3], desc[UR16][R6.64], P0 ;
+        /*0010*/                   LDGDEPBAR ;
+        /*0020*/                   DEPBAR.LE SB0, {} ;
+        /*0030*/                   LDS.128 R20, [R2] ;
+        /*0040*/                   LDGSTS.E.BYPASS.128 [R3], desc[UR16][R6.64], P0 ;
+        /*0050*/                   LDGSTS.E.BYPASS.128 [R3+0x800], desc[UR16][R6.64], P0 ;
+        /*0060*/                   LDGDEPBAR ;
+        /*0070*/               @P1 BRA 0x20 ;
+        /*0080*/                   EXIT ;
+"""
+
+
+@pytest.mark.parametrize(
+    "code, expected",
+    [
+        (CODE.format("NOP ;"), (24, 1, 8, False)),  # both are under way when the first is waited for
+        (CODE.format("FADD R6, R6, R7 ;"), (24, 2, 8, False)),  # one after the other
+        (CODE.format("STG.E [R12.64], R5 ;"), (24, 2, 8, False)),
+        (CODE.format("LDG.E R7, desc[UR4][R4.64] ;"), (28, 2, 4, False)),  # an address that was loaded
+        (ASYNCHRONOUS.format("0x2"), (32, 1 / 3, 16, True)),  # a loop: two groups stay, one is waited for
+        (ASYNCHRONOUS.format("0x0"), (32, 1, 16, True)),
+        ("\t\tFunction : some_kernel\n        /*0000*/                   EXIT ;\n", (0, 0, 0, False)),
+    ],
+)
+def test_loads_in_flight_are_read_from_machine_code(code, expected):
+    (read,) = in_flight.parsed(code).values()
+    found = in_flight.loads(read)
+    assert found == expected and found.in_flight == (expected[0] / expected[1] if expected[1] else 0)
 
 
 def test_every_kernel_is_compiled(reports):

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 
 from mopro_fast import environment
 from mopro_fast.benchmark import report, throughput
@@ -42,6 +41,8 @@ class Bench:
     """Rows per BatchNorm group, in ours."""
     seconds: float = 2
     """Of each variant of each case."""
+    variants: tuple[str, ...] = ()
+    """Those to time, by name (default: all; at some batch sizes fewer)."""
     minutes: float = 9
     """No case begins after so many."""
     official: Path | None = None
@@ -66,6 +67,8 @@ _EVERYTHING = (32, 256)  # batch sizes at which every variant is timed
 
 
 def main(argv: list[str]) -> int:
+    import tyro  # here: bench/step.py does without
+
     options = tyro.cli(Bench, args=argv, prog="mopro-fast bench")
     if options.out:
         if options.out.is_dir():
@@ -77,16 +80,17 @@ def main(argv: list[str]) -> int:
         if options.out:
             options.out.write_text(json.dumps({"conditions": conditions, **result}, indent=2) + "\n")
 
-    print(report.table(run(options, keep)))
+    result = run(options, keep)
+    print(report.table(result))
     if options.out:
         print(f"\nnumbers: {options.out}")
-    return 0
+    return int(report.failed(result))
 
 
 def run(options: Bench, keep: Callable[[dict[str, Any]], object] = lambda _: None) -> dict[str, Any]:
     """-> {"settings", "cases", "not_reached", "seconds"}; progress goes to stderr.
 
-    ``keep`` gets what there is after every case, so that a benchmark that is cut short has not been for nothing.
+    ``keep`` gets what there is after every variant, so that a benchmark that is cut short has not been for nothing.
     """
     cuda = torch.cuda.is_available()
     device = options.device if options.device != "auto" else ("cuda" if cuda else "cpu")
@@ -107,6 +111,10 @@ def run(options: Bench, keep: Callable[[dict[str, Any]], object] = lambda _: Non
     ]  # fmt: skip
     for case in cases:
         case.config().validate()
+    known = throughput.variants(cases[0], options.official, everything=True)
+    if unknown := [name for name in options.variants if name not in known]:
+        there = ", ".join(f'"{name}"' for name in known)
+        raise UserError(f'--variants "{unknown[0]}": no variant on this device has that name; there are {there}')
     settings = {"device": device, **{k: v for k, v in chosen.items() if k not in ("batch_sizes", "classes")}}
     settings |= {"bn_group": options.bn_group, "seconds": options.seconds}
     began, results = time.perf_counter(), []
@@ -120,21 +128,18 @@ def run(options: Bench, keep: Callable[[dict[str, Any]], object] = lambda _: Non
         if time.perf_counter() - began > 60 * options.minutes:
             break
         everything = device == "cpu" or (case.batch in _EVERYTHING and case.classes == chosen["classes"][0])
-        made = throughput.variants(case, options.official, everything)
-        found = {
-            "batch": case.batch,
-            "classes": case.classes,
-            "variants": throughput.measure(case, made, options.seconds),
-        }
-        if everything:
-            found["parts_ms"] = throughput.parts(case, steps=10)
-        if options.data:
-            found["on_images"] = throughput.on_images(case, options.data, 5 * options.seconds)
+        made = throughput.variants(case, options.official, everything or bool(options.variants))
+        chosen_here = {name: made[name] for name in options.variants or made}
+        found: dict[str, Any] = {"batch": case.batch, "classes": case.classes, "variants": {}}
         results.append(found)
-        line = ", ".join(report.brief(name, v) for name, v in found["variants"].items())
-        print(
-            f"[{i}/{len(cases)} {time.perf_counter() - began:.0f} s] N={case.batch} C={case.classes}: {line}",
-            file=sys.stderr,
-        )
+        for name, variant in throughput.measure(case, chosen_here, options.seconds):
+            found["variants"][name] = variant
+            at = f"[{i}/{len(cases)} {time.perf_counter() - began:.0f} s] N={case.batch} C={case.classes}"
+            print(f"{at}: {report.brief(name, variant)}", file=sys.stderr, flush=True)
+            keep(so_far())
+        if everything and not options.variants:
+            found["parts_ms"] = throughput.attempt(throughput.parts, case, 10)
+        if options.data:
+            found["on_images"] = throughput.attempt(throughput.on_images, case, options.data, 5 * options.seconds)
         keep(so_far())
     return so_far()

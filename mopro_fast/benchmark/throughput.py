@@ -10,7 +10,8 @@ import importlib.util
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from mopro_fast import ops
-from mopro_fast.benchmark import official, timing
+from mopro_fast.benchmark import kinds, official, timing
 from mopro_fast.config import DataConfig, ModelConfig, MoProConfig, OptimConfig, RunConfig, TrainConfig
 from mopro_fast.data.pipeline import Batch
 from mopro_fast.errors import UserError
@@ -30,7 +31,6 @@ from mopro_fast.models import mopro as mopro_module
 from mopro_fast.models.build import build, build_encoder
 from mopro_fast.models.mopro import MoPro, StepOutput
 from mopro_fast.models.resnet import Bottleneck, GroupedBatchNorm2d
-from mopro_fast.training import inputs
 from mopro_fast.training.step import Shuffle, TrainStep
 
 OURS, OFFICIAL = "ours", "official, float32 NCHW"
@@ -270,38 +270,74 @@ def variants(case: Case, clone: Path | None, everything: bool) -> dict[str, Call
 # ---- measuring ----
 
 
-def measure(case: Case, made: dict[str, Callable], seconds: float) -> dict[str, dict]:
-    """By variant: step_ms (p20, p50, p80), images_per_second, and on a GPU what timing.py counts."""
+def measure(case: Case, made: dict[str, Callable], seconds: float) -> Iterator[tuple[str, dict]]:
+    """Each variant when it is done: step_ms (p20, p50, p80), images_per_second, and on a GPU what timing.py counts.
+
+    Of one that fails: why, as ``attempt`` says it.
+    """
     if case.device == "cuda":
-        return {name: _alone(factory, case, seconds) for name, factory in made.items()}
-    calls = {name: factory(case) for name, factory in made.items()}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    began = time.perf_counter()
-    while not times[OURS] or time.perf_counter() - began < seconds * len(calls):
-        for name, call in calls.items():  # step by step in turn
-            start = time.perf_counter()
-            call()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: _summary(t, case.batch) for name, t in times.items()}
+        for name, factory in made.items():
+            yield name, attempt(_alone, factory, case, seconds)
+        return
+    calls: dict[str, Callable[[], Any]] = {}
+    times: dict[str, list[float]] = {}
+    failed: dict[str, dict] = {}
+
+    def begin(name: str) -> dict:
+        calls[name], times[name] = made[name](case), []
+        calls[name]()
+        return {}
+
+    def step(name: str) -> dict:
+        start = time.perf_counter()
+        calls[name]()
+        times[name].append(1e3 * (time.perf_counter() - start))
+        return {}
+
+    def in_turn(act: Callable[[str], dict]) -> None:
+        for name in made:
+            if name not in failed and (why := attempt(act, name)):
+                failed[name] = why
+
+    in_turn(begin)
+    end = time.perf_counter() + seconds * len(made)
+    in_turn(step)
+    while time.perf_counter() < end and len(failed) < len(made):
+        in_turn(step)
+    for name in made:
+        yield name, failed.get(name) or _summary(times[name], case.batch)
+
+
+def attempt(measured: Callable[..., dict], *args: Any) -> dict:
+    """What it returns, or {"skipped": why}, {"failed": why}: the others go on. A mistake of the user ends them all."""
+    try:
+        return measured(*args)
+    except UserError:
+        raise
+    except torch.OutOfMemoryError:
+        why = {"skipped": "out of memory"}
+    except Exception as error:
+        traceback.print_exc()
+        why = {"failed": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+    with contextlib.suppress(Exception):  # after some errors CUDA refuses everything
+        _free()  # here: the traceback, which holds what failed, is gone
+    return why
 
 
 def _alone(factory: Callable, case: Case, seconds: float) -> dict:
-    _free(case.device)
+    _free()
     torch.cuda.reset_peak_memory_stats()
-    try:
-        call = factory(case)
-        for _ in range(_WARM_UP_STEPS):
-            call()
-        result = _summary(_times(call, seconds), case.batch)
-        result["memory_gb"] = torch.cuda.max_memory_reserved() / 1e9
-        result["launches"] = timing.launches(call, case.device)
-        result["host_launches"] = timing.host_launches(call)
-        result["synchronisations"] = timing.synchronisations(call, case.device)
-        return result
-    except torch.cuda.OutOfMemoryError:
-        return {"skipped": "out of memory"}
+    call = factory(case)
+    for _ in range(_WARM_UP_STEPS):
+        call()
+    result = _summary(_times(call, seconds), case.batch)
+    result["memory_gb"] = torch.cuda.max_memory_reserved() / 1e9
+    kernels = timing.kernels(call)
+    result["launches"] = len(kernels) or None
+    result["kernels"] = kinds.by_kind(kernels)
+    result["host_launches"] = timing.host_launches(call)
+    result["synchronisations"] = timing.synchronisations(call, case.device)
+    return result
 
 
 def _times(call: Callable[[], Any], seconds: float) -> list[float]:
@@ -327,7 +363,9 @@ def _summary(times: list[float], batch: int) -> dict:
 
 def on_images(case: Case, data: str, seconds: float) -> dict[str, float]:
     """Training from real files or shards: images_per_second, and the share of the time that waits for images."""
-    _free(case.device)
+    from mopro_fast.training import inputs  # it needs packages that the rest of this file does not
+
+    _free()
     config = case.config()
     config.data.path, config.run.device = data, case.device
     device = torch.device(case.device)
@@ -351,11 +389,10 @@ def on_images(case: Case, data: str, seconds: float) -> dict[str, float]:
     return {"images_per_second": count * case.batch / took, "data_wait": waited / took}
 
 
-def _free(device: str) -> None:
+def _free() -> None:
     """What an earlier variant has left: its graph's memory hangs on cycles of references."""
     gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # without CUDA nothing
 
 
 def _synchronize(device: torch.device) -> None:
@@ -365,7 +402,7 @@ def _synchronize(device: torch.device) -> None:
 
 def parts(case: Case, steps: int) -> dict[str, float]:
     """Milliseconds of each of PARTS in our eager step (median): marks are set around the modules from outside."""
-    _free(case.device)
+    _free()
     call = ours(case, cuda_graph=False)
     step, marks = call.step, _Marks(case.device)
     step.query.register_forward_pre_hook(lambda *_: marks("query forward"))

@@ -15,6 +15,8 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from mopro_fast.training.graph import capturing
+
 Call = Callable[[], object]
 FLUSH = (
     2**27
@@ -67,18 +69,23 @@ def capture(call: Call) -> torch.cuda.CUDAGraph:
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capturing(graph):
         call()
     return graph
 
 
+def kernels(call: Call) -> list[tuple[str, float]]:
+    """Name and microseconds of each kernel, copy and memset that one call puts on the GPU, as the profiler sees it."""
+    cuda = torch.autograd.DeviceType.CUDA
+    events = (e for e in _profiled(call) if e.device_type == cuda and not e.is_user_annotation)
+    return [(e.name, e.time_range.elapsed_us()) for e in events]
+
+
 def launches(call: Call, device: str) -> int | None:
-    """Kernels, copies and memsets that one call puts on the GPU, as the profiler sees them; None on a CPU."""
+    """How many ``kernels`` one call has; None on a CPU."""
     if device == "cpu":
         return None
-    cuda = torch.autograd.DeviceType.CUDA
-    count = sum(e.device_type == cuda and not e.is_user_annotation for e in _profiled(call))
-    return count or None  # a profiler that saw nothing has measured nothing
+    return len(kernels(call)) or None  # a profiler that saw nothing has measured nothing
 
 
 def host_launches(call: Call) -> dict[str, int]:

@@ -206,7 +206,8 @@ def _blend_(x: torch.Tensor, of_luma: torch.Tensor, of_mean: torch.Tensor, facto
     The base is black for brightness, the luma for saturation, its rounded mean for contrast: weights of 0 or 1.
     """
     luma = _luma(x)
-    mean = luma.mean((1, 2, 3), keepdim=True, dtype=torch.float64).add_(0.5).floor_().float()
+    total = luma.sum((1, 2, 3), keepdim=True, dtype=torch.float64)  # mean() would multiply by 1/pixels on a GPU
+    mean = total.div_(_divisor(luma.shape[2:].numel(), total.dtype, x.device)).add_(0.5).floor_().float()
     base = luma.mul_(of_luma).add_(mean.mul_(of_mean))
     x.sub_(base).mul_(factor).add_(base).clamp_(0, 255).floor_()
 
@@ -227,7 +228,7 @@ def _hue(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     )  # 1 where it is the highest
     side = torch.lerp(torch.lerp(g - r, r - b, green), b - g, red).sign_()  # on which side of the sector's centre
     centre = (red - 1).mul_(green.mul_(2).sub_(4))  # 0, 2, 4 for red, green, blue
-    hue = (centre - side).add_(side.mul_(fall)).div_(6)
+    hue = (centre - side).add_(side.mul_(fall)).div_(_divisor(6, x.dtype, x.device))
     hue = hue.sub_(hue.floor()).mul_(255).floor_().add_(turn[:, 0])
     hue.sub_((hue * (1 / 256)).floor_().mul_(256))  # the turned hue wraps
     # 2. HSV to RGB: every channel falls from the value by value·saturation·tent(hue). Hue in sixths and tents are
@@ -235,7 +236,15 @@ def _hue(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     depth = (chroma * 255).div_(value.clamp(min=1)).floor_().mul_(value)
     hue.mul_(6)
     tents = 510 - (hue - 765).abs_(), (hue - 510).abs_().sub_(255), (hue - 1020).abs_().sub_(255)
-    return torch.stack([value - tent.clamp_(0, 255).mul_(depth).div_(65025).round_() for tent in tents], dim=1)
+    whole = _divisor(255 * 255, x.dtype, x.device)
+    return torch.stack([value - tent.clamp_(0, 255).mul_(depth).div_(whole).round_() for tent in tents], dim=1)
+
+
+@functools.lru_cache
+def _divisor(number: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """0-dim and on the device; kept. By a Python number, or a 0-dim tensor on the CPU, PyTorch does not divide a CUDA
+    tensor: it multiplies by the reciprocal, which rounds otherwise (ATen/native/cuda/BinaryDivTrueKernel.cu)."""
+    return torch.full((), number, dtype=dtype, device=device)
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,26 @@
 """Functions on device tensors that become one CUDA graph launch."""
 
-from collections.abc import Callable, Hashable
+import contextlib
+import gc
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@contextlib.contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, **how: Any) -> Iterator[None]:
+    """``torch.cuda.graph``, inside of which Python collects no garbage: CUDA memory freed there fails the capture."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        gc.collect()
+        with torch.cuda.graph(graph, **how):
+            yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class Graphed:
@@ -39,7 +55,7 @@ class Graphed:
             self._inputs = [None if x is None else x.clone() for x in tensors]
             graph = torch.cuda.CUDAGraph()
             # thread_local: the loader's and NCCL's threads may call CUDA meanwhile.
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+            with capturing(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
                 self._result = self._function(key, *self._inputs)
             self._graph = graph
         else:
