@@ -8,8 +8,8 @@ package's reference backend, and for the optimizer ops torch._foreach, torch.opt
 What is missing is recorded with the reason. An op whose result is wrong is not timed, and the exit status is 1.
 How times are taken: mopro_fast/benchmark/timing.py. What the floor counts: bench/floor.py. Inputs and shapes:
 bench/cases.py.
-On a GPU a full run writes bench/results/ops_gpu.json. A part of it, or a CPU (small shapes only), writes into --results
-if that is given.
+On a GPU a full run writes bench/results/ops_gpu.json. A part of it writes ops_gpu_part.json, a CPU (small shapes only)
+ops_cpu.json, into --results if that is given.
 """
 
 import argparse
@@ -78,26 +78,30 @@ def main(argv: list[str] | None = None) -> int:
     wanted = [c for c in (cases.quick() if quick else cases.full()) if c.op in (a.only or cases.FIELDS)]
     ceilings = {} if a.check else timing.ceilings(a.device)  # the sanitizers must not see cuBLAS
     bench = Bench(a.device, ceilings, a.compile_seconds, a.check)
+    part = a.device == "cuda" and (a.only or quick or a.check)
+    folder = a.results or (record.RESULTS if a.device == "cuda" and not part else None)
+    name = f"ops_{'gpu' if a.device == 'cuda' else 'cpu'}{'_part' if part else ''}"
     results = []
+
+    def so_far(memory: list[dict]) -> dict:
+        """Kept after every case: a run that is cut short has not been for nothing."""
+        left = [c.name for c in wanted[len(results) :]]
+        found = {"device": a.device, "quick": quick, "ceilings": ceilings, "cases": results, "not_reached": left}
+        found |= {"memory": memory, "seconds": round(time.perf_counter() - began, 1)}
+        found["requirements"] = requirements(found)
+        if folder:
+            record.write(name, found, folder)
+        return found
+
     for i, case in enumerate(wanted, 1):
         if time.perf_counter() - began > a.seconds:
             break
         results.append(bench.run(case))
         print(f"[{i}/{len(wanted)} {time.perf_counter() - began:4.0f} s] {_progress(results[-1])}", flush=True)
-    result = {
-        "device": a.device,
-        "quick": quick,
-        "ceilings": ceilings,
-        "cases": results,
-        "not_reached": [c.name for c in wanted[len(results) :]],
-        "memory": [] if quick or a.check else memory_growth(a.only or cases.FIELDS),
-    }
-    result["requirements"] = requirements(result)
-    result["seconds"] = round(time.perf_counter() - began, 1)
-    folder = a.results or (record.RESULTS if a.device == "cuda" and not (a.only or quick or a.check) else None)
+        so_far([])
+    result = so_far([] if quick or a.check else memory_growth(a.only or cases.FIELDS))
     if folder:
-        name = {"cuda": "gpu", "cpu": "cpu"}[a.device]
-        print(record.write(f"ops_{name}", result, folder))
+        print(folder / f"{name}.json")
     print(report(result))
     return int(any(not r["check"]["passed"] for r in results))
 

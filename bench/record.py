@@ -1,7 +1,6 @@
 """What every result file says about where it was measured."""
 
 import datetime
-import json
 import os
 import platform
 import subprocess
@@ -12,6 +11,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as mopro_fast/cli.py does, b
 import torch
 
 from mopro_fast import __version__, environment
+from mopro_fast.downstream.done import write_json
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -38,9 +38,9 @@ def conditions() -> dict:
 
 
 def write(name: str, result: dict, folder: Path = RESULTS) -> Path:
+    """The whole file or, if this is killed meanwhile, what was there."""
     path = Path(folder) / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"conditions": conditions(), **result}, indent=2) + "\n")
+    write_json(path, {"conditions": conditions(), **result})
     return path
 
 

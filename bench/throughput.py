@@ -30,7 +30,8 @@ def main() -> int:
     def keep(result: dict) -> Path:
         gpu = result["settings"]["device"] == "cuda"
         result["requirements"] = requirements(result) if gpu else []
-        return record.write("throughput_gpu" if gpu else "throughput_cpu", result, a.results)
+        part = "_part" if result["settings"]["variants"] else ""  # it does not replace a full result
+        return record.write(f"throughput_{'gpu' if gpu else 'cpu'}{part}", result, a.results)
 
     result = command.run(tyro.cli(command.Bench, args=rest, prog="bench/throughput.py"), keep)
     print(keep(result), file=sys.stderr)

@@ -36,8 +36,8 @@ def batch_norm_act_fwd_kernel(
 ):  # fmt: skip
     """Grid (groups·splits·channel blocks)."""
     part, c = part_of(channels, BLOCK_C)
-    start, count = split_of(part, positions, split_positions, splits)
-    mean, rstd = of_group(mean_ptr, part // splits, c, channels), of_group(rstd_ptr, part // splits, c, channels)
+    group, start, count = split_of(part, positions, split_positions, splits)
+    mean, rstd = of_group(mean_ptr, group, c, channels), of_group(rstd_ptr, group, c, channels)
     scale, bias = scale_bias(rstd, weight_ptr, bias_ptr, c, channels)
     rows = tl.arange(0, BLOCK_P)
     at = rows[:, None] * channels + c[None, :]
@@ -63,8 +63,8 @@ def batch_norm_act_bwd_sums_kernel(
     RESIDUAL: where y > 0 is read from y, and g is written, the residual's gradient.
     """
     part, c = part_of(channels, BLOCK_C)
-    start, count = split_of(part, positions, split_positions, splits)
-    mean, rstd = of_group(mean_ptr, part // splits, c, channels), of_group(rstd_ptr, part // splits, c, channels)
+    group, start, count = split_of(part, positions, split_positions, splits)
+    mean, rstd = of_group(mean_ptr, group, c, channels), of_group(rstd_ptr, group, c, channels)
     scale, bias = scale_bias(rstd, weight_ptr, bias_ptr, c, channels)
     rows = tl.arange(0, BLOCK_P)
     at = rows[:, None] * channels + c[None, :]
@@ -121,11 +121,11 @@ def batch_norm_act_bwd_kernel(
 ):  # fmt: skip
     """Grid (groups·splits·channel blocks). RELU: dy is not g yet."""
     part, c = part_of(channels, BLOCK_C)
-    start, count = split_of(part, positions, split_positions, splits)
-    mean, rstd = of_group(mean_ptr, part // splits, c, channels), of_group(rstd_ptr, part // splits, c, channels)
+    group, start, count = split_of(part, positions, split_positions, splits)
+    mean, rstd = of_group(mean_ptr, group, c, channels), of_group(rstd_ptr, group, c, channels)
     scale, bias = scale_bias(rstd, weight_ptr, bias_ptr, c, channels)
-    g_mean = of_group(g_ptr, part // splits, c, channels) / positions
-    gx_mean = rstd * of_group(gx_ptr, part // splits, c, channels) / positions
+    g_mean = of_group(g_ptr, group, c, channels) / positions
+    gx_mean = rstd * of_group(gx_ptr, group, c, channels) / positions
     rows = tl.arange(0, BLOCK_P)
     at = rows[:, None] * channels + c[None, :]
     for first in tl.range(0, count, BLOCK_P, num_stages=3):
@@ -155,7 +155,7 @@ def affine(x, mean, scale, bias):
     return (x - mean[None, :]) * scale[None, :] + bias[None, :]
 
 
-# Of the kernels without sums. An SM holds six programs of four warps with the 80 registers that dx wants.
+# Of the kernels without sums. An SM holds six programs of four warps with the 80 registers that dx wants. Not measured.
 ELEMENTWISE = {"tile_bytes": 4096, "per_sm": 6}
 
 

@@ -4,7 +4,7 @@
 
 The positions of a group are cut into splits, one per program; a second launch combines them in their order. No
 large sums cancel, and nothing is atomic. Traffic: x once, and 8 bytes per split and channel. Loads are asynchronous
-(num_stages), for without them a thread has one in flight: docs/kernels.md.
+(num_stages): docs/kernels.md, BatchNorm.
 Source: Welford 1962 within a program, Chan, Golub and LeVeque 1983 between them; BatchNorm is Ioffe and Szegedy's
 (arXiv 1502.03167).
 """
@@ -28,7 +28,7 @@ def batch_norm_stats_fwd_kernel(
 ):  # fmt: skip
     """Grid (groups·splits·channel blocks): mean and M2 of a split → [groups, splits, C]. positions: P of a group."""
     part, c = part_of(channels, BLOCK_C)
-    start, count = split_of(part, positions, split_positions, splits)
+    _, start, count = split_of(part, positions, split_positions, splits)
     rows = tl.arange(0, BLOCK_P)
     at = rows[:, None] * channels + c[None, :]
     # Every place of the tile has its own running mean and M2 (Welford); they are pooled once, at the end.
@@ -98,9 +98,9 @@ def part_of(channels, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def split_of(part, positions, split_positions, splits):
-    """-> the split's first position among those of all groups (int64), how many it has."""
+    """-> the split's group, its first position among those of all groups (both int64), how many it has."""
     group, begin = part // splits, part % splits * split_positions
-    return group * positions + begin, tl.minimum(positions - begin, split_positions).to(tl.int32)
+    return group, group * positions + begin, tl.minimum(positions - begin, split_positions).to(tl.int32)
 
 
 @triton.jit
@@ -158,8 +158,9 @@ class Tiling(NamedTuple):
 
 
 def tiling(x: Tensor, groups: int, tile_bytes: int, per_sm: int) -> Tiling:
-    """tile_bytes: of x, that a program has in hand at a time. per_sm: programs that an SM holds at a time: no more
-    are launched, and each walks the tiles of its split, for a loop is what the compiler pipelines."""
+    """tile_bytes: of x, that a program has in hand at a time. per_sm: programs on an SM, no more than it holds at a
+    time; each walks the tiles of its split, for a loop is what the compiler pipelines. Where groups and channel blocks
+    are more than that, or divide it badly, each is one split and SMs idle at the end. Not measured."""
     channels = x.shape[1]
     positions = x.numel() // channels // groups
     block_c = min(64, triton.next_power_of_2(channels))  # a cache line of 16-bit values
@@ -176,7 +177,7 @@ def finish_tiling(groups: int, splits: int, channels: int) -> tuple[tuple[int], 
     them: there are a few hundred rows of partial results, and every turn of a loop would cost a memory latency."""
     block_s = min(512, triton.next_power_of_2(splits))
     block_g = min(512 // block_s, triton.next_power_of_2(groups))
-    block_c = 8  # a sector of 32 bytes of a split; few channels make more programs, which share what little there is
+    block_c = 8  # a sector of 32 bytes of a split. Not measured
     num_warps = max(1, block_s * block_g * block_c // 512)
     blocks = {"BLOCK_G": block_g, "BLOCK_S": block_s, "BLOCK_C": block_c, "num_warps": num_warps}
     return (triton.cdiv(channels, block_c),), blocks
@@ -190,7 +191,7 @@ def batch_norm_stats_(
     groups = len(x) // group if group else 1
     if not x.numel():
         return new(x, groups, channels).zero_(), new(x, groups, channels).fill_(eps**-0.5)
-    t = tiling(x, groups, tile_bytes=16384, per_sm=2)
+    t = tiling(x, groups, tile_bytes=16384, per_sm=2)  # two, with 128 registers of 8 warps each. Not measured
     split_mean, split_m2 = (new(x, groups, t.splits, channels) for _ in range(2))
     batch_norm_stats_fwd_kernel[t.grid](x, split_mean, split_m2, *t.integers, **t.blocks, num_warps=8)
     return finish_stats(split_mean, split_m2, t, running_mean, running_var, momentum, eps)

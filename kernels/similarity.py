@@ -207,7 +207,7 @@ def tiling(n: int, bank_rows: int, dim: int, half: bool, with_logits: bool, prog
     if half:  # E takes 64 registers of each of 128 threads, a tile of the bank 16 KB; logits want registers too
         block_d = min(block_d, 512)
         block_n = min(64, max(16, 8192 // block_d))
-        block_b = min(block_n, 32 if with_logits else 64)
+        block_b = min(block_n, 32 if with_logits or dim % 16 else 64)  # rows not of whole vectors take more registers
         one_chunk, num_warps = dim <= block_d, 8 if with_logits else 4
     else:  # three products want every operand twice in registers: these tiles do not spill, larger ones do
         block_d = min(block_d, 128)

@@ -69,7 +69,7 @@ def source(kernel: JITFunction, arguments: dict) -> ASTSource:
     return ASTSource(kernel, signature, constants, attributes)
 
 
-def resources(cubin: bytes, shared: int, warps: int) -> dict:
+def resources(cubin: bytes, shared: int, warps: int, arch: int) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -77,7 +77,7 @@ def resources(cubin: bytes, shared: int, warps: int) -> dict:
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         (code,) = in_flight.machine_code(Path(file.name)).values()
     registers, stack = (int(n) for n in re.search(r"REG:(\d+) STACK:(\d+)", text).groups())
-    programs, loads = in_flight.blocks_per_sm(registers, shared, warps), in_flight.loads(code)
+    programs, loads = in_flight.blocks_per_sm(registers, shared, warps, arch), in_flight.loads(code)
     return {
         "registers": registers, "stack": stack, "shared": shared, "warps": warps, "programs_per_sm": programs,
         "loads": loads._asdict(), "in_flight": loads.in_flight * 32 * warps * programs,
@@ -173,7 +173,7 @@ def report(task: int) -> str:
         types = [str(v.dtype) for v in values.values() if isinstance(v, torch.Tensor)][:2]
         sixteens = [name for name, v in values.items() if type(v) is int and v % 16 == 0]
         out = {"kernel": kernel.__name__, "arch": arch, "types": types, "constants": shown, "sixteens": sixteens}
-        out |= resources(compiled.asm["cubin"], compiled.metadata.shared, options["num_warps"])
+        out |= resources(compiled.asm["cubin"], compiled.metadata.shared, options["num_warps"], arch)
         path.write_text(json.dumps(out))
 
     backend = triton.compiler.make_backend(target).hash()  # Triton's version and ptxas'

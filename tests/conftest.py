@@ -39,6 +39,24 @@ def pytest_collection_modifyitems(items):
         items.sort(key=lambda item: (item.get_closest_marker("ranks") is None, -tests_of[item.path], item.path))
 
 
+broken = False  # CUDA, in this process
+
+
+def pytest_runtest_logreport(report):
+    """After an illegal access every later test of the process would fail: a worker of xdist is replaced instead."""
+    global broken
+    if workers and report.failed and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            broken = True
+
+
+def pytest_runtest_logfinish():
+    if broken:
+        os._exit(1)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Under `--dist loadgroup` a file's tests run in one process, in order, and those marked "ranks" in one, too."""

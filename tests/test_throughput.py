@@ -169,6 +169,7 @@ def test_on_a_gpu_memory_is_freed_after_a_failure(monkeypatch):
         raise torch.OutOfMemoryError("of 79 GiB")
 
     monkeypatch.setattr(throughput, "_alone", alone)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     case = replace(TINY, device="cuda")
     found = throughput.measure(case, {"a": no_memory, "b": breaks(0, Large), "c": works}, 1)
     assert next(found) == ("a", {"skipped": "out of memory"}) and freed.call_count == 1
@@ -177,6 +178,20 @@ def test_on_a_gpu_memory_is_freed_after_a_failure(monkeypatch):
     for error in (KeyboardInterrupt, UserError):
         with pytest.raises(error):
             list(throughput.measure(case, {"a": mock.Mock(side_effect=error)}, 1))
+    monkeypatch.setattr(torch.cuda, "synchronize", mock.Mock(side_effect=RuntimeError("illegal memory access")))
+    after_it = {"skipped": "CUDA is broken in this process since 'a'"}
+    assert list(throughput.measure(case, {"a": breaks(0), "b": works}, 1)) == [("a", FAILED), ("b", after_it)]
+
+
+def test_a_profiler_that_fails_loses_no_time(monkeypatch):
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 3e9)
+    monkeypatch.setattr(timing, "_profiled", mock.Mock(side_effect=RuntimeError("CUPTI says no")))
+    found = throughput._alone(works, TINY, 0.01)
+    assert found["not_counted"] == "RuntimeError: CUPTI says no" and found["images_per_second"] > 0
+    result = {"settings": {"device": "cuda"}, "cases": [{"batch": 8, "classes": 5, "variants": {OURS: found}}]}
+    assert report.failed(result) and "| 8 | 5 | **ours** |" in report.table(result)
 
 
 def test_every_variant_is_kept_at_once(monkeypatch, capsys):
@@ -218,7 +233,8 @@ def bench_script(name, monkeypatch):
 
 def test_a_variant_that_fails_fails_the_check(monkeypatch, tmp_path):
     bench = bench_script("throughput", monkeypatch)
-    result = {"settings": {"device": "cpu"}, "cases": [{"batch": 4, "classes": 3, "variants": {OFFICIAL: FAILED}}]}
+    result = {"settings": {"device": "cpu", "variants": []}}
+    result["cases"] = [{"batch": 4, "classes": 3, "variants": {OFFICIAL: FAILED}}]
 
     def run(_options, keep):
         keep(result)
@@ -352,7 +368,7 @@ def test_every_kernel_of_ours_is_in_a_kind_of_ours():
 
 
 def test_device_time_by_kind(monkeypatch):
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as seen:
         torch.ones(1000).sum().item()
     events = seen.events()
     for name, e in zip(("Memset (Device)", "nvjet_a", "nvjet_b", "a user's range"), events, strict=False):

@@ -77,7 +77,7 @@ def conv1x1_stats_(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """BatchNorm with given statistics, ReLU, convolution, and what the next BatchNorm takes from its output."""
     mean, rstd, norm_weight, norm_bias = norm
-    z = F.batch_norm(x, mean[0], rstd[0] ** -2, norm_weight, norm_bias, eps=0.0)
+    z = F.batch_norm(x, mean[0], rstd[0] ** -2, norm_weight, norm_bias, eps=1e-30)  # PyTorch 2.11 refuses 0
     y = F.conv2d(F.relu(z, inplace=True), weight.to(x.dtype))
     var, mean = torch.var_mean(_wide(y), (0, 2, 3))
     running_mean.lerp_(mean, 0.1)

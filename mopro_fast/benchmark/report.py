@@ -30,7 +30,7 @@ def brief(name: str, v: dict[str, Any]) -> str:
 def failed(result: dict[str, Any]) -> bool:
     """Whether anything that was tried broke."""
     return any(
-        "failed" in v
+        "failed" in v or "not_counted" in v
         for case in result["cases"]
         for v in (*case["variants"].values(), case.get("parts_ms", {}), case.get("on_images", {}))
     )

@@ -276,8 +276,12 @@ def measure(case: Case, made: dict[str, Callable], seconds: float) -> Iterator[t
     Of one that fails: why, as ``attempt`` says it.
     """
     if case.device == "cuda":
+        broken = ""
         for name, factory in made.items():
-            yield name, attempt(_alone, factory, case, seconds)
+            found = {"skipped": broken} if broken else attempt(_alone, factory, case, seconds)
+            if "failed" in found and not _cuda_works():
+                broken = f"CUDA is broken in this process since {name!r}"
+            yield name, found
         return
     calls: dict[str, Callable[[], Any]] = {}
     times: dict[str, list[float]] = {}
@@ -332,12 +336,29 @@ def _alone(factory: Callable, case: Case, seconds: float) -> dict:
         call()
     result = _summary(_times(call, seconds), case.batch)
     result["memory_gb"] = torch.cuda.max_memory_reserved() / 1e9
+    result |= {"launches": None, "kernels": {}, "host_launches": {}, "synchronisations": None}
+    counted = attempt(_counts, call, case.device)
+    return result | ({"not_counted": counted["failed"]} if "failed" in counted else counted)
+
+
+def _counts(call: Callable[[], Any], device: str) -> dict:
+    """What the profiler and PyTorch count of one step."""
     kernels = timing.kernels(call)
-    result["launches"] = len(kernels) or None
-    result["kernels"] = kinds.by_kind(kernels)
-    result["host_launches"] = timing.host_launches(call)
-    result["synchronisations"] = timing.synchronisations(call, case.device)
-    return result
+    return {
+        "launches": len(kernels) or None,
+        "kernels": kinds.by_kind(kernels),
+        "host_launches": timing.host_launches(call),
+        "synchronisations": timing.synchronisations(call, device),
+    }
+
+
+def _cuda_works() -> bool:
+    """Not after an illegal access: then everything in the process fails."""
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return False
+    return True
 
 
 def _times(call: Callable[[], Any], seconds: float) -> list[float]:

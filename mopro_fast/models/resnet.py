@@ -178,7 +178,7 @@ class ResNet(nn.Module):
         x = self.maxpool(self.bn1(self.conv1(x), relu=True))
         for block in (*self.layer1, *self.layer2, *self.layer3, *self.layer4):
             x = _recomputed(block, x) if self.recompute and torch.is_grad_enabled() else block(x)
-        return _Mean.apply(x) if x.requires_grad else x.mean((2, 3))
+        return _pooled(x)
 
     def project(self, features: Tensor) -> Tensor:
         """pooled features → embedding of unit length, float32 whatever autocast says."""
@@ -189,20 +189,12 @@ class ResNet(nn.Module):
         return self.classifier(features), self.project(features)
 
 
-class _Mean(torch.autograd.Function):
-    """x.mean((2, 3)). Its gradient is divided as [N, C], then written once, as x lies. PyTorch's own writes it in NCHW,
-    whatever x is, and the next backward pass copies it."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.shape, ctx.channels_last = x.shape, x.is_contiguous(memory_format=torch.channels_last)
-        return x.mean((2, 3))
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        grad = grad / (ctx.shape[2] * ctx.shape[3])
-        layout = torch.channels_last if ctx.channels_last else torch.contiguous_format
-        return grad[:, :, None, None].expand(ctx.shape).contiguous(memory_format=layout)
+def _pooled(x: Tensor) -> Tensor:
+    """The mean over H and W: [N, C, H, W] → [N, C]. As x lies in memory, so that its gradient lies there, too: that of
+    x.mean((2, 3)) is written in NCHW whatever x is, and the next backward pass copies it."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x.permute(0, 2, 3, 1).mean((1, 2))
+    return x.mean((2, 3))
 
 
 def _recomputed(block: nn.Module, x: Tensor) -> Tensor:

@@ -24,6 +24,11 @@ def world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def alone() -> bool:
+    """Whether there are no other ranks to talk to."""
+    return world()[1] == 1
+
+
 def start(device: str) -> torch.device:
     """Join torchrun's process group, if there is one, and return this rank's device.
 
@@ -53,7 +58,7 @@ def gather_rows(x: Tensor) -> Tensor:
     """The same-sized x of all ranks, one below the other in rank order: [N, …] → [W·N, …]. No gradient."""
     _, ranks = world()
     x = x.detach().contiguous()
-    if ranks == 1:
+    if alone():
         return x
     out = x.new_empty(ranks * len(x), *x.shape[1:])
     dist.all_gather_into_tensor(out, x)
@@ -63,7 +68,7 @@ def gather_rows(x: Tensor) -> Tensor:
 def gather_together(*tensors: Tensor) -> list[Tensor]:
     """:func:`gather_rows` of several tensors with the same number of rows, in one collective."""
     tensors = tuple(x.detach().contiguous() for x in tensors)
-    if world()[1] == 1:
+    if alone():
         return list(tensors)
     packed = [x.flatten(1) if x.dim() > 1 else x[:, None] for x in tensors]
     packed = [x.view(torch.uint8) for x in packed]  # [N, bytes]
@@ -83,7 +88,7 @@ def start_exchange(x: Tensor, order: np.ndarray, group: dist.ProcessGroup | None
     """
     rank, ranks = world()
     n = len(x)
-    if ranks == 1:
+    if alone():
         return lambda: x[to_device(order, x.device)]
     mine = order[rank * n : (rank + 1) * n]
     # Sent to rank d, in the order in which d's block of `order` names my rows.
@@ -122,7 +127,7 @@ def data_parallel(module: nn.Module, example: Tensor) -> DistributedDataParallel
 
 def from_rank0(value):
     """Rank 0's value (any small picklable object) on every rank."""
-    if world()[1] == 1:
+    if alone():
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0)
@@ -131,9 +136,9 @@ def from_rank0(value):
 
 def by_rank0(compute: Callable[[], T]) -> T:
     """What rank 0 computes (something picklable), on every rank. The others wait for as long as it takes."""
-    rank, ranks = world()
-    if ranks == 1:
+    if alone():
         return compute()
+    rank = world()[0]
     group = _patient_group()
     box = [compute() if rank == 0 else None]
     dist.broadcast_object_list(box, src=0, group=group)
@@ -144,7 +149,7 @@ def by_rank0(compute: Callable[[], T]) -> T:
 def gather_lists(mine: list, patient: bool = False) -> list:
     """The ranks' lists (of small picklable objects) joined, on every rank; patient: for as long as one needs."""
     _, ranks = world()
-    if ranks == 1:
+    if alone():
         return mine
     parts: list = [None] * ranks
     group = _patient_group() if patient else None
@@ -161,7 +166,7 @@ def _patient_group() -> dist.ProcessGroup:
 
 def sync_buffers(module: nn.Module) -> None:
     """Give every rank rank 0's buffers (BatchNorm's running statistics, as in the official code; queue, prototypes)."""
-    if world()[1] == 1:
+    if alone():
         return
     buffers = list(module.buffers())
     for dtype in dict.fromkeys(b.dtype for b in buffers):  # in one broadcast each: ResNet-50 has 321 buffers
@@ -181,7 +186,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.signal = 0
-        self.group = dist.new_group(backend="gloo") if world()[1] > 1 else None
+        self.group = None if alone() else dist.new_group(backend="gloo")
         self.pending: tuple[dist.Work, Tensor] | None = None
 
     def __enter__(self) -> "StopSignal":

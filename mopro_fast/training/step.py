@@ -51,11 +51,11 @@ class TrainStep:
             lr=self.lr,
             **shadows,
         )
-        ranks = distributed.world()[1]
-        if ranks > 1:
+        if not distributed.alone():
             example = torch.zeros(2, 3, 32, 32, device=device, dtype=self.query.conv1.weight.dtype)
             self.query = distributed.data_parallel(self.query, example)
-        self._call = Graphed(self._run, _WARM_UP if ranks == 1 else _WARM_UP_DDP) if self._graphed else self._run
+        warm_up = _WARM_UP if distributed.alone() else _WARM_UP_DDP
+        self._call = Graphed(self._run, warm_up) if self._graphed else self._run
 
         self.sums = torch.zeros(2, len(model.METRICS), dtype=torch.float64, device=device)
         """Of each metric: since the last entry of the log, in this epoch."""
@@ -109,7 +109,7 @@ class TrainStep:
     def decisions(self) -> Tensor:
         """int32 [images] on the CPU: ``assigned`` of all ranks."""
         merged = self.assigned.clone()
-        if distributed.world()[1] > 1:
+        if not distributed.alone():
             torch.distributed.all_reduce(merged, torch.distributed.ReduceOp.MAX)
         return merged.cpu()
 
@@ -127,7 +127,7 @@ class Shuffle:
         """rows: of all ranks."""
         self._seed, self._rows = seed, rows
         # A group of its own, so that an exchange does not queue up behind the step's collectives.
-        self._group = torch.distributed.new_group() if distributed.world()[1] > 1 else None
+        self._group = None if distributed.alone() else torch.distributed.new_group()
 
     def __call__(self, batches, global_step: int):
         """Of each batch (the first is that of ``global_step``): the batch with view_k shuffled, and ``place``."""
