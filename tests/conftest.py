@@ -42,10 +42,10 @@ def pytest_collection_modifyitems(items):
 broken = False  # CUDA, in this process
 
 
-def pytest_runtest_logreport(report):
+def pytest_exception_interact():
     """After an illegal access every later test of the process would fail: a worker of xdist is replaced instead."""
     global broken
-    if workers and report.failed and torch.cuda.is_initialized():
+    if workers and torch.cuda.is_initialized():
         try:
             torch.cuda.synchronize()
         except RuntimeError:
