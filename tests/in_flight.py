@@ -4,11 +4,11 @@ By Little's law an SM must have bandwidth · latency bytes under way: 4.3 TB/s o
 
     python tests/in_flight.py FILE.cubin ...      what each kernel in them has
 
-The code is read once, in its order. A load whose result an instruction needs is waited for; loads that were issued
-before the same wait share its latency: they are one round. What a thread has in flight is the bytes that it loads over
-the rounds that this takes. Loads that go to shared memory (cp.async: LDGSTS) are committed in groups (LDGDEPBAR); a
-wait (DEPBAR) that leaves n groups under way had n + 1 of them in flight. Where loops load, the one that loads most
-counts, and nothing else.
+The code is read in its order, a loop's body twice, for a turn waits for what the one before has loaded. A load whose
+result an instruction needs is waited for; loads that were issued before the same wait share its latency: they are one
+round. What a thread has in flight is the bytes that it loads over the rounds that this takes. Loads that go to shared
+memory (cp.async: LDGSTS) are committed in groups (LDGDEPBAR); a wait (DEPBAR) that leaves n groups under way had n + 1
+of them in flight. Where loops load, the one that loads most counts, and nothing else.
 """
 
 import re

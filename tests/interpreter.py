@@ -16,7 +16,7 @@ def refuse_what_it_cannot_run_with() -> None:
         triton, numpy = version("triton"), version("numpy")
     except PackageNotFoundError:
         return
-    if of(triton) < (3, 7) and of(numpy) >= (2, 4):
+    if release(triton) < (3, 7) and release(numpy) >= (2, 4):
         pytest.exit(
             f"Triton {triton}'s interpreter, which stands in for a GPU here, fails with NumPy {numpy}: "
             "pip install 'numpy<2.4', or triton 3.7",
@@ -24,7 +24,7 @@ def refuse_what_it_cannot_run_with() -> None:
         )
 
 
-def of(version: str) -> tuple[int, int]:
+def release(version: str) -> tuple[int, int]:
     major, minor = version.split(".")[:2]
     return int(major), int(minor)
 
