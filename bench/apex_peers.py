@@ -10,14 +10,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mopro_fast import environment
+from mopro_fast import installed
 from mopro_fast.errors import UserError
 
 
 def missing() -> str | None:
     """Why there is no such peer here, if so."""
     try:
-        environment.require_apex("groupbn")
+        installed.require_apex("groupbn")
     except UserError as error:
         return str(error)
     return None if importlib.util.find_spec("bnp") else "groupbn: NVIDIA's apex was built without --bnp"

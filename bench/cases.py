@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mopro_fast.data.augment import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, Views, crop_boxes, draw
+from mopro_fast.config import AugmentConfig
+from mopro_fast.data.augment import Views, crop_boxes, draw
 from mopro_fast.models.resnet import ResNet
+from mopro_fast.ops.colour import IMAGENET_MEAN, IMAGENET_STD
 
 # Of q, keys, queue and prototypes that are read; under autocast, which is what trains, the logits alone are bfloat16.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "autocast": torch.float32}

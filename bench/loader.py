@@ -28,10 +28,11 @@ import record
 import torch
 from PIL import Image, ImageEnhance
 
-from mopro_fast.data.augment import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig
+from mopro_fast.config import AugmentConfig
 from mopro_fast.data.index import load_index
+from mopro_fast.data.inputs import readable
 from mopro_fast.data.pipeline import TrainLoader
-from mopro_fast.training.inputs import readable
+from mopro_fast.ops.colour import IMAGENET_MEAN, IMAGENET_STD
 
 OFFICIAL, TORCHVISION = "official", "official, torchvision"
 PACKS = {"shards, 256 px": "256", "shards, original": "0"}

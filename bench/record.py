@@ -11,7 +11,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as mopro_fast/cli.py does, b
 import torch
 
 from mopro_fast import __version__, environment
-from mopro_fast.downstream.done import write_json
+from mopro_fast.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 

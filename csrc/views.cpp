@@ -4,7 +4,7 @@
 // crop: an antialiased bilinear resize (Pillow's filter, rounded to 8 bits once), columns first: one pass
 // over the rows that an output row needs, in registers, then S sums over a line that is in the cache.
 //
-// color_jitter: the arithmetic of mopro_fast/data/augment.py, operation by operation, so equal to the bit
+// color_jitter: the arithmetic of mopro_fast/ops/colour.py, operation by operation, so equal to the bit
 // to it and to Pillow. Every operation ends in whole numbers of 8 bits, so that the planes between two are
 // bytes.
 #include <pybind11/numpy.h>

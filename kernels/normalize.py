@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mopro_fast.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from mopro_fast.kernels.similarity import INTERPRETED
+from mopro_fast.ops.colour import IMAGENET_MEAN, IMAGENET_STD
 
 SHIFT_R, SHIFT_G, SHIFT_B = (tl.constexpr(-m / s) for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True))
 SCALE_R, SCALE_G, SCALE_B = (tl.constexpr(1 / (255 * s)) for s in IMAGENET_STD)

@@ -13,7 +13,7 @@ order: the view is written, and what contrast and later operations change is rea
 a view over programs would want a second launch, and another pass over half of the views. A pixel takes about 600
 instructions: predicted, not measured, are 1 to 1.6 ms a step at N = 256 and 224 px on an H100 or H200.
 Traffic: V·N crops in, 3·V·N·S² bytes out, and 6·N·S² more, in cache, for contrast. Source: torchvision's
-RandomResizedCrop and ColorJitter on Pillow images, as in mopro_fast/data/augment.py.
+RandomResizedCrop and ColorJitter on Pillow images, as in mopro_fast/ops/colour.py.
 """
 
 import torch
@@ -21,10 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mopro_fast.data import augment
+from mopro_fast.ops import colour
 from mopro_fast.ops.two_views import largest_side
 
-CONTRAST, SATURATION, HUE = (tl.constexpr(c) for c in (augment.CONTRAST, augment.SATURATION, augment.HUE))
+CONTRAST, SATURATION, HUE = (tl.constexpr(c) for c in (colour.CONTRAST, colour.SATURATION, colour.HUE))
 ROUND = tl.constexpr(1.5 * 2**23)  # x + ROUND − ROUND: the nearest whole number, halves to the even one
 
 
@@ -150,7 +150,7 @@ def store(out_ptr, p, p_ok, r, g, b):
     tl.store(out_ptr + p * 3 + 2, b.to(tl.uint8), p_ok)
 
 
-# The colours, on whole float32 in [0, 255], operation by operation as in augment.py. No product may be fused with a
+# The colours, on whole float32 in [0, 255], operation by operation as in ops/colour.py. No product may be fused with a
 # sum: hence enable_fp_fusion=False below.
 
 

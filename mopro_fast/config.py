@@ -19,8 +19,37 @@ except ImportError:  # only the command line needs its parser
     def arg(name: str) -> None: ...
 
 
-from mopro_fast.data.augment import AugmentConfig
 from mopro_fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Strengths of the augmentations. A value out of range raises a UserError."""
+
+    scale: tuple[float, float] = (0.2, 1.0)
+    """Smallest and largest area of a crop, as a fraction of the image."""
+    flip: float = 0.5
+    """Probability of a horizontal flip, in both views."""
+    grayscale: float = 0.2
+    """Probability that view_k loses its colours."""
+    brightness: float = 0.4
+    """view_k: brightness is multiplied by a factor of 1 ± this."""
+    contrast: float = 0.4
+    """view_k: contrast is multiplied by a factor of 1 ± this."""
+    saturation: float = 0.4
+    """view_k: saturation is multiplied by a factor of 1 ± this."""
+    hue: float = 0.4
+    """view_k: hue turns by up to ± this part of a full circle (at most 0.5)."""
+
+    def __post_init__(self) -> None:
+        low, high = self.scale
+        if not 0 < low <= high <= 1:
+            raise UserError(f"augment scale {low} {high}: give two numbers with 0 < smallest <= largest <= 1")
+        highest = {"flip": 1, "grayscale": 1, "brightness": 1, "contrast": 1, "saturation": 1, "hue": 0.5}
+        for name, limit in highest.items():
+            value = getattr(self, name)
+            if not 0 <= value <= limit:
+                raise UserError(f"augment {name} must lie in [0, {limit}], got {value}")
 
 
 @dataclass

@@ -9,13 +9,10 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from mopro_fast.errors import UserError
-
-BUILD_INFO = Path(__file__).with_name("_build_info.json")  # written by setup.py
-APEX_OF_NVIDIA = ("optimizers", "normalization", "multi_tensor_apply")
+from mopro_fast import installed
+from mopro_fast.installed import apex_is_of_nvidia, covers
 
 
 def collect() -> dict[str, Any]:
@@ -76,27 +73,10 @@ def _apex() -> str:
     """Nothing of apex is imported here."""
     if importlib.util.find_spec("apex") is None:
         return "not installed"
-    if not _apex_is_of_nvidia():
+    if not apex_is_of_nvidia():
         return f"{_version('apex')}, not NVIDIA's but another package of that name"
     kernels = "with" if importlib.util.find_spec("amp_C") else "without"
     return f"{_version('apex')}, NVIDIA's, {kernels} its CUDA kernels"
-
-
-def _apex_is_of_nvidia() -> bool:
-    """NVIDIA's apex is not on PyPI; the apex there is another project."""
-    folders = [Path(folder) for folder in importlib.util.find_spec("apex").submodule_search_locations or []]
-    return any(all((folder / name).is_dir() for name in APEX_OF_NVIDIA) for folder in folders)
-
-
-def require_apex(wanted: str) -> None:
-    """Raise a UserError that begins with ``wanted`` where NVIDIA's apex and its CUDA kernels are not installed."""
-    source = "install NVIDIA's from https://github.com/NVIDIA/apex with its CUDA extensions"
-    if importlib.util.find_spec("apex") is None:
-        raise UserError(f"{wanted}: apex is not installed: {source}")
-    if not _apex_is_of_nvidia():
-        raise UserError(f"{wanted}: the apex installed here is another package of that name: uninstall it and {source}")
-    if importlib.util.find_spec("amp_C") is None:
-        raise UserError(f"{wanted}: NVIDIA's apex is installed without its CUDA kernels (amp_C): {source}")
 
 
 def _gpus() -> list[dict[str, str]]:
@@ -125,9 +105,9 @@ def _driver() -> str:
 
 def _extension() -> dict[str, Any]:
     """setup.py's record of the build, and whether the module loads here and fits the GPUs."""
-    if not BUILD_INFO.exists():
+    if not installed.BUILD_INFO.exists():
         return {"usable": False, "reason": "mopro_fast is not installed", "what_to_do": "pip install ."}
-    info = json.loads(BUILD_INFO.read_text())
+    info = json.loads(installed.BUILD_INFO.read_text())
     if not info.pop("cuda"):
         return {"usable": False, **info}
     try:
@@ -149,23 +129,6 @@ def _views() -> str:
     except ImportError as error:
         return f"PyTorch, slower than C++ ({error}): install again where there is a C++ compiler"
     return "C++"
-
-
-def covers(archs: Sequence[str], capability: str) -> bool:
-    """Whether code built for CMake's `archs` runs on a GPU of `capability` ("9.0").
-
-    A binary ("90-real") runs on its own major version from its minor up, PTX ("90-virtual") on anything
-    newer, both ("90") on either; "90a" runs on 9.0 alone.
-    """
-    gpu = int(capability.replace(".", ""))
-    for arch in archs:
-        number, _, kind = arch.partition("-")
-        if number[-1] in "af":
-            if int(number[:-1]) == gpu:
-                return True
-        elif int(number) <= gpu and (kind != "real" or int(number) // 10 == gpu // 10):
-            return True
-    return False
 
 
 def _backends() -> dict[str, dict[str, str]]:

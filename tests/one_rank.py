@@ -9,8 +9,7 @@ from collections import Counter
 
 import torch.distributed as dist
 
-from mopro_fast import cli
-from mopro_fast.training import distributed
+from mopro_fast import cli, distributed
 
 COLLECTIVES = ("all_gather_into_tensor", "all_reduce", "all_to_all_single", "broadcast")
 

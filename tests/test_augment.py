@@ -7,23 +7,22 @@ import torch
 from PIL import Image, ImageEnhance
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mopro_fast.data import augment, views
-from mopro_fast.data.augment import (
+from mopro_fast.config import AugmentConfig
+from mopro_fast.data import views
+from mopro_fast.data.augment import Crops, crop_boxes, draw
+from mopro_fast.errors import UserError
+from mopro_fast.ops import colour
+from mopro_fast.ops.colour import (
     BRIGHTNESS,
     CONTRAST,
     HUE,
     IMAGENET_MEAN,
     IMAGENET_STD,
     SATURATION,
-    AugmentConfig,
-    Crops,
     Jitter,
     color_jitter,
-    crop_boxes,
-    draw,
     normalize,
 )
-from mopro_fast.errors import UserError
 
 SAME_FACTORS = (1.0, 1.0, 1.0, 0.0)
 
@@ -269,14 +268,14 @@ class Divisors(TorchDispatchMode):
 
 def test_nothing_is_divided_by_a_number(monkeypatch):
     """On a GPU that is a multiplication by the reciprocal, by a 0-dim CPU tensor, too."""
-    monkeypatch.setattr(augment, "to_device", lambda array, device: torch.from_numpy(array).to(device))
+    monkeypatch.setattr(colour, "to_device", lambda array, device: torch.from_numpy(array).to(device))
     images = torch.empty(6, 9, 9, 3, dtype=torch.uint8, device="meta")
     with Divisors() as divisors:
         color_jitter(images, draw(generator(8), 6, AugmentConfig()).jitter)
     assert len(divisors.seen) > 5
     assert all(isinstance(x, torch.Tensor) and x.device == images.device for x in divisors.seen), divisors.seen
     arguments = 6, torch.float32, images.device
-    assert augment._divisor(*arguments) is augment._divisor(*arguments)  # made once: a graph can be captured
+    assert colour._divisor(*arguments) is colour._divisor(*arguments)  # made once: a graph can be captured
     with Divisors() as divisors:  # what this test would see
         images.float().div_(6), images / torch.tensor(6.0), images.float().mean((1, 2))
     assert [getattr(x, "device", x) for x in divisors.seen] == [6, torch.device("cpu"), "mean"]

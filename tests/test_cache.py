@@ -9,12 +9,13 @@ import torch
 from PIL import Image
 
 from mopro_fast import ops
+from mopro_fast.config import AugmentConfig
 from mopro_fast.data import cache
-from mopro_fast.data.augment import AugmentConfig, color_jitter
 from mopro_fast.data.cache import DeviceEvalLoader, DeviceTrainLoader
 from mopro_fast.data.index import load_index
 from mopro_fast.data.pipeline import EvalLoader, TrainLoader
 from mopro_fast.errors import UserError
+from mopro_fast.ops.colour import color_jitter
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PLAIN = AugmentConfig(grayscale=0, brightness=0, contrast=0, saturation=0, hue=0)
@@ -177,7 +178,7 @@ def test_more_than_fits(index, monkeypatch):
     needed = 3 * sum(h * w for h, w in (SHAPES[i % len(SHAPES)] for i in range(37)))
     assert needed == len(on_device(index)._pixels)
     monkeypatch.setattr(cache, "_free", lambda _: needed - 1)
-    monkeypatch.setattr(cache, "_decoded", None)  # it is known before
+    monkeypatch.setattr(cache, "decoded", None)  # it is known before
     expected = f"needs {needed} bytes for 37 images, {DEVICE} has {needed - 1} free.*--size.*, or use --cache no$"
     with pytest.raises(UserError, match=expected):
         on_device(index)
@@ -189,7 +190,7 @@ def test_what_is_decoded_ahead_is_bounded(index, monkeypatch):
     """However slow the device: it also bounds how long an interruption takes."""
     monkeypatch.setattr(cache, "_CHUNK", 5)
     begun = []
-    images = cache._decoded(index, index.usable, 2, False, lambda image: begun.append(1) or image)
+    images = cache.decoded(index, index.usable, 2, False, lambda image: begun.append(1) or image)
     for _ in range(7):
         next(images)
     images.close()
@@ -261,7 +262,7 @@ def test_without_dali(folder):
 import sys, torch
 for name in ("nvidia.dali", "nvidia.dali.plugin.pytorch"):
     sys.modules[name] = None
-from mopro_fast.data.augment import AugmentConfig
+from mopro_fast.config import AugmentConfig
 from mopro_fast.data.cache import DeviceEvalLoader, DeviceTrainLoader
 from mopro_fast.data.index import load_index
 index = load_index({str(folder / "list.txt")!r}, "train", num_classes=4)

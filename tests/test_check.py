@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from odd_images import SHARED, decode_cases, encoded, odd_images, picture
 
-from mopro_fast import cli
+from mopro_fast import cli, files
 from mopro_fast.data import check as module
-from mopro_fast.data import decode, shards, workers
+from mopro_fast.data import decode, workers
 from mopro_fast.data.check import FILE, check, default_path, load_splits, summary
 from mopro_fast.data.decode import OK, TOLERANT, UNREADABLE, VERDICTS
 from mopro_fast.errors import UserError
@@ -304,11 +304,11 @@ def test_two_at_a_time(odd):
 def test_a_lock_whose_file_has_gone_is_not_held(tmp_path, monkeypatch):
     """The other process removes the file, and with it its lock, just when this one has opened it."""
     with pytest.raises(UserError, match="busy"), monkeypatch.context() as patch:
-        patch.setattr(shards.fcntl, "flock", lambda file, _: os.unlink(file.name))
-        with shards.locked(str(tmp_path / "x"), "busy"):
+        patch.setattr(files.fcntl, "flock", lambda file, _: os.unlink(file.name))
+        with files.locked(str(tmp_path / "x"), "busy"):
             pass
-    monkeypatch.setattr(shards.fcntl, "flock", no_locks)
-    with shards.locked(str(tmp_path / "x"), "busy"):
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    with files.locked(str(tmp_path / "x"), "busy"):
         assert (tmp_path / "x").exists()
     assert not (tmp_path / "x").exists()
 

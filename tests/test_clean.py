@@ -92,7 +92,7 @@ def test_every_image_has_the_verdict_of_the_method(whole, model, data):
     verdicts = [r["verdict"] for r in rows]
     assert min(verdicts.count(v) for v in ("kept", "relabelled", "removed")) >= 10
     totals = json.loads((whole / "clean.json").read_text())["totals"]
-    assert totals == {v: verdicts.count(v) for v in module.VERDICTS}
+    assert totals == {v: verdicts.count(v) for v in module.DECISIONS}
 
 
 def test_the_official_file_is_what_json_dump_writes(whole):

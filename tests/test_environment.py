@@ -4,13 +4,13 @@ import sys
 
 import pytest
 
-from mopro_fast import environment
+from mopro_fast import environment, installed
 
 
 @pytest.fixture
 def build_info(tmp_path, monkeypatch):
     path = tmp_path / "_build_info.json"
-    monkeypatch.setattr(environment, "BUILD_INFO", path)
+    monkeypatch.setattr(installed, "BUILD_INFO", path)
     return path
 
 
@@ -96,7 +96,7 @@ def test_extension_for_another_gpu(build_info, monkeypatch):
     ],
 )
 def test_covers(archs, capability, expected):
-    assert environment.covers(archs, capability) == expected
+    assert installed.covers(archs, capability) == expected
 
 
 @pytest.mark.parametrize(

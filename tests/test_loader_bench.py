@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mopro_fast.data.augment import normalize
+from mopro_fast.ops.colour import normalize
 
 if sys.platform != "linux":
     pytest.skip("DALI is for Linux", allow_module_level=True)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mopro_fast import ops
-from mopro_fast.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from mopro_fast.ops.colour import IMAGENET_MEAN, IMAGENET_STD
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16_STEP = 2**-8 if DEVICE == "cuda" else 2**-7  # Triton's interpreter cuts off where a GPU rounds

@@ -12,12 +12,14 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from mopro_fast.config import AugmentConfig
 from mopro_fast.data import decode, pipeline
-from mopro_fast.data.augment import AugmentConfig, color_jitter, crop_boxes, draw
+from mopro_fast.data.augment import crop_boxes, draw
 from mopro_fast.data.index import load_index
 from mopro_fast.data.order import epoch_order
 from mopro_fast.data.pipeline import EvalLoader, TrainLoader
 from mopro_fast.errors import UserError
+from mopro_fast.ops.colour import color_jitter
 
 if sys.platform != "linux":
     pytest.skip("DALI is for Linux", allow_module_level=True)

@@ -11,12 +11,12 @@ from processes import on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mopro_fast import distributed
 from mopro_fast.config import DataConfig, ModelConfig, MoProConfig, OptimConfig, RunConfig, TrainConfig
 from mopro_fast.data.pipeline import Batch
 from mopro_fast.models.build import build
 from mopro_fast.models.precision import low_precision
 from mopro_fast.models.resnet import ResNet
-from mopro_fast.training import distributed
 from mopro_fast.training.step import Shuffle, TrainStep
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))

@@ -14,9 +14,9 @@ from small_step import SGD, run_steps, small_model, train_step
 
 from mopro_fast.config import MoProConfig
 from mopro_fast.data.pipeline import Batch
+from mopro_fast.distributed import data_parallel, gather_rows, shuffle_order, start_exchange
 from mopro_fast.models.mopro import MoPro
 from mopro_fast.models.resnet import GroupedBatchNorm2d, ResNet
-from mopro_fast.training.distributed import data_parallel, gather_rows, shuffle_order, start_exchange
 from mopro_fast.training.step import Shuffle
 
 STEPS, ROWS, CLASSES, DIM, QUEUE, SIZE = 20, 6, 5, 8, 20, 32  # 6 and 12 rows: neither divides the queue

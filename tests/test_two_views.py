@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 
 from mopro_fast import ops
-from mopro_fast.data.augment import CONTRAST, HUE, AugmentConfig, Jitter, color_jitter, crop_boxes, draw
+from mopro_fast.config import AugmentConfig
+from mopro_fast.data.augment import crop_boxes, draw
+from mopro_fast.ops.colour import CONTRAST, HUE, Jitter, color_jitter
 from mopro_fast.ops.two_views import largest_side
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from mopro_fast.config import AugmentConfig
 from mopro_fast.data import views
-from mopro_fast.data.augment import AugmentConfig, crop_boxes, draw
+from mopro_fast.data.augment import crop_boxes, draw
 
 BUILT = pytest.mark.skipif(views._views is None, reason="built without a C++ compiler")
 

@@ -12,8 +12,8 @@ import torch
 from mopro_fast import environment
 from mopro_fast.benchmark import report, throughput
 from mopro_fast.benchmark.throughput import Case
-from mopro_fast.downstream.done import write_json
 from mopro_fast.errors import UserError
+from mopro_fast.files import write_json
 
 
 @dataclass

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mopro_fast.data import augment
+from mopro_fast.ops import colour
 
 
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -127,8 +127,8 @@ def two_views(
             crop = F.interpolate(crop, (size, size), mode="bilinear", antialias=True).round_().byte()
             views.append(crop.flip(3) if flip else crop)
     q, k = torch.cat(views).permute(0, 2, 3, 1).unflatten(0, (len(images), -1)).unbind(1)
-    jitter = augment.Jitter(gray.cpu().numpy(), factors.float().cpu().numpy(), order.cpu().numpy())
-    return torch.stack([q, augment.color_jitter(k.contiguous(), jitter)])
+    jitter = colour.Jitter(gray.cpu().numpy(), factors.float().cpu().numpy(), order.cpu().numpy())
+    return torch.stack([q, colour.color_jitter(k.contiguous(), jitter)])
 
 
 def _instance_logits(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:

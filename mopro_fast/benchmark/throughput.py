@@ -384,7 +384,7 @@ def _summary(times: list[float], batch: int) -> dict:
 
 def on_images(case: Case, data: str, seconds: float) -> dict[str, float]:
     """Training from real files or shards: images_per_second, and the share of the time that waits for images."""
-    from mopro_fast.training import inputs  # it needs packages that the rest of this file does not
+    from mopro_fast.data import inputs  # it needs packages that the rest of this file does not
 
     _free()
     config = case.config()

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from mopro_fast.data.augment import AugmentConfig, Views, draw
+from mopro_fast.config import AugmentConfig
+from mopro_fast.data.augment import Views, draw
 from mopro_fast.data.index import Index
 from mopro_fast.data.order import epoch_order, substitutes
 from mopro_fast.data.reader import Lost

@@ -18,13 +18,14 @@ from tqdm import tqdm
 
 from mopro_fast import ops
 from mopro_fast.data import decode
-from mopro_fast.data.augment import crop_boxes, to_device
+from mopro_fast.data.augment import crop_boxes
 from mopro_fast.data.batches import Batch, TrainBatches
 from mopro_fast.data.decode import DecodeError
 from mopro_fast.data.index import Index
 from mopro_fast.data.reader import Lost
 from mopro_fast.errors import UserError
 from mopro_fast.ops.two_views import largest_side
+from mopro_fast.transfer import to_device
 
 _CHUNK = 1024  # images decoded ahead at most: what an interruption waits for, and what lies in memory
 
@@ -67,8 +68,8 @@ class DeviceTrainLoader(TrainBatches):
         _require_memory(needed, len(rows), self._device)
         pixels = torch.empty(needed, dtype=torch.uint8, device=self._device)
         self._images[:], self._reasons = 0, {}
-        decoded = _decoded(self._index, rows, self._threads, show=self._rank == 0)
-        for row, end, shape, image in zip(rows, ends, shapes, decoded, strict=True):
+        found = decoded(self._index, rows, self._threads, show=self._rank == 0)
+        for row, end, shape, image in zip(rows, ends, shapes, found, strict=True):
             if isinstance(image, str):
                 self._reasons[row] = image
             elif image.size != 3 * shape.prod():
@@ -163,10 +164,10 @@ class DeviceEvalLoader:
         rows, self.lost = [], []
 
         def crop(image: np.ndarray) -> np.ndarray:
-            return _central(image, self._resize, size)
+            return central_crop(image, self._resize, size)
 
-        decoded = _decoded(self._index, self._wanted, self._threads, self._show, crop)
-        for row, image in zip(self._wanted.tolist(), decoded, strict=True):
+        found = decoded(self._index, self._wanted, self._threads, self._show, crop)
+        for row, image in zip(self._wanted.tolist(), found, strict=True):
             if isinstance(image, str):
                 self.lost.append(Lost(row, -1, image))
             else:
@@ -176,7 +177,7 @@ class DeviceEvalLoader:
         return images[: len(rows)]
 
 
-def _central(image: np.ndarray, resize: int, size: int) -> np.ndarray:
+def central_crop(image: np.ndarray, resize: int, size: int) -> np.ndarray:
     """torchvision's Resize(resize) and CenterCrop(size)."""
     height, width, _ = image.shape
     short = min(height, width)
@@ -202,7 +203,7 @@ def _shapes(index: Index, rows: np.ndarray, threads: int) -> np.ndarray:
         return np.array(list(pool.map(shape, rows.tolist())), np.int64).reshape(-1, 2)
 
 
-def _decoded(
+def decoded(
     index: Index,
     rows: np.ndarray,
     threads: int,

@@ -26,9 +26,10 @@ from tqdm import tqdm
 
 from mopro_fast.data import workers as processes
 from mopro_fast.data.decode import CANNOT_READ, CONVERTED, OK, UNREADABLE, VERDICTS, examine_files
-from mopro_fast.data.index import WEBVISION_LISTS, Index, Split, _recognise, _subfolders, load_index
-from mopro_fast.data.shards import is_pack, locked, replacing, verify_pack
+from mopro_fast.data.index import Checked, Index, Split, load_index, val_layout
+from mopro_fast.data.shards import is_pack, verify_pack
 from mopro_fast.errors import UserError
+from mopro_fast.files import locked, replacing
 
 FILE = ".mopro_fast_index.parquet"
 EXAMPLES = 3  # named per kind of fault
@@ -50,28 +51,6 @@ _SCHEMA = pa.schema(
     metadata={b"mopro_fast.check": _VERSION},
 )
 _FOUND = pa.schema([field for field in _SCHEMA if field.name != "label"])  # what reading a file finds
-
-
-@dataclass(frozen=True, eq=False)
-class Checked:
-    """What is known of an index's images, row by row."""
-
-    verdict: np.ndarray
-    """uint8 [n]: OK, CONVERTED, TOLERANT or UNREADABLE of decode.py."""
-    size: np.ndarray
-    """int64 [n], bytes; -1: no such file."""
-    mtime_ns: np.ndarray
-    """int64 [n]; -1: no such file."""
-    width: np.ndarray
-    """int32 [n], of the upright image; 0 if unreadable."""
-    height: np.ndarray
-    """int32 [n]."""
-    reason: list[str]
-    """[n], "kind" or "kind: detail"; empty if OK."""
-    path: str
-    """The Parquet file."""
-    read: int
-    """How many files had to be read this time."""
 
 
 def check(index: Index, *, workers: int, progress: bool, path: str | None = None, forget: bool = False) -> Checked:
@@ -314,10 +293,8 @@ def load_splits(data: str, layout: str, root: str | None, val: str | None = None
     splits = {"train": _load(data, "train", layout, root)}
     if val:
         splits["val"] = _load(val, "val", "auto", root)
-    elif os.path.isfile(os.path.join(data, *WEBVISION_LISTS["val"])) and layout in ("auto", "webvision"):
-        splits["val"] = _load(data, "val", "webvision", None)
-    elif all(os.path.isdir(os.path.join(data, name)) for name in ("train", "val")) and layout in ("auto", "folder"):
-        splits["val"] = _load(data, "val", "folder", None)
+    elif own := val_layout(data, layout):
+        splits["val"] = _load(data, "val", own, None)
     return splits
 
 
@@ -329,10 +306,4 @@ def worker_count(given: int) -> int:
 
 def _load(data: str, split: Split, layout: str, root: str | None) -> Index:
     """Whatever the labels and however many classes; images of lists may be missing."""
-    classes = 1 << 62
-    if os.path.isdir(data):
-        layout = _recognise(data) if layout == "auto" else layout
-        if layout == "folder":
-            present = _subfolders(data)
-            classes = len(_subfolders(os.path.join(data, split)) if {"train", "val"} <= set(present) else present)
-    return load_index(data, split, num_classes=classes, layout=layout, root=root, missing=True)
+    return load_index(data, split, num_classes=None, layout=layout, root=root, missing=True)

@@ -9,19 +9,18 @@ import hashlib
 import os
 from array import array
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
-from mopro_fast.data.shards import MANIFEST, STATE, ShardSet, is_pack, open_shards
+from mopro_fast.data.shards import MANIFEST, STATE, ShardSet, is_pack, open_shards, read_manifest
 from mopro_fast.errors import UserError
-
-if TYPE_CHECKING:
-    from mopro_fast.data.check import Checked
+from mopro_fast.labels import NO_LABEL
 
 Split = Literal["train", "val"]
+Layout = Literal["auto", "webvision", "list", "folder", "shards"]
 
-NO_LABEL = -1  # allowed in training data
+
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 WEBVISION_LISTS = {
     "train": ("info/train_filelist_google.txt", "info/train_filelist_flickr.txt"),
@@ -29,6 +28,28 @@ WEBVISION_LISTS = {
 }
 WEBVISION_FOLDERS = {"train": "", "val": "val_images_256"}  # where the paths of those lists start
 _NAMED = 3  # missing images named in the message
+
+
+@dataclass(frozen=True, eq=False)
+class Checked:
+    """What is known of an index's images, row by row."""
+
+    verdict: np.ndarray
+    """uint8 [n]: OK, CONVERTED, TOLERANT or UNREADABLE of decode.py."""
+    size: np.ndarray
+    """int64 [n], bytes; -1: no such file."""
+    mtime_ns: np.ndarray
+    """int64 [n]; -1: no such file."""
+    width: np.ndarray
+    """int32 [n], of the upright image; 0 if unreadable."""
+    height: np.ndarray
+    """int32 [n]."""
+    reason: list[str]
+    """[n], "kind" or "kind: detail"; empty if OK."""
+    path: str
+    """The Parquet file."""
+    read: int
+    """How many files had to be read this time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +72,7 @@ class Index:
     """Where the images lie if they are packed; else each is a file."""
     in_shards: np.ndarray | None = None
     """int64 [n]: rows of ``shards``."""
-    checked: "Checked | None" = None
+    checked: Checked | None = None
     """What `mopro-fast check` found, row by row."""
     left_out: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     """int64, sorted: the rows that loaders do not show, since nobody can read them."""
@@ -122,7 +143,7 @@ def load_index(
     split: Split,
     *,
     num_classes: int | None,
-    layout: Literal["auto", "webvision", "list", "folder", "shards"] = "auto",
+    layout: Layout = "auto",
     root: str | os.PathLike | None = None,
     keep_classes: int | None = None,
     missing: bool = False,
@@ -137,7 +158,7 @@ def load_index(
     if not os.path.exists(data):
         raise UserError(f"no such file or folder: {data}")
     if layout == "auto":
-        layout = _recognise(data)
+        layout = recognise(data)
     if layout == "shards":
         return _shards(data, split, num_classes, keep_classes)
     if layout == "webvision":
@@ -151,7 +172,7 @@ def load_index(
     return _folders(data, split, num_classes, keep_classes)
 
 
-def _recognise(data: str) -> str:
+def recognise(data: str) -> str:
     if os.path.isfile(data):
         return "list"
     if is_pack(data) or os.path.isfile(os.path.join(data, STATE)):
@@ -159,12 +180,23 @@ def _recognise(data: str) -> str:
     lists = [name for names in WEBVISION_LISTS.values() for name in names]
     if any(os.path.isfile(os.path.join(data, name)) for name in lists):
         return "webvision"
-    if _subfolders(data):
+    if subfolders(data):
         return "folder"
     raise UserError(
         f"{data} has no known layout: looked for a pack's {MANIFEST}, {', '.join(lists)} and class folders; "
         "give one of these folders or a list file"
     )
+
+
+def val_layout(data: str, layout: Layout = "auto") -> Layout | None:
+    """The layout of the validation split that the data of this layout brings; None if it brings none."""
+    if is_pack(data):
+        found = "shards" if "val" in read_manifest(data)["splits"] else None
+    elif os.path.isfile(os.path.join(data, *WEBVISION_LISTS["val"])):
+        found = "webvision"
+    else:
+        found = "folder" if all(os.path.isdir(os.path.join(data, name)) for name in ("train", "val")) else None
+    return found if layout in ("auto", found) else None
 
 
 def _shards(data: str, split: Split, num_classes: int | None, keep_classes: int | None) -> Index:
@@ -273,25 +305,23 @@ def _require_files(root: str, paths: list[str], source: str) -> None:
 def _folders(data: str, split: Split, num_classes: int | None, keep_classes: int | None) -> Index:
     if not os.path.isdir(data):
         raise UserError(f"{data} is not a folder: give a folder of class folders, or another --layout")
-    subfolders = _subfolders(data)
-    if {"train", "val"} <= set(subfolders):
+    inner = subfolders(data)
+    if {"train", "val"} <= set(inner):
         data = os.path.join(data, split)
-        subfolders = _subfolders(data)
-    if not subfolders:
+        inner = subfolders(data)
+    if not inner:
         raise UserError(f"{data} holds no class folders: expected {data}/CLASS/IMAGE.jpg")
-    enough = num_classes in (None, len(subfolders)) if keep_classes is None else len(subfolders) >= keep_classes
+    enough = num_classes in (None, len(inner)) if keep_classes is None else len(inner) >= keep_classes
     if not enough:
         setting = f"--num-classes {num_classes}" if keep_classes is None else f"--keep-classes {keep_classes}"
-        raise UserError(
-            f"{data} holds {len(subfolders)} class folders, which contradicts {setting}: set it to {len(subfolders)}"
-        )
-    classes = subfolders[:keep_classes]
+        raise UserError(f"{data} holds {len(inner)} class folders, which contradicts {setting}: set it to {len(inner)}")
+    classes = inner[:keep_classes]
     paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
         with os.scandir(os.path.join(data, name)) as entries:
             images = sorted(e.name for e in entries if _is_image(e.name) and e.is_file())
-        if not images and _subfolders(os.path.join(data, name)):
+        if not images and subfolders(os.path.join(data, name)):
             raise UserError(f"{os.path.join(data, name)} holds folders, not images: if these are the classes, give it")
         paths += [f"{name}/{image}" for image in images]
         labels += [label] * len(images)
@@ -300,7 +330,7 @@ def _folders(data: str, split: Split, num_classes: int | None, keep_classes: int
     return Index(data, _compact(paths, data), np.array(labels, np.int64), classes, data)
 
 
-def _subfolders(folder: str) -> list[str]:
+def subfolders(folder: str) -> list[str]:
     """The visible folders in ``folder``, by name."""
     try:
         with os.scandir(folder) as entries:

@@ -35,13 +35,12 @@ from mopro_fast.data.shards import (
     VERSION,
     ShardJob,
     is_pack,
-    locked,
     read_manifest,
     read_record,
-    replacing,
     write_shard,
 )
 from mopro_fast.errors import UserError
+from mopro_fast.files import locked, replacing
 
 SKIPPED = "skipped.csv"
 LEAST_SIZE = 16  # px: the smallest image the recipes train on

@@ -10,13 +10,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from mopro_fast.data.augment import ATTEMPTS, WIDEST, Crops, color_jitter, to_device
+from mopro_fast.data.augment import ATTEMPTS, WIDEST, Crops
 from mopro_fast.data.batches import Batch, TrainBatches
 from mopro_fast.data.index import Index
 from mopro_fast.data.reader import Lost, Reader, reading_threads
 from mopro_fast.data.stream import READ_AHEAD, Decoder, Job, Stream
 from mopro_fast.data.views import Cropper
 from mopro_fast.errors import UserError
+from mopro_fast.ops.colour import color_jitter
+from mopro_fast.transfer import to_device
 
 _EVAL_AHEAD = 2  # batches that an evaluation decodes ahead
 

@@ -7,7 +7,6 @@ what is missing or has changed is packed again; ``manifest.json``, written last,
 """
 
 import contextlib
-import fcntl
 import gzip
 import hashlib
 import io
@@ -38,6 +37,7 @@ from mopro_fast.data.decode import (
     suffix,
 )
 from mopro_fast.errors import UserError
+from mopro_fast.files import replacing
 
 MANIFEST = "manifest.json"
 RECORDS = "records"
@@ -288,45 +288,6 @@ def read_record(out: str, name: str) -> dict[str, Any]:
 
 def _record_path(out: str, name: str) -> str:
     return os.path.join(out, RECORDS, f"{name}.json.gz")
-
-
-@contextlib.contextmanager
-def replacing(path: str, own: str = "") -> Iterator[BinaryIO]:
-    """A file for writing that appears as ``path`` when it is complete and on the disk, or not at all.
-
-    own: told apart by this, files of several writers do not mix.
-    """
-    folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f".{name}{own}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
-@contextlib.contextmanager
-def locked(path: str, busy: str) -> Iterator[BinaryIO]:
-    """A file to read and append to, for one process at a time; removed at a normal end.
-
-    busy: message of the UserError where another process has it.
-    """
-    with open(path, "a+b", buffering=0) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(busy) from None
-        except OSError:
-            pass  # some network file systems have no locks
-        if os.fstat(file.fileno()).st_nlink == 0:  # the other one has removed it meanwhile
-            raise UserError(busy)
-        yield file
-        os.unlink(path)
 
 
 def _source(job: ShardJob) -> str:

@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import numpy as np
 import torch
 
-from mopro_fast.data.augment import Jitter, Views, color_jitter, crop_boxes
+from mopro_fast.data.augment import Views, crop_boxes
+from mopro_fast.ops.colour import Jitter, color_jitter
 
 try:
     from mopro_fast import _views

@@ -24,19 +24,18 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from mopro_fast import ops
+from mopro_fast import distributed, ops
 from mopro_fast.config import DataConfig, MoProConfig
+from mopro_fast.data import inputs
 from mopro_fast.data.index import Index, load_index
 from mopro_fast.data.pipeline import EvalLoader
-from mopro_fast.data.shards import replacing
-from mopro_fast.downstream.done import write_json
 from mopro_fast.downstream.in_order import in_order
 from mopro_fast.downstream.weights import Weights, build_encoder, digest, load_weights
 from mopro_fast.errors import UserError
-from mopro_fast.training import distributed, inputs
+from mopro_fast.files import replacing, write_json
+from mopro_fast.labels import DECISIONS
 
 TABLE, OFFICIAL = "cleaned.parquet", "pseudo_label.json"
-VERDICTS = ("kept", "relabelled", "removed", "unreadable")
 SCORES = ("score_given", "score_best", "classifier_given", "classifier_best", "prototype_given", "prototype_best")
 _SCHEMA = pa.schema(
     [
@@ -101,7 +100,7 @@ def main(argv: list[str]) -> int:
 
 def summary(totals: dict[str, int], out: Path) -> str:
     images = sum(totals.values())
-    shares = ", ".join(f"{totals[v]} {v} ({100 * totals[v] / images:.1f} %)" for v in VERDICTS if totals[v])
+    shares = ", ".join(f"{totals[v]} {v} ({100 * totals[v] / images:.1f} %)" for v in DECISIONS if totals[v])
     return f"{images} images: {shares}\ntable: {out / TABLE}    labels in the official format: {out / OFFICIAL}"
 
 
@@ -271,7 +270,7 @@ def _write_part(
     path: Path, index: Index, rows: range, batches: list[tuple[Tensor, ...]], threshold: float, classes: int
 ) -> None:
     given = index.labels[rows.start : rows.stop]
-    best, verdict = np.full(len(rows), -1), np.full(len(rows), VERDICTS.index("unreadable"))
+    best, verdict = np.full(len(rows), -1), np.full(len(rows), DECISIONS.index("unreadable"))
     scores = np.full((len(rows), len(SCORES)), np.nan, np.float32)
     if batches:
         ids, *found = (torch.cat(columns).cpu().numpy() for columns in zip(*batches, strict=True))
@@ -279,7 +278,7 @@ def _write_part(
         best[at], scores[at] = found
         verdict[at] = decide(given[at], *found, threshold, classes)
     label = np.choose(verdict, [given, best, -1, -1])
-    columns = [np.array(rows), index.paths[rows.start : rows.stop].tolist(), given, label, np.array(VERDICTS)[verdict]]
+    columns = [np.array(rows), index.paths[rows.start : rows.stop].tolist(), given, label, np.array(DECISIONS)[verdict]]
     columns += [best, *scores.T]
     arrays = [pa.array(c, f.type, from_pandas=True) for c, f in zip(columns, _SCHEMA, strict=True)]
     with _writing(path.parent), replacing(str(path)) as file:
@@ -289,16 +288,16 @@ def _write_part(
 def _finish(out: Path, index: Index, settings: dict, batch_size: int) -> dict[str, int]:
     """The parts, one after the other, into the table and the official file; -> the totals."""
     schema = _SCHEMA.with_metadata({"mopro_fast.clean": json.dumps(settings)})
-    totals, labels = dict.fromkeys(VERDICTS, 0), []
+    totals, labels = dict.fromkeys(DECISIONS, 0), []
     with _writing(out), replacing(str(out / TABLE)) as table, replacing(str(out / OFFICIAL)) as official:
         official.write(b'{"images": [')
         with pq.ParquetWriter(table, schema, compression="zstd") as writer:
             for p in range(len(_parts(len(index), batch_size))):
                 part = pq.read_table(_part(out / "parts", p), schema=_SCHEMA)
                 writer.write_table(part.replace_schema_metadata(schema.metadata))
-                for verdict in VERDICTS:
+                for verdict in DECISIONS:
                     totals[verdict] += pc.sum(pc.equal(part["verdict"], verdict)).as_py() or 0
-                stay = part.filter(pc.is_in(part["verdict"], pa.array(VERDICTS[:2])))
+                stay = part.filter(pc.is_in(part["verdict"], pa.array(DECISIONS[:2])))
                 paths = [json.dumps(path) for path in stay["path"].to_pylist()]
                 official.write((", " * bool(labels and paths) + ", ".join(paths)).encode())
                 labels += stay["label"].to_pylist()

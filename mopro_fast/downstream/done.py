@@ -2,13 +2,11 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from mopro_fast.data.shards import replacing
+from mopro_fast.distributed import by_rank0, world
 from mopro_fast.errors import UserError
-from mopro_fast.training.distributed import by_rank0, world
 
 
 class Done:
@@ -53,13 +51,3 @@ class Done:
                     continue
                 found[key] = result
         return found
-
-
-def write_json(path: Path, value: Any) -> None:
-    """The whole file or none."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(os.fspath(path)) as file:
-            file.write(json.dumps(value, indent=2).encode() + b"\n")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None

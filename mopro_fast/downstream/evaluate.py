@@ -15,12 +15,12 @@ import torch.distributed as dist
 import tyro
 from torch import Tensor
 
-from mopro_fast.data.index import Index, _subfolders, load_index
-from mopro_fast.downstream.done import write_json
+from mopro_fast.data.index import Index, load_index, subfolders
+from mopro_fast.distributed import world
 from mopro_fast.downstream.features import EncoderConfig, Frozen
 from mopro_fast.downstream.weights import digest
 from mopro_fast.errors import UserError
-from mopro_fast.training.distributed import world
+from mopro_fast.files import write_json
 
 TOP = 5
 BIN_SIZE = 100  # images per bin of the RMS calibration error, as in hendrycks/natural-adv-examples
@@ -115,7 +115,7 @@ def class_names(given: str | None, paths: dict[str, str], indexes: dict[str, Ind
 
 def _read_names(path: str) -> list[str]:
     if os.path.isdir(path):
-        return _subfolders(path)
+        return subfolders(path)
     try:
         with open(path, encoding="utf-8-sig") as file:
             names = [line.split()[0] for line in file if line.strip()]

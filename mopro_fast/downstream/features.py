@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mopro_fast import ops
+from mopro_fast import distributed, ops
 from mopro_fast.config import DataConfig
+from mopro_fast.data import inputs
 from mopro_fast.data.index import Index
 from mopro_fast.data.pipeline import EvalLoader
-from mopro_fast.data.shards import replacing
+from mopro_fast.distributed import by_rank0, gather_lists, world
 from mopro_fast.downstream.in_order import in_order
 from mopro_fast.downstream.weights import HEADS, digest, load_encoder
 from mopro_fast.errors import UserError
-from mopro_fast.training import distributed, inputs
-from mopro_fast.training.distributed import by_rank0, gather_lists, world
+from mopro_fast.files import replacing
 
 _VERSION = "1"  # of what an output means: raise it, and everything is computed again
 _SAVE_EVERY = 60.0  # seconds of work that a kill may cost

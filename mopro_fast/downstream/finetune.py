@@ -6,12 +6,12 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from mopro_fast.config import DataConfig
-from mopro_fast.data.augment import AugmentConfig
-from mopro_fast.data.index import NO_LABEL, Index
+from mopro_fast.config import AugmentConfig, DataConfig
+from mopro_fast.data.index import Index
 from mopro_fast.downstream import supervised
 from mopro_fast.downstream.supervised import SupervisedConfig, SupervisedOptim
 from mopro_fast.errors import UserError
+from mopro_fast.labels import NO_LABEL
 
 CHOICE = 4  # first word of the generator's seed; supervised.py has 3
 

@@ -13,12 +13,13 @@ import torch
 
 from mopro_fast import __version__, ops
 from mopro_fast.config import DataConfig, MoProConfig, TrainConfig, from_dict
+from mopro_fast.data import inputs
 from mopro_fast.downstream.export import new_file
 from mopro_fast.downstream.weights import K, Q, Weights, load_weights
 from mopro_fast.errors import UserError
+from mopro_fast.labels import UNSEEN
 from mopro_fast.models.build import build
-from mopro_fast.training import checkpoint, command, inputs
-from mopro_fast.training.loop import UNSEEN
+from mopro_fast.training import checkpoint, command
 from mopro_fast.training.optim import build_optimizer
 
 USAGE = """usage: mopro-fast import FILE OUT [RECIPE --data PATH …]

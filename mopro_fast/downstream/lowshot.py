@@ -17,13 +17,13 @@ import torch.distributed as dist
 import tyro
 from tqdm import tqdm
 
-from mopro_fast.data.index import Index, load_index
-from mopro_fast.downstream.done import Done, write_json
+from mopro_fast.data.index import Index, load_index, val_layout
+from mopro_fast.distributed import world
+from mopro_fast.downstream.done import Done
 from mopro_fast.downstream.features import EncoderConfig, Frozen
 from mopro_fast.downstream.svm import MAX_ITER, train_and_score, unit
 from mopro_fast.errors import UserError
-from mopro_fast.training.distributed import world
-from mopro_fast.training.inputs import has_val_split
+from mopro_fast.files import write_json
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -120,7 +120,7 @@ def load(data: str, val: str | None, root: str | None = None) -> Task:
         train = load_index(lists[0], "train", num_classes=205, layout="list", root=root, missing=True)
         test = load_index(lists[1], "val", num_classes=205, layout="list", root=root)
         return Task(train, test, train.labels, test.labels, [str(c) for c in range(205)])
-    if val is None and not has_val_split(data):
+    if val is None and not val_layout(data):
         raise UserError(f"{data} comes without images to test on: name them with --val")
     train = load_index(data, "train", num_classes=None, root=root)
     test = load_index(val or data, "val", num_classes=None, root=root)

@@ -23,12 +23,12 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mopro_fast.data.index import Index, load_index
-from mopro_fast.downstream.done import Done, write_json
+from mopro_fast.data.index import Index, load_index, val_layout
+from mopro_fast.distributed import gather_lists, world
+from mopro_fast.downstream.done import Done
 from mopro_fast.downstream.features import EncoderConfig, Frozen
 from mopro_fast.errors import UserError
-from mopro_fast.training.distributed import gather_lists, world
-from mopro_fast.training.inputs import has_val_split
+from mopro_fast.files import write_json
 
 SEGMENTS = 10
 REALM_LISTS = "annotations/v2"
@@ -135,9 +135,9 @@ def load(o: Probe) -> dict[str, Index]:
     own_test = os.path.join(o.data, "test")
     if o.test or os.path.isdir(own_test):
         sets["test"] = listed(o.test or own_test, "val")
-        if o.val or (not o.test and has_val_split(o.data)):
+        if o.val or (not o.test and val_layout(o.data)):
             sets["val"] = listed(o.val or o.data, "val")
-    elif has_val_split(o.data):
+    elif val_layout(o.data):
         sets["test"] = listed(o.data, "val")
         if o.val:
             sets["val"] = listed(o.val, "val")

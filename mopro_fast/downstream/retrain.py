@@ -14,10 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mopro_fast.data.index import NO_LABEL, Index
+from mopro_fast.data.index import Index
 from mopro_fast.downstream import supervised
 from mopro_fast.downstream.supervised import SupervisedConfig, SupervisedOptim
 from mopro_fast.errors import UserError
+from mopro_fast.labels import NO_LABEL
 
 
 @dataclass

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from mopro_fast import ops
 from mopro_fast.config import MoProConfig
+from mopro_fast.distributed import gather_together, world
 from mopro_fast.models.resnet import ResNet
-from mopro_fast.training.distributed import gather_together, world
 
 
 @dataclass

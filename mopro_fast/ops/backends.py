@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from mopro_fast import environment
+from mopro_fast import installed
 from mopro_fast.errors import UserError
 
 log = logging.getLogger("mopro_fast")
@@ -137,9 +137,9 @@ def _missing_extension() -> str | None:
     except ImportError as error:
         return f"the compiled extension is not there ({error}); `mopro-fast env` says why"
     if torch.cuda.is_available():
-        archs = json.loads(environment.BUILD_INFO.read_text())["archs"]
+        archs = json.loads(installed.BUILD_INFO.read_text())["archs"]
         capability = "{}.{}".format(*torch.cuda.get_device_capability())
-        if not environment.covers(archs, capability):
+        if not installed.covers(archs, capability):
             return (
                 f"it was built for {', '.join(archs)}, not for this GPU's {capability}: install mopro_fast again here"
             )

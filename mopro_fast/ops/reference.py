@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mopro_fast.data import augment
+from mopro_fast.ops import colour
 from mopro_fast.ops.two_views import largest_side
 
 
@@ -195,7 +195,7 @@ def two_views(
             for view, (box, flip) in enumerate(zip(row_boxes, row_flips, strict=True)):
                 _crop(out[view, row], image, box, flip)
     if views > 1 and n:
-        out[1] = augment.color_jitter(out[1], augment.Jitter(*(x.cpu().numpy() for x in (gray, factors, order))))
+        out[1] = colour.color_jitter(out[1], colour.Jitter(*(x.cpu().numpy() for x in (gray, factors, order))))
     return out
 
 
@@ -235,7 +235,7 @@ def _triangles(length: int, size: int, device: torch.device) -> Tensor:
 def normalize(images: Tensor, flips: Tensor | None, dtype: torch.dtype) -> Tensor:
     if flips is not None:
         images = torch.where(flips[:, None, None, None], images.flip(2), images)
-    return augment.normalize(images).to(dtype)
+    return colour.normalize(images).to(dtype)
 
 
 def batch_norm_stats_(

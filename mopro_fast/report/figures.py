@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 
-REMOVED, UNSEEN = -1, -2  # as in labels.pt
-VERDICTS = ("kept", "relabelled", "removed")
+from mopro_fast.labels import DECISIONS, REMOVED, UNSEEN
+
+SHOWN = DECISIONS[:3]  # of an image that was shown
+
 SHARES = (0.15, 0.45, 0.4)  # of the sample
 POINTS = 300  # per curve
 CELLS = 128  # per side of the similarity map
@@ -32,7 +34,7 @@ def numbers(values: Any, digits: int = 4) -> list[float | None]:
 
 
 def verdicts(given: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """int8 [n]: index into VERDICTS, −1 where the image was not shown."""
+    """int8 [n]: index into SHOWN, −1 where the image was not shown."""
     verdict = np.where(new == REMOVED, 2, np.where(new == given, 0, 1)).astype(np.int8)
     return np.where(new == UNSEEN, np.int8(-1), verdict)
 
@@ -73,7 +75,7 @@ def sample(given: np.ndarray, new: np.ndarray, count: int, seed: int, only: np.n
     verdict = verdicts(given, new)
     if only is not None:
         verdict[~(np.isin(given, only) | np.isin(new, only))] = -1
-    wanted = [rng.permutation(np.flatnonzero(verdict == v)) for v in range(len(VERDICTS))]
+    wanted = [rng.permutation(np.flatnonzero(verdict == v)) for v in range(len(SHOWN))]
     wanted = [rows[np.argsort(_turns(given[rows]), kind="stable")] for rows in wanted]
     slots = [int(count * share) for share in SHARES]
     slots[1] += count - sum(slots)

@@ -14,12 +14,14 @@ from tqdm import tqdm
 
 from mopro_fast import ops
 from mopro_fast.config import TrainConfig
-from mopro_fast.data.cache import _central, _decoded
+from mopro_fast.data import inputs
+from mopro_fast.data.cache import central_crop, decoded
 from mopro_fast.data.index import Index
 from mopro_fast.errors import UserError
+from mopro_fast.labels import REMOVED, UNSEEN
 from mopro_fast.models.build import build_encoder
-from mopro_fast.report.figures import REMOVED, UNSEEN, VERDICTS
-from mopro_fast.training import checkpoint, inputs
+from mopro_fast.report.figures import SHOWN
+from mopro_fast.training import checkpoint
 
 BATCH = 64
 JPEG_QUALITY = 80
@@ -66,8 +68,8 @@ def read_table(path: Path) -> Labels:
         verdict = table["verdict"].cast(pa.string())
     except (pa.ArrowException, NotImplementedError) as error:
         raise UserError(f"--table {path}: its labels or verdicts are of another type: {error}") from None
-    new[pc.is_in(verdict, pa.array(["removed"])).to_numpy()] = REMOVED  # in Arrow: no Python string per image
-    new[~pc.is_in(verdict, pa.array(VERDICTS)).to_numpy()] = UNSEEN  # the image could not be read
+    new[pc.is_in(verdict, pa.array(SHOWN[2:])).to_numpy()] = REMOVED  # in Arrow: no Python string per image
+    new[~pc.is_in(verdict, pa.array(SHOWN)).to_numpy()] = UNSEEN  # the image could not be read
     floats = [f.name for f in table.schema if pa.types.is_floating(f.type)]
     scores = {name: table[name] for name in (*floats, *({"best"} & {*table.column_names}))}
     return Labels(given, new, f"the table {path}", table["path"], scores)
@@ -131,7 +133,7 @@ def cards(
     resize = d.eval_resize or round(d.image_size * 256 / 224)
 
     def small(pixels: np.ndarray) -> tuple[str, np.ndarray | None]:
-        return thumbnail(pixels, thumb), None if model is None else _central(pixels, resize, d.image_size)
+        return thumbnail(pixels, thumb), None if model is None else central_crop(pixels, resize, d.image_size)
 
     found, unread = [], {}
     at = dict(zip(rows.tolist(), rows_of([labels.path(r) for r in rows], index, rows).tolist(), strict=True))
@@ -142,7 +144,7 @@ def cards(
             there = [r for r in chunk if at[r] >= 0]
             unread |= {labels.path(r): "not in the training data" for r in chunk if at[r] < 0}
             begin = len(found)
-            read = _decoded(index, np.array([at[r] for r in there], np.int64), threads, False, small)
+            read = decoded(index, np.array([at[r] for r in there], np.int64), threads, False, small)
             for row, result in zip(there, read, strict=True):
                 if isinstance(result, str):
                     unread[labels.path(row)] = result

@@ -7,30 +7,57 @@ import json
 import os
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import tyro
 
 from mopro_fast.config import TrainConfig
-from mopro_fast.data.shards import replacing
 from mopro_fast.errors import UserError
+from mopro_fast.files import replacing
 from mopro_fast.ops import METRICS
 from mopro_fast.report import figures
 from mopro_fast.report.images import Labels, cards, load_model, read_table
 from mopro_fast.report.run import Run
-
-if TYPE_CHECKING:
-    from mopro_fast.report.command import Report
 
 LOSSES = {"loss": "sum", "loss_cls": "classification", "loss_proto": "prototypes", "loss_inst": "instances"}
 ACCURACIES = {"acc_cls": "classifier", "acc_inst": "instance contrast"}
 NOT_CURVES = {"split", "epoch", "step", "lr", "images", "replaced"}
 
 
-def collect(options: "Report") -> dict[str, Any]:
+@dataclass
+class Report:
+    """Write one self-contained HTML page about a run, finished or not: curves, label correction, images, prototypes."""
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """The run's folder (--out of `mopro-fast train`)."""
+    out: str | None = None
+    """The page (default: RUN/report.html)."""
+    table: str | None = None
+    """What `mopro-fast clean` wrote, the folder or its table: shown instead of the labels and scores of training."""
+    images: int = 400
+    """Images shown: a sample over verdicts and classes. Each adds about 4 kB at the default --thumb."""
+    thumb: int = 96
+    """Longer side of an image on the page, px."""
+    only: tuple[str, ...] = ()
+    """Show only images that have or get one of these classes: numbers or names."""
+    seed: int = 0
+    """Decides the sample."""
+    data: str | None = None
+    """Where the training data is now (default: where the run found it)."""
+    root: str | None = None
+    """Folder that the paths of a list file start from (default: as the run had it)."""
+    names: str | None = None
+    """File with the classes' names, one per line (default: those of the data, if it has any)."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Computes the images' scores. A run in progress may need its GPU for itself."""
+
+
+def collect(options: Report) -> dict[str, Any]:
     """Everything the page shows, as JSON values. Only wrong options raise; what the run lacks is in ``missing``."""
     run = Run(Path(options.run), options.data, options.root, other_data=options.table is not None)
     labels = _labels(run, options.table)
@@ -226,10 +253,10 @@ def _speed(run: Run, steps: int) -> list[dict[str, Any]]:
 
 def _label_numbers(labels: Labels, classes: int) -> dict[str, Any]:
     verdict = figures.verdicts(labels.given, labels.new)
-    counts = np.bincount(verdict[verdict >= 0], minlength=len(figures.VERDICTS)).tolist()
+    counts = np.bincount(verdict[verdict >= 0], minlength=len(figures.SHOWN)).tolist()
     return {
         "source": labels.source,
-        "counts": dict(zip(figures.VERDICTS, counts, strict=True)),
+        "counts": dict(zip(figures.SHOWN, counts, strict=True)),
         "unseen": int((verdict < 0).sum()),
         "unlabelled": int((labels.given < 0).sum()),
         "classes": {k: v.tolist() for k, v in figures.by_class(labels.given, labels.new, classes).items()},

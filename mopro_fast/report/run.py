@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from mopro_fast.config import TrainConfig, load
+from mopro_fast.data import inputs
 from mopro_fast.data.index import Index, load_index
 from mopro_fast.errors import UserError
-from mopro_fast.report.figures import UNSEEN
-from mopro_fast.training import checkpoint, inputs
+from mopro_fast.labels import UNSEEN
+from mopro_fast.training import checkpoint
 
 ROWS = 200  # of left_out.csv and of replaced.csv that are shown
 

@@ -5,9 +5,8 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 
-from mopro_fast import ops
+from mopro_fast import distributed, ops
 from mopro_fast.models.resnet import ResNet
-from mopro_fast.training import distributed
 
 
 @torch.no_grad()

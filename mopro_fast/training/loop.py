@@ -11,19 +11,21 @@ from pathlib import Path
 
 import torch
 
-from mopro_fast import __version__
+from mopro_fast import __version__, distributed
 from mopro_fast.config import TrainConfig, differences, from_dict
+from mopro_fast.data import inputs
 from mopro_fast.data.index import Index
 from mopro_fast.data.pipeline import Batch
+from mopro_fast.distributed import gather_rows
 from mopro_fast.errors import UserError
+from mopro_fast.labels import UNSEEN
 from mopro_fast.models.build import build
 from mopro_fast.ops import backends
-from mopro_fast.training import checkpoint, distributed, inputs
-from mopro_fast.training.distributed import gather_rows
+from mopro_fast.training import checkpoint
 from mopro_fast.training.evaluate import accuracy
 from mopro_fast.training.log import RunLog
 from mopro_fast.training.optim import learning_rate, sgd_class
-from mopro_fast.training.step import UNSEEN, Shuffle, TrainStep
+from mopro_fast.training.step import Shuffle, TrainStep
 
 # Settings that may change between an interrupted run and its continuation: they do not change the result, apart from
 # rounding where another device or another SGD is chosen.

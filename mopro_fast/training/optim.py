@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from mopro_fast import environment, ops
+from mopro_fast import installed, ops
 from mopro_fast.config import OptimConfig
 from mopro_fast.errors import UserError
 from mopro_fast.ops import checks
@@ -237,7 +237,7 @@ class SGDThenEMA(_ThenEMA, torch.optim.SGD):
 @functools.cache
 def _apex_class() -> type[torch.optim.Optimizer]:
     """FusedSGD of NVIDIA's apex, then the momentum encoder."""
-    environment.require_apex("--sgd apex")
+    installed.require_apex("--sgd apex")
     try:
         import amp_C  # noqa: F401  apex hides why this fails
         from apex.optimizers import FusedSGD

@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mopro_fast import distributed
 from mopro_fast.config import TrainConfig
 from mopro_fast.data.pipeline import Batch
+from mopro_fast.labels import REMOVED, UNSEEN
 from mopro_fast.models.baseline import CrossEntropy
 from mopro_fast.models.mopro import MoPro, StepOutput
 from mopro_fast.models.precision import low_precision
-from mopro_fast.training import distributed
 from mopro_fast.training.graph import Graphed
 from mopro_fast.training.optim import build_optimizer
 
-UNSEEN, REMOVED = -2, -1  # in the record of decisions: not shown this epoch; kept out of the losses
 _WARM_UP, _WARM_UP_DDP = 3, 11  # eager steps before a capture; the second is what PyTorch asks for under DDP
 
 

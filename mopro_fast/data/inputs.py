@@ -12,13 +12,12 @@ import torch
 from mopro_fast.config import DataConfig, TrainConfig
 from mopro_fast.data.batches import TrainBatches, require_rows
 from mopro_fast.data.cache import DeviceEvalLoader, DeviceTrainLoader
-from mopro_fast.data.check import Checked, check
+from mopro_fast.data.check import check
 from mopro_fast.data.decode import UNREADABLE, VERDICTS
-from mopro_fast.data.index import Index, load_index
+from mopro_fast.data.index import Checked, Index, load_index, val_layout
 from mopro_fast.data.pipeline import EvalLoader, TrainLoader
-from mopro_fast.data.shards import is_pack, read_manifest
+from mopro_fast.distributed import by_rank0, world
 from mopro_fast.errors import UserError
-from mopro_fast.training.distributed import by_rank0, world
 
 _KINDS = 3  # of unreadable images that are printed; left_out.csv has all
 
@@ -35,7 +34,7 @@ def load(c: TrainConfig, resumed: bool) -> dict[str, Index]:
     sets = {"train": train}
     if d.val:
         sets["val"] = load_index(d.val, "val", root=d.root, **common)
-    elif has_val_split(d.path):
+    elif val_layout(d.path):
         sets["val"] = load_index(d.path, "val", **common)
     for name, path in d.extra_val.items():
         sets[name] = load_index(path, "val", num_classes=d.num_classes)
@@ -122,14 +121,6 @@ def threads(d: DataConfig) -> int:
     """Decoding threads of a rank."""
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return d.threads or max(1, len(os.sched_getaffinity(0)) // local_ranks)
-
-
-def has_val_split(data: str) -> bool:
-    """Does this folder bring its own validation split (packed, WebVision's list, or a val/ beside train/)?"""
-    root = Path(data)
-    if is_pack(root):
-        return "val" in read_manifest(root)["splits"]
-    return (root / "info" / "val_filelist.txt").is_file() or ((root / "train").is_dir() and (root / "val").is_dir())
 
 
 def write_left_out(index: Index, path: Path) -> None:

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mopro_fast.data.augment import to_device
 from mopro_fast.errors import UserError
+from mopro_fast.transfer import to_device
 
 T = TypeVar("T")
 
