@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import record
 
-from mopro_fast.training import checkpoint
+from mopro_fast.checkpoints import state as checkpoint
 
 
 def main() -> int:

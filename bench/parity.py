@@ -189,7 +189,7 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def outputs(checkpoint: Path, pixels: torch.Tensor) -> list[dict]:
     """pixels: uint8 [N, 224, 224, 3]. Both against the official model in float64."""
     from mopro_fast import ops
-    from mopro_fast.downstream.weights import load_encoder
+    from mopro_fast.checkpoints.weights import load_encoder
 
     def official(dtype: torch.dtype) -> dict[str, torch.Tensor]:
         model, found = official_model(checkpoint).to(dtype), {}
@@ -279,8 +279,8 @@ def cleaning(clone: Path, checkpoint: Path, images: Path, folder: Path) -> list[
 
 def resumed(checkpoint: Path, folder: Path) -> list[dict]:
     """The optimizer of train.py takes our export's state, with the momentum of the same parameters."""
+    from mopro_fast.checkpoints.weights import load_weights
     from mopro_fast.downstream.export import export
-    from mopro_fast.downstream.weights import load_weights
 
     export(load_weights(checkpoint), folder / "same.tar", "official")
     model = official_model(folder / "same.tar")

@@ -113,7 +113,7 @@ class Run:
 
     def end(self, status: int = 0, says: str = "") -> None:
         """Wait for it; it must end with this status and have said that."""
-        from mopro_fast.training import checkpoint  # while the runs import it, too
+        from mopro_fast.checkpoints import state as checkpoint  # while the runs import it, too
 
         found = self.process.wait()
         self.reader.join()
@@ -129,7 +129,7 @@ def same(one: Run, other: Run) -> str:
     """How much of two runs is the same; a Mistake names the first difference."""
     import torch
 
-    from mopro_fast.training import checkpoint
+    from mopro_fast.checkpoints import state as checkpoint
 
     states = [checkpoint.load(run.saved) for run in (one, other)]
     for run, state in zip((one, other), states, strict=True):

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from mopro_fast.checkpoints.weights import load_encoder
 from mopro_fast.downstream import clean as module
 from mopro_fast.downstream.clean import OFFICIAL, TABLE, Clean, clean
-from mopro_fast.downstream.weights import load_encoder
 from mopro_fast.errors import UserError
 from mopro_fast.models.build import build
 

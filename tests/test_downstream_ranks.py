@@ -10,6 +10,8 @@ from downstream_data import CLASSES, write_checkpoint, write_folders
 from processes import on_ranks
 
 from mopro_fast import cli
+from mopro_fast.checkpoints import state as checkpoint
+from mopro_fast.checkpoints.weights import load_weights
 from mopro_fast.data.index import load_index
 from mopro_fast.downstream import clean as cleaning
 from mopro_fast.downstream import probe
@@ -17,8 +19,6 @@ from mopro_fast.downstream.clean import OFFICIAL, TABLE, Clean, clean
 from mopro_fast.downstream.features import EncoderConfig, Frozen
 from mopro_fast.downstream.retrain import Retrain, with_cleaned_labels
 from mopro_fast.downstream.supervised import Supervised
-from mopro_fast.downstream.weights import load_weights
-from mopro_fast.training import checkpoint
 
 pytestmark = [pytest.mark.ranks, pytest.mark.medium]
 

@@ -9,10 +9,10 @@ from downstream_data import CLASSES, SIDE, write_checkpoint, write_folders
 from PIL import Image
 
 from mopro_fast import cli, ops
+from mopro_fast.checkpoints.weights import load_encoder
 from mopro_fast.data.index import load_index
 from mopro_fast.data.pipeline import EvalLoader
 from mopro_fast.downstream.evaluate import expected_calibration, rms_calibration, summary
-from mopro_fast.downstream.weights import load_encoder
 from mopro_fast.training.evaluate import accuracy
 
 CPU = torch.device("cpu")

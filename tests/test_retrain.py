@@ -17,15 +17,15 @@ import torch.nn.functional as F
 from PIL import Image
 
 from mopro_fast import cli, ops
+from mopro_fast.checkpoints import state as checkpoint
+from mopro_fast.checkpoints.weights import digest, load_encoder, load_weights
 from mopro_fast.data.index import load_index
 from mopro_fast.data.order import balancing_repeats, epoch_order
 from mopro_fast.downstream.finetune import Finetune, choose, with_share
 from mopro_fast.downstream.retrain import Retrain, with_cleaned_labels
 from mopro_fast.downstream.supervised import Supervised
-from mopro_fast.downstream.weights import digest, load_encoder, load_weights
 from mopro_fast.errors import UserError
 from mopro_fast.models.build import build
-from mopro_fast.training import checkpoint
 
 SIZES = (40, 20, 10, 4)  # images per class, by their true labels
 CLASSES = np.repeat(np.arange(4), SIZES)

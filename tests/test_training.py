@@ -12,10 +12,10 @@ import torch
 from processes import on_ranks
 
 from mopro_fast import cli
+from mopro_fast.checkpoints import state as checkpoint
 from mopro_fast.config import OptimConfig, TrainConfig, recipe
 from mopro_fast.demo import write_images
 from mopro_fast.errors import UserError
-from mopro_fast.training import checkpoint
 from mopro_fast.training.loop import Trainer
 from mopro_fast.training.optim import learning_rate
 from mopro_fast.training.step import TrainStep

@@ -15,14 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mopro_fast import cli
+from mopro_fast.checkpoints import state as checkpoint
+from mopro_fast.checkpoints import weights
+from mopro_fast.checkpoints.weights import digest, load_encoder, load_weights
 from mopro_fast.config import MoProConfig, TrainConfig
 from mopro_fast.downstream import importing
 from mopro_fast.downstream.export import export
-from mopro_fast.downstream.weights import digest, load_encoder, load_weights
 from mopro_fast.errors import UserError
 from mopro_fast.models.build import build
 from mopro_fast.models.mopro import MoPro
-from mopro_fast.training import checkpoint
 from mopro_fast.training.loop import Trainer
 
 CPU = torch.device("cpu")
@@ -132,7 +133,7 @@ def test_initial_weights_of_every_format(files):
     for name in ("mopro_fast", "official", "safetensors", "torchvision"):
         model = build(small_config())
         before = {n: t.clone() for n, t in model.state_dict().items()}
-        checkpoint.load_weights(model, files[name])
+        weights.initialise(model, files[name])
         for tensor, t in model.state_dict().items():
             if name != "torchvision":
                 assert torch.equal(t, expected[tensor]), tensor

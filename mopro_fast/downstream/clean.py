@@ -25,12 +25,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mopro_fast import distributed, ops
+from mopro_fast.checkpoints.weights import Weights, build_encoder, digest, load_weights
 from mopro_fast.config import DataConfig, MoProConfig
 from mopro_fast.data import inputs
 from mopro_fast.data.index import Index, load_index
 from mopro_fast.data.pipeline import EvalLoader
 from mopro_fast.downstream.in_order import in_order
-from mopro_fast.downstream.weights import Weights, build_encoder, digest, load_weights
 from mopro_fast.errors import UserError
 from mopro_fast.files import replacing, write_json
 from mopro_fast.labels import DECISIONS

@@ -16,7 +16,7 @@ import tyro
 from torch import Tensor, nn
 
 from mopro_fast import __version__
-from mopro_fast.downstream.weights import K, Weights, build_encoder, digest, load_weights
+from mopro_fast.checkpoints.weights import K, Weights, build_encoder, digest, load_weights
 from mopro_fast.errors import UserError
 from mopro_fast.files import replacing
 from mopro_fast.ops.colour import IMAGENET_MEAN, IMAGENET_STD

@@ -16,13 +16,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mopro_fast import distributed, ops
+from mopro_fast.checkpoints.weights import HEADS, digest, load_encoder
 from mopro_fast.config import DataConfig
 from mopro_fast.data import inputs
 from mopro_fast.data.index import Index
 from mopro_fast.data.pipeline import EvalLoader
 from mopro_fast.distributed import by_rank0, gather_lists, world
 from mopro_fast.downstream.in_order import in_order
-from mopro_fast.downstream.weights import HEADS, digest, load_encoder
 from mopro_fast.errors import UserError
 from mopro_fast.files import replacing
 

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from mopro_fast import __version__, ops
+from mopro_fast.checkpoints.weights import K, Q, Weights, check_fits, load_weights
 from mopro_fast.config import DataConfig, MoProConfig, TrainConfig, from_dict
 from mopro_fast.data import inputs
 from mopro_fast.downstream.export import new_file
-from mopro_fast.downstream.weights import K, Q, Weights, load_weights
 from mopro_fast.errors import UserError
 from mopro_fast.labels import UNSEEN
 from mopro_fast.models.build import build
-from mopro_fast.training import checkpoint, command
+from mopro_fast.training import command
 from mopro_fast.training.optim import build_optimizer
 
 USAGE = """usage: mopro-fast import FILE OUT [RECIPE --data PATH …]
@@ -82,7 +82,7 @@ def resumable(weights: Weights, config: TrainConfig) -> dict[str, Any]:
         optim = dataclasses.replace(config.optim, sgd="torch")  # apex's refuses the meta device; all save the same
         optimizer = build_optimizer(model.encoder_q, optim).state_dict()
     state = plain(weights, config)
-    checkpoint.check_fits(model.state_dict(), state["model"], weights.path)
+    check_fits(model.state_dict(), state["model"], weights.path)
     sets = inputs.load(config, resumed=False)
     index = inputs.readable(sets["train"], "train", inputs.threads(config.data))
     optimizer["state"] = weights.optimizer["state"] if weights.optimizer else {}

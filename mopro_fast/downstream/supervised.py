@@ -20,18 +20,18 @@ import tyro
 from torch import Tensor, nn
 
 from mopro_fast import __version__, distributed, ops
+from mopro_fast.checkpoints import state as checkpoint
+from mopro_fast.checkpoints.weights import Weights, build_encoder, digest, load_weights
 from mopro_fast.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, differences
 from mopro_fast.data import inputs
 from mopro_fast.data.index import Index
 from mopro_fast.data.order import balancing_repeats
 from mopro_fast.data.pipeline import Batch
 from mopro_fast.distributed import gather_rows
-from mopro_fast.downstream.weights import Weights, build_encoder, digest, load_weights
 from mopro_fast.errors import UserError
 from mopro_fast.files import write_json
 from mopro_fast.models.resnet import ResNet
 from mopro_fast.ops import backends
-from mopro_fast.training import checkpoint
 from mopro_fast.training.evaluate import accuracy
 from mopro_fast.training.log import RunLog
 from mopro_fast.training.loop import FREE, Trainer

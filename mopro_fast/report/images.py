@@ -13,6 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mopro_fast import ops
+from mopro_fast.checkpoints.weights import check_fits
 from mopro_fast.config import TrainConfig
 from mopro_fast.data import inputs
 from mopro_fast.data.cache import central_crop, decoded
@@ -21,7 +22,6 @@ from mopro_fast.errors import UserError
 from mopro_fast.labels import REMOVED, UNSEEN
 from mopro_fast.models.build import build_encoder
 from mopro_fast.report.figures import SHOWN
-from mopro_fast.training import checkpoint
 
 BATCH = 64
 JPEG_QUALITY = 80
@@ -94,7 +94,7 @@ def load_model(config: TrainConfig, state: dict[str, Any], device: str) -> tuple
     theirs = {name: w for name, w in weights.items() if name.startswith("encoder_q.")}
     if "prototypes" in weights:
         own["prototypes"] = torch.empty(config.data.num_classes, config.model.embed_dim)
-    checkpoint.check_fits(own, theirs | {n: w for n, w in weights.items() if n == "prototypes"}, "in the run's folder")
+    check_fits(own, theirs | {n: w for n, w in weights.items() if n == "prototypes"}, "in the run's folder")
     encoder.load_state_dict({name.partition(".")[2]: w for name, w in theirs.items()})
     prototypes = weights.get("prototypes")
     return encoder.to(device).eval(), None if prototypes is None else prototypes.to(device)

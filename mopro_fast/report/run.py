@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from mopro_fast.checkpoints import state as checkpoint
 from mopro_fast.config import TrainConfig, load
 from mopro_fast.data import inputs
 from mopro_fast.data.index import Index, load_index
 from mopro_fast.errors import UserError
 from mopro_fast.labels import UNSEEN
-from mopro_fast.training import checkpoint
 
 ROWS = 200  # of left_out.csv and of replaced.csv that are shown
 

@@ -12,6 +12,9 @@ from pathlib import Path
 import torch
 
 from mopro_fast import __version__, distributed
+from mopro_fast.checkpoints import state as checkpoint
+from mopro_fast.checkpoints import weights
+from mopro_fast.checkpoints.weights import check_fits
 from mopro_fast.config import TrainConfig, differences, from_dict
 from mopro_fast.data import inputs
 from mopro_fast.data.index import Index
@@ -21,7 +24,6 @@ from mopro_fast.errors import UserError
 from mopro_fast.labels import UNSEEN
 from mopro_fast.models.build import build
 from mopro_fast.ops import backends
-from mopro_fast.training import checkpoint
 from mopro_fast.training.evaluate import accuracy
 from mopro_fast.training.log import RunLog
 from mopro_fast.training.optim import learning_rate, sgd_class
@@ -76,7 +78,7 @@ class Trainer:
             self._require_same_run(path, state)
             self.model.load_state_dict(state["model"])
         elif config.run.init:
-            checkpoint.load_weights(self.model, config.run.init)
+            weights.initialise(self.model, config.run.init)
         self.train_step = TrainStep(config, self.model, len(self.index), self.device)
         self.shuffle = Shuffle(config.run.seed, config.optim.batch_size)
         log_bytes = self._restore(path, state) if state else 0
@@ -311,7 +313,7 @@ class Trainer:
         theirs, ours = (json.loads(config.to_json()) for config in (saved, self.config))
         changed = [name for name in differences(theirs, ours) if name not in FREE]
         if any(name.startswith("model.") or name == "data.num_classes" for name in changed):
-            checkpoint.check_fits(self.model.state_dict(), state["model"], path)
+            check_fits(self.model.state_dict(), state["model"], path)
         if changed:
             first = changed[0]
             raise UserError(

@@ -68,39 +68,3 @@ def load(path: str | Path) -> dict[str, Any]:
     if not isinstance(state, dict) or "model" not in state or "config" not in state:
         raise UserError(f"{path} is not a checkpoint of mopro_fast (it has no model and config)")
     return state
-
-
-def load_weights(model: torch.nn.Module, path: str | Path) -> None:
-    """Initialise ``model`` from a file of any known format: its query encoder must fit; the rest if it does.
-
-    A key encoder that the file lacks (cross-entropy) starts as a copy of the query encoder, as always. A head that it
-    lacks (torchvision's have no projection) keeps its fresh weights.
-    """
-    from mopro_fast.downstream.weights import HEADS, K, Q
-    from mopro_fast.downstream.weights import load_weights as read_weights
-
-    own, weights = model.state_dict(), read_weights(path).state
-    query = {name: w for name, w in weights.items() if name.startswith(Q)}
-    for name, w in own.items():
-        if name.startswith(tuple(Q + head for head in HEADS)):
-            query.setdefault(name, w)
-    for name, w in query.items():
-        weights.setdefault(name.replace(Q, K, 1), w)
-    check_fits({name: w for name, w in own.items() if name.startswith(Q)}, query, path)
-    fitting = {name: w for name, w in weights.items() if name in own and own[name].shape == w.shape}
-    model.load_state_dict(own | fitting)
-
-
-def check_fits(own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Raise a UserError that names the first tensor of another shape."""
-    for name in own | weights:
-        have, want = (tuple(d[name].shape) if name in d else None for d in (weights, own))
-        if have != want:
-            raise UserError(
-                f"the checkpoint {path} is of another architecture: {name} is {_shape(have)} there and "
-                f"{_shape(want)} in this run; set --arch, --width, --stem, --num-classes, --embed-dim as it was trained"
-            )
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "absent" if shape is None else "×".join(map(str, shape)) or "a scalar"

@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mopro_fast.checkpoints import state as checkpoint
 from mopro_fast.config import ModelConfig
 from mopro_fast.errors import UserError
 from mopro_fast.models.resnet import LAYERS, BasicBlock, Bottleneck, ResNet
-from mopro_fast.training import checkpoint
 
 Q, K = "encoder_q.", "encoder_k."
 HEADS = ("classifier.", "fc1.", "fc2.")  # what files of others lack: the projection, or the classifier too
@@ -96,6 +96,35 @@ def build_encoder(weights: Weights) -> ResNet:
     missing = {name: torch.zeros(t.shape) for name, t in encoder.state_dict().items() if name not in state}
     encoder.load_state_dict({name: t.clone() for name, t in state.items()} | missing, assign=True)
     return encoder
+
+
+def initialise(model: torch.nn.Module, path: str | Path) -> None:
+    """Initialise ``model`` from a file of any known format: its query encoder must fit; the rest if it does.
+
+    A key encoder that the file lacks (cross-entropy) starts as a copy of the query encoder, as always. A head that it
+    lacks (torchvision's have no projection) keeps its fresh weights.
+    """
+    own, weights = model.state_dict(), load_weights(path).state
+    query = {name: w for name, w in weights.items() if name.startswith(Q)}
+    for name, w in own.items():
+        if name.startswith(tuple(Q + head for head in HEADS)):
+            query.setdefault(name, w)
+    for name, w in query.items():
+        weights.setdefault(name.replace(Q, K, 1), w)
+    check_fits({name: w for name, w in own.items() if name.startswith(Q)}, query, path)
+    fitting = {name: w for name, w in weights.items() if name in own and own[name].shape == w.shape}
+    model.load_state_dict(own | fitting)
+
+
+def check_fits(own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Raise a UserError that names the first tensor of another shape."""
+    for name in own | weights:
+        have, want = (tuple(d[name].shape) if name in d else None for d in (weights, own))
+        if have != want:
+            raise UserError(
+                f"the checkpoint {path} is of another architecture: {name} is {_shape(have)} there and "
+                f"{_shape(want)} in this run; set --arch, --width, --stem, --num-classes, --embed-dim as it was trained"
+            )
 
 
 def digest(tensors: dict[str, Tensor]) -> str:

@@ -1,0 +1,1 @@
+"""A run's state on disk (state.py), weights from any file (weights.py), the formats of others (formats.py)."""
