@@ -19,6 +19,7 @@ from mopro_fast import demo
 from mopro_fast.config import recipe
 from mopro_fast.errors import UserError
 from mopro_fast.training.loop import Trainer
+from mopro_fast.training.tasks import task_of
 
 
 def main() -> int:
@@ -49,7 +50,7 @@ def main() -> int:
             c.method, c.optim.epochs, c.run.seed = method, a.epochs, seed
             c.data.path, c.data.root, c.data.val = str(train_list), str(a.folder), str(a.folder / "test_list.txt")
             c.run.out = str(a.runs / f"seed{seed}" / method)
-            if received := Trainer(c).run():
+            if received := Trainer(task_of(c)).run():
                 return 128 + received
             result[f"{method}_top1"] = demo.curve(Path(c.run.out), "val", "top1")[-1]
         assigned = torch.load(Path(c.run.out) / "labels.pt", weights_only=True).numpy()

@@ -17,6 +17,7 @@ from mopro_fast import demo, ops
 from mopro_fast.config import recipe
 from mopro_fast.errors import UserError
 from mopro_fast.training.loop import Trainer
+from mopro_fast.training.tasks import task_of
 
 
 def main() -> int:
@@ -52,7 +53,7 @@ def main() -> int:
             c.run.precision, c.run.log_every, c.run.cuda_graph = precision, log_every, precision == "bf16"
             c.run.out = str(a.runs / f"seed{seed}" / precision)
             with ops.use_backend("reference" if precision == "fp32" else "auto"):
-                if received := Trainer(c).run():
+                if received := Trainer(task_of(c)).run():
                     return 128 + received
             entries = [json.loads(line) for line in (Path(c.run.out) / "log.jsonl").read_text().splitlines()]
             windows = [e for e in entries if e["split"] == "train"]

@@ -139,9 +139,11 @@ class OptimConfig:
     lr: float = 0.1
     """Learning rate at the start."""
     schedule: Literal["step", "cosine"] = "step"
-    """step: ×0.1 at every milestone; cosine: half a cosine down to 0. Both change between epochs."""
+    """step: times --decay at every milestone; cosine: half a cosine down to 0. Both change between epochs."""
     milestones: tuple[int, ...] = (40, 80)
     """Epochs at which the step schedule lowers the learning rate."""
+    decay: float = 0.1
+    """Factor of the step schedule at every milestone."""
     warmup_epochs: float = 0
     """Epochs over which the learning rate rises linearly from 0, step by step."""
     scale_lr: bool = False
@@ -194,57 +196,34 @@ class RunConfig:
     """Write TensorBoard events into out."""
 
 
-@dataclass
-class TrainConfig:
-    """One training run."""
+class Settings:
+    """What every command that trains has: ``data``, ``optim`` and ``run``. Its subclasses are dataclasses."""
 
-    method: Literal["mopro", "ce"] = "mopro"
-    """mopro, or ce: plain cross-entropy on the given labels, through the same loop (the baseline)."""
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    mopro: MoProConfig = field(default_factory=MoProConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig
+    optim: OptimConfig
+    run: RunConfig
 
     def validate(self, ranks: int = 1) -> None:
         """Raise a UserError for the first setting that cannot be right, on this many ranks."""
-        d, m, p, o, r = self.data, self.model, self.mopro, self.optim, self.run
+        d, o, r = self.data, self.optim, self.run
         _require(d.path, "no training data given: set --data to a WebVision folder, a list file or class folders")
         _require(r.out, "no output folder given: set --out")
-        _at_least(1, num_classes=d.num_classes, image_size=d.image_size, embed_dim=m.embed_dim, epochs=o.epochs)
-        _at_least(1, batch_size=o.batch_size, queue_size=p.queue_size, log_every=r.log_every, keep=r.keep)
-        _at_least(1, checkpoint_every=r.checkpoint_every)
-        _at_least(0, threads=d.threads, bn_group=m.bn_group, lr=o.lr, weight_decay=o.weight_decay, seed=r.seed)
-        _at_least(0, warmup_epochs=o.warmup_epochs, w_inst=p.w_inst, w_proto=p.w_proto)
-        _at_least(0, shuffle_shards=d.shuffle_shards)
-        for name in ("max_broken", "hw_decoder_load"):
-            value = getattr(d, name)
-            _require(0 <= value <= 1, f"--{_flag(name)} must lie in [0, 1], got {value}")
+        _at_least(1, num_classes=d.num_classes, image_size=d.image_size, epochs=o.epochs, batch_size=o.batch_size)
+        _at_least(1, log_every=r.log_every, keep=r.keep, checkpoint_every=r.checkpoint_every)
+        _at_least(0, threads=d.threads, shuffle_shards=d.shuffle_shards, seed=r.seed)
+        _at_least(0, lr=o.lr, weight_decay=o.weight_decay, warmup_epochs=o.warmup_epochs)
+        _shares(max_broken=d.max_broken, hw_decoder_load=d.hw_decoder_load)
         if d.eval_resize is not None:
             _at_least(d.image_size, eval_resize=d.eval_resize)
-        for name in ("key_momentum", "proto_momentum", "alpha", "threshold"):
-            value = getattr(p, name)
-            _require(0 <= value <= 1, f"--{_flag(name)} must lie in [0, 1], got {value}")
         _require(0 <= o.momentum < 1, f"--momentum must lie in [0, 1), got {o.momentum}")
-        _require(p.temperature > 0, f"--temperature must be above 0, got {p.temperature}")
-        _require(m.width >= 1 / 64, f"--width must be at least 1/64, one channel in the first stage, got {m.width}")
+        _require(0 < o.decay <= 1, f"--decay must lie in (0, 1], got {o.decay}")
         _require(
             o.batch_size % ranks == 0,
             f"--batch-size {o.batch_size} cannot be divided among {ranks} ranks: choose a multiple of {ranks}",
         )
-        rows = o.batch_size // ranks
-        _require(rows > 1, f"--batch-size {o.batch_size} leaves one row per rank: BatchNorm needs at least two")
-        _require(m.bn_group != 1, "--bn-group 1: BatchNorm needs at least two rows; 0 takes all of a rank")
         _require(
-            m.bn_group == 0 or rows % m.bn_group == 0,
-            f"--bn-group {m.bn_group} does not divide the {rows} rows of a rank: choose a divisor, or 0 for all rows",
+            o.batch_size > ranks, f"--batch-size {o.batch_size} leaves one row per rank: BatchNorm needs at least two"
         )
-        if self.method == "mopro":
-            _require(
-                p.queue_size >= o.batch_size,
-                f"--queue-size {p.queue_size} is smaller than --batch-size {o.batch_size}: one step's keys must fit",
-            )
-            _require(p.start_clean >= 1, "--start-clean must be at least 1: epoch 0 makes the first prototypes")
         _require(
             d.keep_classes is None or d.keep_classes == d.num_classes,
             f"--keep-classes {d.keep_classes} contradicts --num-classes {d.num_classes}: they must be equal",
@@ -261,8 +240,45 @@ class TrainConfig:
             "--compile True: torch.compile cannot take the activation checkpointing of --recompute True: choose one",
         )
 
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2)
+        return json.dumps(self.as_dict(), indent=2)
+
+
+@dataclass
+class TrainConfig(Settings):
+    """One training run."""
+
+    method: Literal["mopro", "ce"] = "mopro"
+    """mopro, or ce: plain cross-entropy on the given labels, through the same loop (the baseline)."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mopro: MoProConfig = field(default_factory=MoProConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def validate(self, ranks: int = 1) -> None:
+        super().validate(ranks)
+        m, p, rows = self.model, self.mopro, self.optim.batch_size // ranks
+        _at_least(1, embed_dim=m.embed_dim, queue_size=p.queue_size)
+        _at_least(0, bn_group=m.bn_group, w_inst=p.w_inst, w_proto=p.w_proto)
+        _shares(key_momentum=p.key_momentum, proto_momentum=p.proto_momentum, alpha=p.alpha, threshold=p.threshold)
+        _require(p.temperature > 0, f"--temperature must be above 0, got {p.temperature}")
+        _require(m.width >= 1 / 64, f"--width must be at least 1/64, one channel in the first stage, got {m.width}")
+        _require(m.bn_group != 1, "--bn-group 1: BatchNorm needs at least two rows; 0 takes all of a rank")
+        _require(
+            m.bn_group == 0 or rows % m.bn_group == 0,
+            f"--bn-group {m.bn_group} does not divide the {rows} rows of a rank: choose a divisor, or 0 for all rows",
+        )
+        if self.method == "mopro":
+            _require(
+                p.queue_size >= self.optim.batch_size,
+                f"--queue-size {p.queue_size} is smaller than --batch-size {self.optim.batch_size}: "
+                "one step's keys must fit",
+            )
+            _require(p.start_clean >= 1, "--start-clean must be at least 1: epoch 0 makes the first prototypes")
 
 
 def webvision_v1() -> TrainConfig:
@@ -372,8 +388,9 @@ def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
     return found
 
 
-def _flag(name: str) -> str:
-    return name.replace("_", "-")
+def flag(name: str) -> str:
+    """The command-line option of a setting."""
+    return "--" + name.replace("_", "-")
 
 
 def _require(condition: object, message: str) -> None:
@@ -381,6 +398,11 @@ def _require(condition: object, message: str) -> None:
         raise UserError(message)
 
 
+def _shares(**values: float) -> None:
+    for name, value in values.items():
+        _require(0 <= value <= 1, f"{flag(name)} must lie in [0, 1], got {value}")
+
+
 def _at_least(least: float, **values: float) -> None:
     for name, value in values.items():
-        _require(value >= least, f"--{_flag(name)} must be at least {least}, got {value}")
+        _require(value >= least, f"{flag(name)} must be at least {least}, got {value}")

@@ -49,11 +49,12 @@ def main(argv: list[str]) -> int:
 def run(out: Path, seed: int) -> dict:
     """Write the images, train both methods, measure; goes on where an interrupted call stopped."""
     from mopro_fast.training.loop import Trainer
+    from mopro_fast.training.tasks import task_of
 
     write_images(out / "images", seed)
     for method in ("ce", "mopro"):
         print(f"\n== {'plain cross-entropy' if method == 'ce' else 'MoPro'} ==")
-        if received := Trainer(config(method, out, seed)).run():
+        if received := Trainer(task_of(config(method, out, seed))).run():
             return {"stopped": received}
     results = {"seed": seed} | {f"{m}_top1": curve(out / m, "val", "top1")[-1] for m in ("ce", "mopro")}
     results |= judge(*decisions(out))

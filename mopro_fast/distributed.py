@@ -29,10 +29,11 @@ def alone() -> bool:
     return world()[1] == 1
 
 
-def start(device: str) -> torch.device:
+def start(device: str, deterministic: bool | None = None) -> torch.device:
     """Join torchrun's process group, if there is one, and return this rank's device.
 
     device: "auto" (the GPU of this local rank if CUDA is there), "cpu" or "cuda".
+    deterministic: True: only cuDNN kernels that repeat bit for bit; False: the fastest; None: as it is.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device {device!r} is unknown: choose auto, cpu or cuda")
@@ -48,10 +49,18 @@ def start(device: str) -> torch.device:
     place = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(place)
+    if cuda and deterministic is not None:
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = not deterministic, deterministic
         torch.cuda.set_stream(torch.cuda.Stream())  # all work's stream: the default one cannot be captured in a graph
     if {"WORLD_SIZE", "RANK", "MASTER_ADDR"} <= os.environ.keys() and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", device_id=place if cuda else None)
     return place
+
+
+def leave() -> None:
+    """Leave the process group. Not after an error: it would wait for other ranks, which may sit in a collective."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def gather_rows(x: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ def same(one: Run, other: Run) -> str:
 
     from mopro_fast.checkpoints import state as checkpoint
 
-    states = [checkpoint.load(run.saved) for run in (one, other)]
+    states = [vars(checkpoint.load(run.saved)) for run in (one, other)]
     for run, state in zip((one, other), states, strict=True):
         del state["config"]  # it names the folder
         state["log.jsonl"] = (run.folder / "run/log.jsonl").read_text().splitlines()

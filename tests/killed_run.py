@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mopro_fast.config import AugmentConfig, DataConfig, ModelConfig, MoProConfig, OptimConfig, RunConfig, TrainConfig
 from mopro_fast.training.loop import Trainer
+from mopro_fast.training.tasks import task_of
 
 
 def config(data: Path, out: Path, epochs: int = 2, batch_size: int = 8) -> TrainConfig:
@@ -40,4 +41,4 @@ class Recorder(Trainer):
 def main(_rank: int, _ranks: int, data: Path, out: Path, kill_at: int = -1) -> None:
     """Train; at the global step `kill_at`, if there is one, rank 0 is gone."""
     Recorder.kill_at = kill_at
-    sys.exit(Recorder(config(data, out)).run())
+    sys.exit(Recorder(task_of(config(data, out))).run())

@@ -115,7 +115,7 @@ def test_features_have_the_same_bytes(folder):
 
 def test_the_same_classifier_is_trained(folder):
     one, two = (
-        checkpoint.load(checkpoint.all_of(folder / f"of {ranks}" / "retrain" / "checkpoints")[-1])["model"]
+        checkpoint.load(checkpoint.all_of(folder / f"of {ranks}" / "retrain" / "checkpoints")[-1]).model
         for ranks in (1, 2)
     )
     name = "encoder_q.classifier.weight"

@@ -86,8 +86,7 @@ def test_replayed_through_all_phases_it_is_the_eager_step(tapes, precision: str,
     for graphed in (False, True):
         step = train_step(small_model(), precision=precision, bf16_weights=bf16_weights)
         if graphed:
-            step.lr = torch.zeros(1)
-            step.optimizer.param_groups[0]["lr"] = step.lr
+            step.optimizer.param_groups[0]["lr"] = torch.zeros(1)
             step._call = Graphed(step._run, 2)
         losses = [*run_steps(step, 5), step(*another_batch(), 2, 15, 0.05).loss.clone()]
         states.append([*losses, *step.model.state_dict().values(), step.sums, step.assigned])

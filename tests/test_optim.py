@@ -140,7 +140,7 @@ def test_apex_takes_a_late_gradient_as_pytorch_does(options):
     results = []
     for kind in ("torch", "apex"):
         model = encoder()
-        optimizer = build_optimizer(model, OptimConfig(sgd=kind, **options))
+        optimizer = build_optimizer([list(model.parameters())], OptimConfig(sgd=kind, **options))
         for step in range(4):
             backward(model, step)
             if step >= 2:
@@ -254,8 +254,8 @@ def test_other_mistakes():
 def test_build_optimizer():
     model, target = encoder(), encoder(1)
     config = OptimConfig()
-    assert isinstance(build_optimizer(model, config), torch.optim.SGD)
-    optimizer = build_optimizer(model, config, target.parameters(), 0.999)
+    assert isinstance(build_optimizer([list(model.parameters())], config), torch.optim.SGD)
+    optimizer = build_optimizer([list(model.parameters())], config, target.parameters(), 0.999)
     assert type(optimizer) is SGDEMA and optimizer.ema_momentum == 0.999
     assert optimizer.param_groups[0]["weight_decay"] == config.weight_decay
     backward(model, 0)
@@ -271,8 +271,11 @@ def test_the_three_kinds_of_sgd_take_up_each_other_s_run(tmp_path):
         model, target = encoder(), encoder(1)
         for half, kind in enumerate(kinds):
             low, (shadows, target_shadows) = lowered(model, target)
-            copies = {"param_shadows": shadows, "target_shadows": target_shadows}
-            optimizer = build_optimizer(model, OptimConfig(sgd=kind), target.parameters(), M, **copies)
+            masters = [*model.parameters(), *target.parameters()]
+            copies = {p: v for p, v in zip(masters, [*shadows, *target_shadows], strict=True) if v is not None}
+            optimizer = build_optimizer(
+                [list(model.parameters())], OptimConfig(sgd=kind), target.parameters(), M, copies=copies
+            )
             if half:
                 optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
             for step in range(2 * half, 2 * half + 2):
@@ -307,7 +310,7 @@ def lowered(model, target):
 @pytest.mark.parametrize("kind", ["fused", "torch"])
 def test_what_resumes_keeps_its_learning_rate_tensor(kind):
     model = encoder()
-    saved = build_optimizer(model, OptimConfig(sgd=kind))
+    saved = build_optimizer([list(model.parameters())], OptimConfig(sgd=kind))
     saved.param_groups[0]["lr"] = 0.25
     rate = torch.tensor([0.1])
     optimizer = SGDThenEMA(model.parameters(), lr=rate, momentum=0.9, fused=True)
@@ -334,7 +337,7 @@ def apex(apex_folder, monkeypatch):
 def test_apex_is_refused_where_it_cannot_be_used(apex_folder):
     cuda = torch.device("cuda")
     with pytest.raises(UserError, match="needs a GPU, not device cpu"):
-        build_optimizer(encoder(), OptimConfig(sgd="apex"))
+        build_optimizer([list(encoder().parameters())], OptimConfig(sgd="apex"))
     apex_folder(without=fake_apex.MODULES)
     with pytest.raises(UserError, match="apex is not installed: install NVIDIA's from"):
         sgd_class("apex", cuda)

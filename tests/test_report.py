@@ -24,6 +24,7 @@ from mopro_fast.errors import UserError
 from mopro_fast.report import figures, images, page
 from mopro_fast.report.command import Report
 from mopro_fast.training.loop import Trainer
+from mopro_fast.training.tasks import task_of
 
 # Names that would run as HTML. A path holds "</script" where a class folder ends in "<" and a file begins so.
 CLASSES = ["a<", "<img src=x onerror=boom()>", "\"'&amp; {{js}}", "plain"]
@@ -46,7 +47,7 @@ def run(tmp_path_factory) -> Path:
     c.data.image_size = c.data.eval_resize = 8
     c.model.width, c.optim.epochs, c.optim.batch_size, c.mopro.start_clean = 0.125, 2, 16, 1
     c.run.tensorboard, c.run.log_every = False, 1
-    assert Trainer(c).run() == 0
+    assert Trainer(task_of(c)).run() == 0
     torch.save(torch.from_numpy(known_labels().astype(np.int32)), out / "labels.pt")
     return out
 

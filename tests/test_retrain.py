@@ -21,11 +21,11 @@ from mopro_fast.checkpoints import state as checkpoint
 from mopro_fast.checkpoints.weights import digest, load_encoder, load_weights
 from mopro_fast.data.index import load_index
 from mopro_fast.data.order import balancing_repeats, epoch_order
-from mopro_fast.downstream.finetune import Finetune, choose, with_share
-from mopro_fast.downstream.retrain import Retrain, with_cleaned_labels
-from mopro_fast.downstream.supervised import Supervised
+from mopro_fast.downstream.finetune import Finetune, FinetuneTask, choose, with_share
+from mopro_fast.downstream.retrain import Retrain, RetrainTask, with_cleaned_labels
 from mopro_fast.errors import UserError
 from mopro_fast.models.build import build
+from mopro_fast.training.loop import Trainer
 
 SIZES = (40, 20, 10, 4)  # images per class, by their true labels
 CLASSES = np.repeat(np.arange(4), SIZES)
@@ -82,11 +82,11 @@ def opened():
         yield lambda c, model: stack.enter_context(contextlib.closing(trainer_of(c, model)))
 
 
-def trainer_of(c, model: Path) -> Supervised:
-    return Supervised(c, load_weights(model), with_cleaned_labels if isinstance(c, Retrain) else with_share)
+def trainer_of(c, model: Path) -> Trainer:
+    return Trainer((RetrainTask if isinstance(c, Retrain) else FinetuneTask)(c, load_weights(model)))
 
 
-def run(c, model: Path) -> Supervised:
+def run(c, model: Path) -> Trainer:
     trainer = trainer_of(c, model)
     assert trainer.run() == 0
     return trainer
@@ -129,11 +129,11 @@ def whole(data, model, tmp_path_factory) -> Path:
     c = retrain(data, out)
     c.mixup = 0.2
     trainer = run(c, model)
-    assert trainer.steps == 66 // 8 and len(trainer.index.usable) == 67
+    assert trainer.steps == 66 // 8 and len(trainer.loader._index.usable) == 67
     return out
 
 
-def last(out: Path) -> dict:
+def last(out: Path) -> checkpoint.RunState:
     return checkpoint.load(checkpoint.all_of(out / "checkpoints")[-1])
 
 
@@ -163,10 +163,10 @@ def stopped_at(c, model: Path, at_step: int) -> None:
 
 def assert_same_run(one: Path, other: Path) -> None:
     a, b = last(one), last(other)
-    assert (a["epoch"], a["step"]) == (b["epoch"], b["step"]) == (3, 0)
-    assert digest(a["model"]) == digest(b["model"])
-    for i, slot in a["optimizer"]["state"].items():
-        assert torch.equal(slot["momentum_buffer"], b["optimizer"]["state"][i]["momentum_buffer"])
+    assert (a.epoch, a.step) == (b.epoch, b.step) == (3, 0)
+    assert digest(a.model) == digest(b.model)
+    for i, slot in a.optimizer["state"].items():
+        assert torch.equal(slot["momentum_buffer"], b.optimizer["state"][i]["momentum_buffer"])
     assert (one / "log.jsonl").read_bytes() == (other / "log.jsonl").read_bytes()
 
 
@@ -186,13 +186,13 @@ def test_finetuning_killed_and_resumed_ends_with_the_same_bits(data, model, tmp_
     c = finetune(data, tmp_path / "whole")
     c.optim.encoder_lr = 0.02
     trainer = run(c, model)
-    assert [g["lr"] for g in trainer.optimizer.param_groups] == [pytest.approx(0.1 * 0.2), 0.02]
-    before, after = load_weights(model).state, last(tmp_path / "whole")["model"]
+    assert [g["lr"] for g in trainer.train_step.optimizer.param_groups] == [pytest.approx(0.1 * 0.2), 0.02]
+    before, after = load_weights(model).state, last(tmp_path / "whole").model
     same = {name for name, t in after.items() if torch.equal(t, before[name])}
     assert same == {n for n in after if ".fc1." in n or ".fc2." in n}  # the projection, which no label reaches
 
     c.run.out = str(tmp_path / "broken")
-    trainer = Supervised(c, load_weights(model), with_share)
+    trainer = trainer_of(c, model)
     step = trainer._train_step
 
     def die(batch, place):
@@ -229,6 +229,7 @@ def test_an_epoch_is_the_official_one_written_out(data, model, tmp_path, freeze,
     c.optim.encoder_lr = None if freeze else 0.05
     trainer = opened(c, model)
     batches = [[*trainer.loader.epoch(epoch)] for epoch in (0, 1)]
+    trainer.close()
     encoder, _ = load_encoder(model, torch.device("cpu"))
     classifier = encoder.classifier
     body = [p for n, p in encoder.named_parameters() if not n.startswith(("classifier", "fc"))]
@@ -248,7 +249,7 @@ def test_an_epoch_is_the_official_one_written_out(data, model, tmp_path, freeze,
                 optimizer_encoder.step()
     run(c, model)
     for name, t in encoder.state_dict().items():
-        torch.testing.assert_close(last(tmp_path)["model"][f"encoder_q.{name}"], t, rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(last(tmp_path).model[f"encoder_q.{name}"], t, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_mixup_mixes_images_and_losses(data, model, tmp_path, opened):
@@ -261,12 +262,12 @@ def test_mixup_mixes_images_and_losses(data, model, tmp_path, opened):
     share, partner = rng.beta(1, 1), torch.from_numpy(rng.permutation(8))
     assert 0.05 < share < 0.95 and (partner != torch.arange(8)).any()
     images = ops.normalize(batch.view_q)
-    logits = trainer.model(share * images + (1 - share) * images[partner])
+    logits = trainer.model.query(share * images + (1 - share) * images[partner])
     one_hot = F.one_hot(batch.labels, 4) * share + F.one_hot(batch.labels[partner], 4) * (1 - share)
     expected = -(one_hot * logits.log_softmax(1)).sum(1).mean().item()
-    trainer._train_step(batch)
+    trainer._train_step(*next(trainer.task.batches([batch], trainer.global_step)))
     trainer.loader.close()
-    assert trainer.sums[0, 0].item() == pytest.approx(expected, rel=1e-5)
+    assert trainer.train_step.sums[0, 0].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_share_of_the_images():
@@ -311,41 +312,41 @@ def test_an_image_that_is_listed_twice_has_the_label_of_each_row(tmp_path):
 
 
 def test_refusals(data, model, whole, tmp_path):
-    def refusal(change, narrow=with_cleaned_labels) -> str:
-        c = retrain(data, tmp_path / "new") if narrow is with_cleaned_labels else finetune(data, tmp_path / "new")
+    def refusal(change, configured=retrain) -> str:
+        c = configured(data, tmp_path / "new")
         change(c)
         with pytest.raises(UserError) as caught:
-            Supervised(c, load_weights(model), narrow)
+            trainer_of(c, model)
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
     assert "set --cleaned" in refusal(lambda c: setattr(c, "cleaned", ""))
     assert "cannot read the cleaned labels" in refusal(lambda c: setattr(c, "cleaned", str(data / "val.txt")))
     assert "no cleaned labels at" in refusal(lambda c: setattr(c, "cleaned", str(tmp_path)))
-    assert "config.json: Not a dir" in refusal(lambda c: setattr(c.run, "out", str(data / "val.txt" / "x")))
+    assert "cannot write into --out" in refusal(lambda c: setattr(c.run, "out", str(data / "val.txt" / "x")))
     other = pa.table({"path": ["000.png", "other.png"], "label": [0, 0]})
     pq.write_table(other, tmp_path / "other.parquet")
     assert "it has other.png" in refusal(lambda c: setattr(c, "cleaned", str(tmp_path / "other.parquet")))
     pq.write_table(other.slice(0, 1).set_column(1, "label", [[4]]), tmp_path / "high.parquet")
     assert "has the label 4" in refusal(lambda c: setattr(c, "cleaned", str(tmp_path / "high.parquet")))
     assert "--encoder-lr has no effect" in refusal(lambda c: setattr(c.optim, "encoder_lr", 0.1))
-    assert "--share must lie" in refusal(lambda c: setattr(c, "share", 0), with_share)
-    assert "batch larger" in refusal(lambda c: setattr(c, "share", 0.01), with_share)
+    assert "--share must lie" in refusal(lambda c: setattr(c, "share", 0), finetune)
+    assert "batch larger" in refusal(lambda c: setattr(c, "share", 0.01), finetune)
 
     def resumed(c) -> None:
         c.run.out = str(whole)
         c.mixup = 0.2
 
-    assert "another optim.lr" in refusal(lambda c: (resumed(c), setattr(c.optim, "lr", 0.2)))
+    assert "optim.lr=0.1, this one has 0.2" in refusal(lambda c: (resumed(c), setattr(c.optim, "lr", 0.2)))
     state = torch.load(model, weights_only=True)
     state["model"]["encoder_q.classifier.bias"][0] += 1
     torch.save(state, tmp_path / "model.pt")
     c = retrain(data, whole)
     c.mixup = 0.2
     with pytest.raises(UserError, match="another checkpoint"):
-        Supervised(c, load_weights(tmp_path / "model.pt"), with_cleaned_labels)
+        trainer_of(c, tmp_path / "model.pt")
     pq.write_table(other.slice(0, 1), tmp_path / "one.parquet")
-    assert "another data" in refusal(lambda c: (resumed(c), setattr(c, "cleaned", str(tmp_path / "one.parquet"))))
+    assert "on other data than" in refusal(lambda c: (resumed(c), setattr(c, "cleaned", str(tmp_path / "one.parquet"))))
     assert "already holds a run" in refusal(lambda c: (resumed(c), setattr(c.run, "resume", "never")))
 
 

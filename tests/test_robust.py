@@ -19,6 +19,7 @@ from processes import statuses_of
 
 from mopro_fast.data.index import load_index
 from mopro_fast.errors import UserError
+from mopro_fast.training.tasks import task_of
 
 if sys.platform != "linux":
     pytest.skip("DALI is for Linux", allow_module_level=True)
@@ -85,7 +86,7 @@ def decode_cases(tmp_path_factory) -> Path:
 def test_every_odd_file_is_trained_on_or_named(decode_cases, tmp_path, layout, capsys):
     data = decode_cases if layout == "files" else packed(decode_cases, tmp_path / "pack", "--size", "64")
     c = config(data, tmp_path / "out", epochs=3, batch_size=14)
-    trainer = Recorder(c)
+    trainer = Recorder(task_of(c))
     assert trainer.run() == 0
     named = table(tmp_path / "out/left_out.csv") if layout == "files" else table(data / "skipped.csv")
     assert all(row["reason"] for row in named)
@@ -106,7 +107,7 @@ def test_every_odd_file_is_trained_on_or_named(decode_cases, tmp_path, layout, c
 @pytest.mark.medium
 def test_files_that_break_while_an_epoch_runs_are_named_and_replaced(photos, tmp_path, capsys):
     out = tmp_path / "out"
-    trainer = Recorder(config(photos, out))
+    trainer = Recorder(task_of(config(photos, out)))
     order = [trainer.loader._rows(0, step) for step in range(STEPS)]
     cut, gone = (Path(trainer.index.full_path(order[-1][i])) for i in (2, 5))
     train_step = trainer._train_step
@@ -136,13 +137,13 @@ def test_files_that_break_while_an_epoch_runs_are_named_and_replaced(photos, tmp
         assert len(ids) == STEPS * BATCH and len(set(ids)) >= len(ids) - 1  # both may get the same substitute
     labels = torch.load(out / "labels.pt", weights_only=True)
     assert unseen <= set(torch.nonzero(labels == -2).flatten().tolist())
-    assert Recorder(config(photos, out)).run() == 0  # with both files broken it is still the same run
+    assert Recorder(task_of(config(photos, out))).run() == 0  # with both files broken it is still the same run
 
 
 @pytest.mark.medium
 def test_interrupted_after_it_named_a_file_it_has_one_row_for_it(photos, tmp_path):
     c = config(photos, tmp_path / "out")
-    trainer = Recorder(c)
+    trainer = Recorder(task_of(c))
     gone = Path(trainer.index.full_path(trainer.loader._rows(0, 3)[0]))
     gone.unlink()
     train_step = trainer._train_step
@@ -157,7 +158,7 @@ def test_interrupted_after_it_named_a_file_it_has_one_row_for_it(photos, tmp_pat
         trainer.run()
     before = table(tmp_path / "out/replaced.csv")
     assert [(row["epoch"], row["step"], row["path"]) for row in before] == [("0", "3", gone.name)]
-    assert Recorder(c).run() == 0
+    assert Recorder(task_of(c)).run() == 0
     rows = table(tmp_path / "out/replaced.csv")
     assert rows[:1] == before and [row["epoch"] for row in rows].count("0") == 1
 
@@ -168,7 +169,7 @@ def test_a_run_on_class_folders_goes_on_without_a_file_that_has_gone(photos, tmp
         (tmp_path / "classes" / str(i % 4)).mkdir(parents=True, exist_ok=True)
         (photos.parent / f"{i}.jpg").rename(tmp_path / "classes" / str(i % 4) / f"{i}.jpg")
     c = config(tmp_path / "classes", tmp_path / "out")
-    trainer = Recorder(c)
+    trainer = Recorder(task_of(c))
     train_step = trainer._train_step
 
     def step(*batch):
@@ -181,7 +182,7 @@ def test_a_run_on_class_folders_goes_on_without_a_file_that_has_gone(photos, tmp
         trainer.run()
     gone = Path(trainer.index.full_path(trainer.loader._rows(0, 6)[0]))
     gone.unlink()
-    assert Recorder(c).run() == 0
+    assert Recorder(task_of(c)).run() == 0
     rows = table(tmp_path / "out/replaced.csv")
     assert (rows[0]["epoch"], rows[0]["step"]) == ("0", "6")
     assert {row["path"] for row in rows} == {f"{gone.parent.name}/{gone.name}"}
@@ -192,7 +193,7 @@ def test_a_run_on_class_folders_goes_on_without_a_file_that_has_gone(photos, tmp
 def test_too_many_broken_files_end_the_run_in_one_line(photos, tmp_path):
     c = config(photos, tmp_path / "out")
     c.data.max_broken = 0.002  # of 1,000
-    trainer = Recorder(c)
+    trainer = Recorder(task_of(c))
     for row in trainer.loader._rows(0, 6)[:3]:
         Path(trainer.index.full_path(row)).write_text("no image")
     with pytest.raises(UserError, match=r"^3 of 1000 images could not be read any more, such as .* --max-broken"):

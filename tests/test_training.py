@@ -19,6 +19,7 @@ from mopro_fast.errors import UserError
 from mopro_fast.training.loop import Trainer
 from mopro_fast.training.optim import learning_rate
 from mopro_fast.training.step import TrainStep
+from mopro_fast.training.tasks import task_of
 
 EPOCHS, IMAGES, TESTS, STEPS = 3, 740, 100, 11  # of the demo's images, in batches of 64
 
@@ -43,19 +44,19 @@ def small_config(data: Path, out: Path) -> TrainConfig:
     return c
 
 
-def final_state(out: Path) -> tuple[dict, bytes, torch.Tensor]:
+def final_state(out: Path) -> tuple[checkpoint.RunState, bytes, torch.Tensor]:
     state = checkpoint.load(checkpoint.all_of(out / "checkpoints")[-1])
-    assert (state["epoch"], state["step"]) == (EPOCHS, 0)
+    assert (state.epoch, state.step) == (EPOCHS, 0)
     log = (out / "log.jsonl").read_bytes()
     return state, log, torch.load(out / "labels.pt", weights_only=True)
 
 
 def assert_same_run(one: Path, other: Path) -> None:
     (a, log_a, labels_a), (b, log_b, labels_b) = final_state(one), final_state(other)
-    for name in a["model"]:
-        assert torch.equal(a["model"][name], b["model"][name]), name
-    for i, slot in a["optimizer"]["state"].items():
-        assert torch.equal(slot["momentum_buffer"], b["optimizer"]["state"][i]["momentum_buffer"])
+    for name in a.model:
+        assert torch.equal(a.model[name], b.model[name]), name
+    for i, slot in a.optimizer["state"].items():
+        assert torch.equal(slot["momentum_buffer"], b.optimizer["state"][i]["momentum_buffer"])
     assert log_a == log_b
     assert torch.equal(labels_a, labels_b)
 
@@ -63,19 +64,19 @@ def assert_same_run(one: Path, other: Path) -> None:
 @pytest.fixture(scope="session")
 def uninterrupted(digits, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("uninterrupted")
-    assert Trainer(small_config(digits, out)).run() == 0
+    assert Trainer(task_of(small_config(digits, out))).run() == 0
     return out
 
 
 def opened(config: TrainConfig) -> Trainer:
     """A trainer that is not to run."""
-    trainer = Trainer(config)
+    trainer = Trainer(task_of(config))
     trainer.close()
     return trainer
 
 
 def run_and_stop_at(config: TrainConfig, at_step: int) -> None:
-    trainer = Trainer(config)
+    trainer = Trainer(task_of(config))
     step = trainer._train_step
 
     def stop_here(*batch):
@@ -91,7 +92,7 @@ def run_and_stop_at(config: TrainConfig, at_step: int) -> None:
 def test_stopped_in_every_phase_and_resumed_it_ends_with_the_same_bits(digits, uninterrupted, tmp_path):
     for at_step in (3, STEPS + 7, 2 * STEPS + 6):  # epoch 0, prototypes, cleaning
         run_and_stop_at(small_config(digits, tmp_path), at_step)
-    assert Trainer(small_config(digits, tmp_path)).run() == 0
+    assert Trainer(task_of(small_config(digits, tmp_path))).run() == 0
     assert_same_run(uninterrupted, tmp_path)
 
 
@@ -99,7 +100,7 @@ def test_stopped_in_every_phase_and_resumed_it_ends_with_the_same_bits(digits, u
 def test_killed_without_warning_it_goes_on_from_the_last_checkpoint(digits, uninterrupted, tmp_path):
     config = small_config(digits, tmp_path)
     config.run.checkpoint_every = 8
-    trainer = Trainer(config)
+    trainer = Trainer(task_of(config))
     step = trainer._train_step
 
     def die(*batch):
@@ -110,13 +111,13 @@ def test_killed_without_warning_it_goes_on_from_the_last_checkpoint(digits, unin
     trainer._train_step = die
     with pytest.raises(MemoryError):
         trainer.run()
-    assert Trainer(config).run() == 0
+    assert Trainer(task_of(config)).run() == 0
     assert_same_run(uninterrupted, tmp_path)
 
 
 def test_a_finished_run_says_so_and_changes_nothing(digits, uninterrupted):
     before = final_state(uninterrupted)[1]
-    assert Trainer(small_config(digits, uninterrupted)).run() == 0
+    assert Trainer(task_of(small_config(digits, uninterrupted))).run() == 0
     assert final_state(uninterrupted)[1] == before
 
 
@@ -147,7 +148,7 @@ def test_entries_are_means_over_their_steps(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(TrainStep, "close", lambda step: closed.append(step))
     config = small_config(digits, tmp_path)
     config.optim.epochs = 2
-    assert Trainer(config).run() == 0
+    assert Trainer(task_of(config)).run() == 0
     entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     for split in ("train", "epoch"):
         begin = 0
@@ -180,7 +181,7 @@ def test_torchrun_two_ranks_sigterm_resume_same_bits(digits, tmp_path):
     command = [*torchrun, *stopping, *arguments(digits, broken)]
     stopped = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     state = checkpoint.load(checkpoint.all_of(broken / "checkpoints")[-1])
-    assert (state["epoch"], state["step"] >= 4) == (1, True), "it was not stopped in the middle of an epoch"
+    assert (state.epoch, state.step >= 4) == (1, True), "it was not stopped in the middle of an epoch"
     assert "stopped by signal 15" in stopped.stderr and "the same command goes on from there" in stopped.stderr
     resumed = subprocess.run(
         [*torchrun, "-m", "mopro_fast", *arguments(digits, broken)], stderr=subprocess.PIPE, text=True
@@ -192,9 +193,9 @@ def test_torchrun_two_ranks_sigterm_resume_same_bits(digits, tmp_path):
 def test_cross_entropy_runs_through_the_same_loop(digits, tmp_path):
     config = small_config(digits, tmp_path)
     config.method, config.optim.epochs = "ce", 1
-    assert Trainer(config).run() == 0
+    assert Trainer(task_of(config)).run() == 0
     saved = checkpoint.all_of(tmp_path / "checkpoints")[-1]
-    weights = checkpoint.load(saved)["model"]
+    weights = checkpoint.load(saved).model
     assert all(name.startswith("encoder_q.") for name in weights)
     config = small_config(digits, tmp_path / "from_ce")
     config.run.init = str(saved)
@@ -207,7 +208,7 @@ def test_cross_entropy_runs_through_the_same_loop(digits, tmp_path):
 def test_cached_on_the_device_it_trains_on_the_same_images(digits, uninterrupted, tmp_path):
     config = small_config(digits, tmp_path)
     config.data.cache, config.optim.epochs = "device", 1
-    assert Trainer(config).run() == 0
+    assert Trainer(task_of(config)).run() == 0
     (cached, *_), (decoded, *_) = ((out / "log.jsonl").read_text().splitlines() for out in (tmp_path, uninterrupted))
     loss = [json.loads(line)["loss"] for line in (cached, decoded)]
     assert loss[0] == pytest.approx(loss[1], rel=0.02)  # pixels differ by rounding
@@ -230,8 +231,8 @@ def test_killed_in_an_evaluation_it_goes_on_from_the_end_of_the_epoch(digits, un
     with monkeypatch.context() as patch:
         patch.setattr("mopro_fast.training.loop.accuracy", die)
         with pytest.raises(MemoryError):
-            Trainer(small_config(digits, tmp_path)).run()
-    trainer = Trainer(small_config(digits, tmp_path))
+            Trainer(task_of(small_config(digits, tmp_path))).run()
+    trainer = Trainer(task_of(small_config(digits, tmp_path)))
     assert (trainer.epoch, trainer.step) == (0, STEPS)
     assert trainer.run() == 0
     assert_same_run(uninterrupted, tmp_path)
@@ -241,12 +242,12 @@ def test_killed_in_an_evaluation_it_goes_on_from_the_end_of_the_epoch(digits, un
 def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoints(digits, tmp_path):
     config = small_config(digits, tmp_path)
     config.optim.epochs = 1
-    assert Trainer(config).run() == 0
+    assert Trainer(task_of(config)).run() == 0
     good = checkpoint.all_of(tmp_path / "checkpoints")[-1]
     config = small_config(digits, tmp_path / "diverging")
     config.run.init, config.optim.lr, config.optim.warmup_epochs = str(good), 1e30, 0
     with pytest.raises(UserError, match=r"not finite at epoch 1, step \d+, rank 0; last checkpoint: none yet"):
-        Trainer(config).run()
+        Trainer(task_of(config)).run()
     assert not checkpoint.all_of(tmp_path / "diverging" / "checkpoints")
 
 
@@ -255,7 +256,7 @@ def test_resume_refuses_another_run(digits, uninterrupted, tmp_path):
         config = small_config(digits, uninterrupted)
         change(config)
         with pytest.raises(UserError) as caught:
-            Trainer(config)
+            Trainer(task_of(config))
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
@@ -277,15 +278,14 @@ def test_resume_refuses_another_run(digits, uninterrupted, tmp_path):
 def test_a_checkpoint_older_than_some_settings_goes_on(digits, uninterrupted, tmp_path):
     saved = checkpoint.all_of(uninterrupted / "checkpoints")[0]
     state = checkpoint.load(saved)
-    config = json.loads(state["config"])
-    del config["run"]["bf16_weights"], config["optim"]["sgd"]
-    checkpoint.save(tmp_path / "checkpoints", state["epoch"] * STEPS, state | {"config": json.dumps(config)}, 1)
+    del state.config["run"]["bf16_weights"], state.config["optim"]["sgd"]
+    checkpoint.save(tmp_path / "checkpoints", state.epoch * STEPS, state, 1)
     trainer = opened(small_config(digits, tmp_path))
-    assert (trainer.epoch, trainer.step) == (state["epoch"], state["step"])
+    assert (trainer.epoch, trainer.step) == (state.epoch, state.step)
     changed = small_config(digits, tmp_path)
     changed.run.bf16_weights = False
     with pytest.raises(UserError, match=r"run\.bf16_weights=True, this one has False"):
-        Trainer(changed)
+        Trainer(task_of(changed))
 
 
 def test_initial_weights_must_fit(digits, uninterrupted, tmp_path):
@@ -293,18 +293,18 @@ def test_initial_weights_must_fit(digits, uninterrupted, tmp_path):
     config = small_config(digits, tmp_path)
     config.run.init, config.optim.epochs = str(saved), 1
     model = opened(config).model
-    assert torch.equal(model.prototypes, checkpoint.load(saved)["model"]["prototypes"])
+    assert torch.equal(model.prototypes, checkpoint.load(saved).model["prototypes"])
     config.mopro.queue_size = 128  # only the query encoder must fit
     model = opened(config).model
-    assert torch.equal(model.encoder_k.fc2.weight, checkpoint.load(saved)["model"]["encoder_k.fc2.weight"])
+    assert torch.equal(model.encoder_k.fc2.weight, checkpoint.load(saved).model["encoder_k.fc2.weight"])
     config.model.width = 0.25
     with pytest.raises(UserError, match=r"another architecture: .* set --arch, --width"):
-        Trainer(config)
+        Trainer(task_of(config))
 
 
 def test_a_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):
     for step in range(5):
-        checkpoint.save(tmp_path, step, {"model": {}, "config": "{}"}, keep=2)
+        checkpoint.save(tmp_path, step, checkpoint.RunState({}, {}), keep=2)
     assert [p.name for p in checkpoint.all_of(tmp_path)] == ["step_000000003.pt", "step_000000004.pt"]
 
     def full_disk(*_):
@@ -312,7 +312,7 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(UserError, match=r"cannot write the checkpoint .*No space left on device"):
-        checkpoint.save(tmp_path, 9, {"model": {}, "config": "{}"}, keep=2)
+        checkpoint.save(tmp_path, 9, checkpoint.RunState({}, {}), keep=2)
     assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
     assert len(checkpoint.all_of(tmp_path)) == 2
 

@@ -25,6 +25,7 @@ from mopro_fast.errors import UserError
 from mopro_fast.models.build import build
 from mopro_fast.models.mopro import MoPro
 from mopro_fast.training.loop import Trainer
+from mopro_fast.training.tasks import task_of
 
 CPU = torch.device("cpu")
 
@@ -323,7 +324,7 @@ def test_exported_to_the_official_format_and_imported_a_training_goes_on_with_th
     (images / "32.png").write_bytes(b"no image")  # left out by the training, so by its continuation
     (images / "list.txt").write_text("".join(f"{i}.png {i % 4}\n" for i in range(33)))
     c = killed_run.config(images / "list.txt", tmp_path / "whole")
-    assert Trainer(c).run() == 0
+    assert Trainer(task_of(c)).run() == 0
     after_one, finished = (
         tmp_path / "whole/checkpoints/step_000000004.pt",
         checkpoint.all_of(tmp_path / "whole/checkpoints"),
@@ -332,7 +333,7 @@ def test_exported_to_the_official_format_and_imported_a_training_goes_on_with_th
     config = str(tmp_path / "whole/config.json")
     importing.main([str(tmp_path / "official.tar"), str(tmp_path / "ours.pt"), config])
     c.run.out, c.run.resume = str(tmp_path / "resumed"), str(tmp_path / "ours.pt")
-    assert Trainer(c).run() == 0
+    assert Trainer(task_of(c)).run() == 0
     a, b = (load_weights(p) for p in (finished[-1], tmp_path / "resumed"))  # of a folder the newest
     assert (a.epoch, b.epoch) == (2, 2) and digest(a.state) == digest(b.state)
     assert b.path.name == a.path.name

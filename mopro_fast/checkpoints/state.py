@@ -1,35 +1,82 @@
-"""Checkpoints: written atomically, the newest few kept, read without executing anything in them."""
+"""What a checkpoint of this package holds: a run's state, written whole or not at all, read without executing anything.
+
+``RunState`` names every entry of the file. A file of a later ``FORMAT`` is refused; those of format 1 (no number in
+the file: commit ea549b1 and before) are read by ``_of_format_1``.
+"""
 
 import argparse
-import os
+import dataclasses
+import json
 import re
 import warnings
 import zipfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from mopro_fast import __version__
 from mopro_fast.errors import UserError
+from mopro_fast.files import replacing
 
+FORMAT = 2
 NAME = re.compile(r"step_(\d{9})\.pt$")
 
 
-def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write ``folder/step_<step>.pt`` so that a crash leaves the whole file or none; then drop all but ``keep``."""
-    folder.mkdir(parents=True, exist_ok=True)
+@dataclass
+class RunState:
+    """A run between two steps. All tensors are on the CPU. The defaults are a model that no run can go on from."""
+
+    config: dict[str, Any]
+    """The settings, as in config.json."""
+    model: dict[str, Tensor]
+    """The model's state dict: float32 masters, running statistics, queue, prototypes."""
+    optimizer: dict[str, Any] | None = None
+    """The state dict of torch.optim.SGD."""
+    epoch: int = 0
+    """The epoch of the next step, 0-based."""
+    step: int = 0
+    """The next step in that epoch, 0-based."""
+    initial: str = ""
+    """Retrain and finetune: the digest of the weights that the run began with."""
+    data_digest: str = ""
+    """Index.digest() of the training data, whose labels are those of the run."""
+    left_out: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """int64: rows of the index that could not be read when the run began."""
+    ranks: int = 1
+    """The number of ranks."""
+    log_bytes: int = 0
+    """Length of log.jsonl."""
+    replaced: list[int] = field(default_factory=lambda: [0, 0])
+    """Images that could not be read any more: in this epoch, in the run."""
+    counts: list[int] = field(default_factory=lambda: [0, 0])
+    """Steps that ``sums`` cover: since the last entry of the log, in this epoch."""
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    """Of every metric the sums over those steps, float64 [ranks, 2]."""
+    assigned: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
+    """int32 [images]: the label each image was trained with in this epoch, or labels.REMOVED or UNSEEN."""
+    version: str = __version__
+    """The version of mopro_fast that wrote it."""
+
+
+def write(file: Any, state: RunState) -> None:
+    """Into a path or an open file."""
+    entries = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    torch.save({"format": FORMAT, **entries, "config": json.dumps(state.config)}, file)
+
+
+def save(folder: Path, step: int, state: RunState, keep: int) -> Path:
+    """Write ``folder/step_<step>.pt``, then drop all but the newest ``keep`` and what crashes left."""
     path = folder / f"step_{step:09d}.pt"
-    partial = path.with_suffix(".partial")
     try:
-        with partial.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(str(path)) as file:
+            write(file, state)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"cannot write the checkpoint {path}: {error.strerror}; earlier ones are untouched") from None
-    for old in [*all_of(folder)[:-keep], *folder.glob("*.partial")]:  # partial: left by a crash while writing
+    for old in [*all_of(folder)[:-keep], *folder.glob(".step_*.tmp"), *folder.glob("*.partial")]:
         old.unlink()
     return path
 
@@ -37,6 +84,31 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
 def all_of(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
     return sorted(p for p in folder.glob("step_*.pt") if NAME.search(p.name))
+
+
+def load(path: str | Path) -> RunState:
+    """Read a checkpoint of this package, of this format or an earlier one. Raises a UserError for anything else."""
+    found = read(path)
+    if not isinstance(found, dict) or not isinstance(found.get("model"), dict) or "config" not in found:
+        raise UserError(f"{path} is not a checkpoint of mopro_fast (it has no model and config)")
+    if "format" not in found:
+        found = _of_format_1(found)
+    known = {f.name for f in dataclasses.fields(RunState)}
+    try:
+        return RunState(**{k: v for k, v in found.items() if k in known} | {"config": json.loads(found["config"])})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"cannot read the checkpoint {path}: {error}; is it a whole file?") from None
+
+
+def _of_format_1(found: dict[str, Any]) -> dict[str, Any]:
+    """Re-training and fine-tuning had one tensor [ranks, 2, 3] of sums: of loss, of accuracy, of steps."""
+    sums = found.get("sums")
+    if isinstance(sums, Tensor):
+        found = found | {
+            "sums": {"loss": sums[:, :, 0], "acc_cls": sums[:, :, 1]},
+            "counts": sums[0, :, 2].int().tolist(),
+        }
+    return found
 
 
 def read(path: str | Path) -> Any:
@@ -52,7 +124,7 @@ def read(path: str | Path) -> Any:
                 raise UserError(f"{path} is damaged: {damaged} does not match its checksum; copy it again")
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():  # saved options
             warnings.simplefilter("ignore")  # of pickles that are refused right after
-            return torch.load(path, map_location="cpu", weights_only=True)
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except Exception as error:  # whatever a broken or foreign file makes the unpickler raise
@@ -60,11 +132,10 @@ def read(path: str | Path) -> Any:
         if code:
             raise UserError(f"{path} is refused: it holds code ({code[1]}), not only tensors; none was run") from None
         raise UserError(f"cannot read the checkpoint {path}: {type(error).__name__}; is it a whole file?") from None
-
-
-def load(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of this package onto the CPU."""
-    state = read(path)
-    if not isinstance(state, dict) or "model" not in state or "config" not in state:
-        raise UserError(f"{path} is not a checkpoint of mopro_fast (it has no model and config)")
-    return state
+    number = found.get("format") if isinstance(found, dict) else None
+    if isinstance(number, int) and number > FORMAT:
+        raise UserError(
+            f"{path} was written by a newer mopro_fast, {found.get('version')} (checkpoint format {number}, this is "
+            f"{__version__}, which reads up to {FORMAT}): install that version or a later one"
+        )
+    return found

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 import os
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mopro_fast.config import DataConfig, TrainConfig
+from mopro_fast.config import DataConfig, Settings
 from mopro_fast.data.batches import TrainBatches, require_rows
 from mopro_fast.data.cache import DeviceEvalLoader, DeviceTrainLoader
 from mopro_fast.data.check import check
@@ -18,11 +19,12 @@ from mopro_fast.data.index import Checked, Index, load_index, val_layout
 from mopro_fast.data.pipeline import EvalLoader, TrainLoader
 from mopro_fast.distributed import by_rank0, world
 from mopro_fast.errors import UserError
+from mopro_fast.files import replacing
 
 _KINDS = 3  # of unreadable images that are printed; left_out.csv has all
 
 
-def load(c: TrainConfig, resumed: bool) -> dict[str, Index]:
+def load(c: Settings, resumed: bool) -> dict[str, Index]:
     """The indexes by name: train; val, the validation split, if there is one; the further sets.
 
     resumed: files may have gone since the run began.
@@ -45,7 +47,8 @@ def write_list(index: Index, path: Path) -> None:
     """For as_begun(): class folders have no list of their own."""
     if index.classes is not None and index.shards is None:
         lines = [f"{name} {label}\n" for name, label in zip(index.paths, index.labels, strict=True)]
-        path.write_text("".join(lines), encoding="utf-8")
+        with replacing(str(path)) as file:
+            file.writelines(line.encode() for line in lines)
 
 
 def as_begun(index: Index, path: Path, digest: str) -> Index:
@@ -79,7 +82,9 @@ def readable(index: Index, name: str, workers: int, left_out: np.ndarray | None 
     return dataclasses.replace(index, checked=checked, left_out=left_out)
 
 
-def train_loader(c: TrainConfig, index: Index, device: torch.device, repeats: np.ndarray | None = None) -> TrainBatches:
+def train_loader(
+    c: Settings, index: Index, device: torch.device, two_views: bool, repeats: np.ndarray | None = None
+) -> TrainBatches:
     """repeats: see order.epoch_order."""
     rank, ranks = world()
     options = dict(
@@ -89,7 +94,7 @@ def train_loader(c: TrainConfig, index: Index, device: torch.device, repeats: np
         seed=c.run.seed,
         image_size=c.data.image_size,
         augment=c.data.augment,
-        two_views=c.method == "mopro",
+        two_views=two_views,
         device=device,
         threads=threads(c.data),
         shuffle_shards=c.data.shuffle_shards,
@@ -100,7 +105,7 @@ def train_loader(c: TrainConfig, index: Index, device: torch.device, repeats: np
     return TrainLoader(index, **options, hw_decoder_load=c.data.hw_decoder_load)
 
 
-def eval_loader(c: TrainConfig, index: Index, device: torch.device) -> EvalLoader | DeviceEvalLoader:
+def eval_loader(c: Settings, index: Index, device: torch.device) -> EvalLoader | DeviceEvalLoader:
     rank, ranks = world()
     d = c.data
     options = dict(
@@ -125,9 +130,11 @@ def threads(d: DataConfig) -> int:
 
 def write_left_out(index: Index, path: Path) -> None:
     """A csv line, path and reason, for each image that the run does not show."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        rows = [(index.paths[i], index.checked.reason[i]) for i in index.left_out]
-        csv.writer(file).writerows([("path", "reason"), *rows])
+    text = io.StringIO(newline="")
+    csv.writer(text).writerow(("path", "reason"))
+    csv.writer(text).writerows((index.paths[i], index.checked.reason[i]) for i in index.left_out)
+    with replacing(str(path)) as file:
+        file.write(text.getvalue().encode())
 
 
 def _by_kind(index: Index, checked: Checked, rows: np.ndarray) -> str:

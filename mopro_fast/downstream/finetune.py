@@ -9,7 +9,7 @@ import numpy as np
 from mopro_fast.config import AugmentConfig, DataConfig
 from mopro_fast.data.index import Index
 from mopro_fast.downstream import supervised
-from mopro_fast.downstream.supervised import SupervisedConfig, SupervisedOptim
+from mopro_fast.downstream.supervised import SupervisedConfig, SupervisedOptim, SupervisedTask
 from mopro_fast.errors import UserError
 from mopro_fast.labels import NO_LABEL
 
@@ -35,7 +35,16 @@ class Finetune(SupervisedConfig):
 
 
 def main(argv: list[str]) -> int:
-    return supervised.main(argv, "finetune", Finetune(), with_share)
+    return supervised.main(argv, "finetune", Finetune(), FinetuneTask)
+
+
+class FinetuneTask(SupervisedTask):
+    """Trains on the chosen images."""
+
+    free = frozenset({"list"})
+
+    def labelled(self, index: Index) -> Index:
+        return with_share(self.config, index)
 
 
 def with_share(config: Finetune, index: Index) -> Index:

@@ -7,11 +7,11 @@ the options of a training, ``mopro-fast train`` with the same options and ``--re
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from mopro_fast import __version__, ops
+from mopro_fast import ops
+from mopro_fast.checkpoints.state import RunState, write
 from mopro_fast.checkpoints.weights import K, Q, Weights, check_fits, load_weights
 from mopro_fast.config import DataConfig, MoProConfig, TrainConfig, from_dict
 from mopro_fast.data import inputs
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     weights = load_weights(source)
     config = command.parse(rest) if rest else config_of(weights)
     with new_file(out) as file:
-        torch.save(resumable(weights, config) if rest else plain(weights, config), file)
+        write(file, resumable(weights, config) if rest else plain(weights, config))
     m = weights.model
     done = "" if weights.epoch is None else f", {weights.epoch} epochs done"
     print(f"{out}: {m.arch} of width {m.width:g}, {weights.num_classes or 'no'} classes{done}, from {weights.kind}")
@@ -59,44 +59,28 @@ def config_of(weights: Weights) -> TrainConfig:
     return TrainConfig(data=data, model=weights.model, mopro=MoProConfig(queue_size=queue))
 
 
-def plain(weights: Weights, config: TrainConfig) -> dict[str, Any]:
-    """A checkpoint that no run can go on from: it knows no data."""
-    return {
-        "version": __version__,
-        "config": config.to_json(),
-        "data_digest": "none: imported without --data",
-        "left_out": torch.empty(0, dtype=torch.int64),
-        "epoch": weights.epoch or 0,
-        "step": 0,
-        "model": updated(weights, config.mopro.key_momentum),
-        "optimizer": weights.optimizer,
-    }
+def plain(weights: Weights, config: TrainConfig) -> RunState:
+    """A model that no run can go on from: it knows no data."""
+    model = updated(weights, config.mopro.key_momentum)
+    return RunState(config.as_dict(), model, weights.optimizer, epoch=weights.epoch or 0)
 
 
-def resumable(weights: Weights, config: TrainConfig) -> dict[str, Any]:
+def resumable(weights: Weights, config: TrainConfig) -> RunState:
     """What the trainer saves at the end of an epoch."""
     config.run.out = config.run.out or "."
     config.validate()
     with torch.device("meta"):
         model = build(config)
         optim = dataclasses.replace(config.optim, sgd="torch")  # apex's refuses the meta device; all save the same
-        optimizer = build_optimizer(model.encoder_q, optim).state_dict()
+        optimizer = build_optimizer(model.trained(), optim).state_dict()
     state = plain(weights, config)
-    check_fits(model.state_dict(), state["model"], weights.path)
+    check_fits(model.state_dict(), state.model, weights.path)
     sets = inputs.load(config, resumed=False)
     index = inputs.readable(sets["train"], "train", inputs.threads(config.data))
     optimizer["state"] = weights.optimizer["state"] if weights.optimizer else {}
-    return state | {
-        "data_digest": index.digest(),
-        "left_out": torch.from_numpy(index.left_out),
-        "ranks": 1,
-        "log_bytes": 0,
-        "counts": [0, 0],
-        "replaced": [0, 0],
-        "sums": {},
-        "assigned": torch.full((len(index),), UNSEEN, dtype=torch.int32),
-        "optimizer": optimizer,
-    }
+    state.optimizer, state.data_digest, state.left_out = optimizer, index.digest(), torch.from_numpy(index.left_out)
+    state.assigned = torch.full((len(index),), UNSEEN, dtype=torch.int32)
+    return state
 
 
 def updated(weights: Weights, momentum: float) -> dict[str, torch.Tensor]:

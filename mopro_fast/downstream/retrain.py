@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from mopro_fast.data.index import Index
 from mopro_fast.downstream import supervised
-from mopro_fast.downstream.supervised import SupervisedConfig, SupervisedOptim
+from mopro_fast.downstream.supervised import SupervisedConfig, SupervisedOptim, SupervisedTask
 from mopro_fast.errors import UserError
 from mopro_fast.labels import NO_LABEL
 
@@ -36,7 +36,16 @@ class Retrain(SupervisedConfig):
 
 
 def main(argv: list[str]) -> int:
-    return supervised.main(argv, "retrain", Retrain(), with_cleaned_labels)
+    return supervised.main(argv, "retrain", Retrain(), RetrainTask)
+
+
+class RetrainTask(SupervisedTask):
+    """Trains on the cleaned labels."""
+
+    free = frozenset({"cleaned"})
+
+    def labelled(self, index: Index) -> Index:
+        return with_cleaned_labels(self.config, index)
 
 
 def with_cleaned_labels(config: Retrain, index: Index) -> Index:

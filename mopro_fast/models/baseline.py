@@ -1,30 +1,20 @@
 """Plain cross-entropy on the given labels, in the shape of the MoPro step: the baseline of every comparison."""
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mopro_fast import ops
-from mopro_fast.models.mopro import StepOutput
-from mopro_fast.models.resnet import ResNet
+from mopro_fast.models.method import Method, StepOutput
 
 
-class CrossEntropy(nn.Module):
+class CrossEntropy(Method):
     """State dict: encoder_q.*, so that its encoder loads wherever MoPro's does."""
 
     METRICS = ("loss", "acc_cls", "kept")
 
-    def __init__(self, encoder_q: ResNet) -> None:
-        super().__init__()
-        self.encoder_q = encoder_q
-
-    def phase(self, _epoch: int) -> int:
-        return 0
-
-    def forward(
-        self, view_q: Tensor, _k: None, labels: Tensor, _epoch: int, _place: None, query=None, _key=None
-    ) -> StepOutput:
-        """As MoPro.forward; rows without a label (−1) are left out, the projection head gets no gradient."""
-        logits, q = (query or self.encoder_q)(ops.normalize(view_q))
+    def forward(self, view_q: Tensor, _k: None, labels: Tensor, _epoch: int) -> StepOutput:
+        """Rows without a label (−1) are left out; the projection head gets no gradient."""
+        logits, q = self.query(ops.normalize(view_q))
         logits = logits.float()
         kept = labels >= 0
         rows = kept.sum().clamp(min=1)

@@ -1,32 +1,17 @@
 """MoPro (Li, Xiong, Hoi, ICLR 2021): the model and, in ``MoPro.forward``, one step of the paper."""
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mopro_fast import ops
 from mopro_fast.config import MoProConfig
 from mopro_fast.distributed import gather_together, world
+from mopro_fast.models.method import Method, StepOutput
 from mopro_fast.models.resnet import ResNet
 
 
-@dataclass
-class StepOutput:
-    """What one step gives back. Means are over this rank's rows; shares are over its N rows."""
-
-    loss: Tensor
-    """What is minimised, float32 scalar: classification + w_proto·prototype + w_inst·instance."""
-    metrics: dict[str, Tensor]
-    """Detached float32 scalars for the log."""
-    labels: Tensor
-    """int64 [N]: the labels after correction."""
-    kept: Tensor
-    """bool [N]: the rows that count as in-distribution, clean or corrected."""
-
-
-class MoPro(nn.Module):
+class MoPro(Method):
     """Two encoders, a queue of keys and the class prototypes.
 
     State dict: encoder_q.*, encoder_k.*, queue [Q, D], queue_ptr int64 [1], prototypes [C, D]; float32 masters.
@@ -35,9 +20,8 @@ class MoPro(nn.Module):
     METRICS = ops.METRICS
 
     def __init__(self, encoder_q: ResNet, encoder_k: ResNet, config: MoProConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.encoder_q, self.encoder_k = encoder_q, encoder_k
+        super().__init__(encoder_q, encoder_k)
+        self.config, self.key_momentum = config, config.key_momentum
         encoder_k.load_state_dict(encoder_q.state_dict())
         encoder_k.requires_grad_(False)
         classes, dim = encoder_q.classifier.out_features, encoder_q.fc2.out_features
@@ -49,20 +33,8 @@ class MoPro(nn.Module):
         """The first epoch whose steps do the same: 0, 1 or ``start_clean``."""
         return max(first for first in (0, 1, self.config.start_clean) if first <= epoch)
 
-    def forward(
-        self,
-        view_q: Tensor,
-        view_k: Tensor,
-        labels: Tensor,
-        epoch: int,
-        place: Tensor,
-        query: nn.Module | None = None,
-        key: nn.Module | None = None,
-    ) -> StepOutput:
-        """Steps 1 and 3–8 of the method for this rank's rows.
-
-        Step 2, ``ξ_k ← m·ξ_k + (1−m)·ξ_q``, is the optimizer's (training/optim.py), right after its own: the official
-        code does it at the beginning of the next step, which is the same, since its first is an identity.
+    def forward(self, view_q: Tensor, view_k: Tensor, labels: Tensor, epoch: int, place: Tensor) -> StepOutput:
+        """One step of the method, as docs/method.md numbers it, for this rank's rows.
 
         view_q:  uint8 [N, H, W, 3].
         view_k:  uint8 [N, H, W, 3], the other views: of all ranks' W·N images in a random order, so that BatchNorm
@@ -70,30 +42,36 @@ class MoPro(nn.Module):
         labels:  int64 [N], −1 where none is given.
         epoch:   0-based; prototypes count from 1, cleaning starts at ``start_clean``.
         place:   int64 [W·N]: where in that order each image is (the inverse permutation).
-        query, key: what computes for encoder_q and encoder_k, if not they themselves.
         """
         c, mine = self.config, slice(world()[0] * len(labels), (world()[0] + 1) * len(labels))
-        logits, q = (query or self.encoder_q)(ops.normalize(view_q))  # [N, C], [N, D]
-        with torch.no_grad():
-            _, k = (key or self.encoder_k)(ops.normalize(view_k))
 
-        # Step 6 against the prototypes of earlier steps. used: the label of a row that counts, −1 of one that does not.
+        # Steps 1 and 2: the two encoders. encoder_k has moved towards encoder_q in the optimizer's pass.
+        logits, q = self.query(ops.normalize(view_q))  # [N, C], [N, D]
+        with torch.no_grad():
+            _, k = self.key(ops.normalize(view_k))  # [N, D]
+
+        # Step 6: labels are corrected by the prototypes of earlier steps. used: −1 where a row does not count.
         new, kept = labels, labels >= 0
         if epoch >= c.start_clean:
             new, kept = ops.correct_labels(
                 logits, q, self.prototypes, labels, alpha=c.alpha, threshold=c.threshold, temperature=c.temperature
             )
         used = torch.where(kept, new, -1)
-        all_q, all_k, all_used = gather_together(q, k, used)  # [W·N, D], [W·N, D], [W·N]: the step's one exchange
+
+        # The step's one exchange between ranks.
+        all_q, all_k, all_used = gather_together(q, k, used)  # [W·N, D], [W·N, D], [W·N]
         all_k = all_k[place]
 
-        # Steps 3, 5 and 8, against the queue and the prototypes of earlier steps; then those two move on.
+        # Steps 3, 5 and 8: the losses, against the queue and the prototypes of earlier steps.
         loss = ops.mopro_loss(
             logits, q, all_k[mine], self.queue, self.prototypes, used, temperature=c.temperature, alpha=c.alpha,
             threshold=c.threshold, w_proto=c.w_proto, w_inst=c.w_inst, contrast=epoch >= 1, correct=False,
         )  # fmt: skip
-        ops.queue_enqueue_(self.queue, self.queue_ptr, all_k)  # step 4
-        ops.prototype_update_(self.prototypes, all_q, all_used, None, c.proto_momentum)  # step 7
+
+        # Steps 4 and 7: queue and prototypes move on.
+        ops.queue_enqueue_(self.queue, self.queue_ptr, all_k)
+        ops.prototype_update_(self.prototypes, all_q, all_used, None, c.proto_momentum)
+
         metrics = dict(zip(ops.METRICS, loss.metrics.unbind(), strict=True))
         metrics["relabelled"] = (new != labels).float().mean()
         return StepOutput(loss.loss, metrics, new, kept)

@@ -13,6 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mopro_fast import ops
+from mopro_fast.checkpoints.state import RunState
 from mopro_fast.checkpoints.weights import check_fits
 from mopro_fast.config import TrainConfig
 from mopro_fast.data import inputs
@@ -86,9 +87,9 @@ def rows_of(paths: list[str], index: Index, likely: np.ndarray) -> np.ndarray:
     return pc.fill_null(found, -1).to_numpy().astype(np.int64)
 
 
-def load_model(config: TrainConfig, state: dict[str, Any], device: str) -> tuple[torch.nn.Module, torch.Tensor | None]:
+def load_model(config: TrainConfig, state: RunState, device: str) -> tuple[torch.nn.Module, torch.Tensor | None]:
     """The query encoder, ready to evaluate, and the prototypes, None if there are none. Raises UserError."""
-    weights = state["model"]
+    weights = state.model
     encoder = build_encoder(config)
     own = {f"encoder_q.{name}": w for name, w in encoder.state_dict().items()}
     theirs = {name: w for name, w in weights.items() if name.startswith("encoder_q.")}

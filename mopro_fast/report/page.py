@@ -151,7 +151,7 @@ def _steps_per_epoch(run: Run) -> int:
     """Of a first epoch in progress: from the number of images, or as far as it got."""
     ended = [e["step"] for e in run.log if e.get("split") == "epoch"]
     if not ended and run.index is not None and run.state is not None:
-        ended = [(len(run.index) - len(run.state.get("left_out", ()))) // run.config.optim.batch_size]
+        ended = [(len(run.index) - len(run.state.left_out)) // run.config.optim.batch_size]
     return max(1, ended[-1] if ended else max((e["step"] for e in run.log), default=1))
 
 
@@ -279,7 +279,7 @@ def _model(run: Run, device: str) -> tuple | None:
 
 
 def _prototypes(run: Run) -> dict[str, Any] | None:
-    prototypes = run.state["model"].get("prototypes") if run.state else None
+    prototypes = run.state.model.get("prototypes") if run.state else None
     if prototypes is None:
         if run.state:
             run.missing["prototypes"] = "this model has none"

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mopro_fast.checkpoints import state as checkpoint
+from mopro_fast.checkpoints.state import RunState, all_of
+from mopro_fast.checkpoints.state import load as load_state
 from mopro_fast.config import TrainConfig, load
 from mopro_fast.data import inputs
 from mopro_fast.data.index import Index, load_index
@@ -78,13 +79,13 @@ class Run:
         return [latest[key] for key in sorted(k for k in latest if None not in k)]
 
     @cached_property
-    def state(self) -> dict[str, Any] | None:
+    def state(self) -> RunState | None:
         """The newest checkpoint that can be read."""
-        paths = checkpoint.all_of(self.folder / "checkpoints")
+        paths = all_of(self.folder / "checkpoints")
         why = "there is no checkpoint yet"
         for path in reversed(paths):
             try:
-                return checkpoint.load(path)
+                return load_state(path)
             except UserError as error:
                 why = str(error)
         self.missing["scores and prototypes"] = why
@@ -105,7 +106,7 @@ class Run:
             index = _as_listed(kept, options)
         if index is None or self.state is None or self.other_data:
             return index
-        digest = self.state.get("data_digest", "")
+        digest = self.state.data_digest
         index = inputs.as_begun(index, kept, digest)
         if index.digest() == digest:
             return index
@@ -124,9 +125,8 @@ class Run:
             return labels, "the last finished epoch of training"
         except Exception as error:  # whatever a broken file makes the unpickler raise
             why = "no epoch is finished yet" if not path.exists() else f"cannot read labels.pt ({_why(error)})"
-        assigned = (self.state or {}).get("assigned")
-        if assigned is not None and bool((assigned != UNSEEN).any()):
-            return assigned.numpy().astype(np.int64), "the epoch in progress, as far as it was saved"
+        if self.state is not None and bool((self.state.assigned != UNSEEN).any()):
+            return self.state.assigned.numpy().astype(np.int64), "the epoch in progress, as far as it was saved"
         self.missing["the corrected labels"] = why
         return None
 

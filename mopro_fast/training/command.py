@@ -2,10 +2,10 @@
 
 import sys
 
-import torch.distributed as dist
 import tyro
 
-from mopro_fast.config import RECIPES, TrainConfig, recipe
+from mopro_fast import distributed
+from mopro_fast.config import RECIPES, TrainConfig, differences, flag, recipe
 from mopro_fast.errors import UserError
 
 
@@ -13,10 +13,10 @@ def main(argv: list[str]) -> int:
     """-> 0 when the run is finished, 128 + the signal's number when a signal stopped it."""
     config = parse(argv)
     from mopro_fast.training.loop import Trainer
+    from mopro_fast.training.tasks import task_of
 
-    received = Trainer(config).run()
-    if dist.is_initialized():  # not after an error: other ranks may sit in a collective, and this would wait for them
-        dist.destroy_process_group()
+    received = Trainer(task_of(config)).run()
+    distributed.leave()
     return 128 + received if received else 0
 
 
@@ -26,7 +26,7 @@ def parse(argv: list[str]) -> TrainConfig:
         sys.exit(0)
     if argv[0].startswith("-"):
         raise UserError(f"the recipe comes first: mopro-fast train RECIPE {argv[0]} … (one of {', '.join(RECIPES)})")
-    return tyro.cli(
+    config = tyro.cli(
         TrainConfig,
         args=argv[1:],
         default=recipe(argv[0]),
@@ -34,6 +34,9 @@ def parse(argv: list[str]) -> TrainConfig:
         description=f"Recipe {argv[0]}: the values shown are its own; every option overrides one.",
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
     )
+    if config.method == "ce" and (unread := differences(vars(recipe(argv[0]).mopro), vars(config.mopro))):
+        print(f"note: {' '.join(map(flag, unread))} has no effect with --method ce", file=sys.stderr)
+    return config
 
 
 def _usage() -> str:

@@ -14,8 +14,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mopro_fast.config import OptimConfig
 from mopro_fast.data.index import Index
 from mopro_fast.data.reader import Lost
+from mopro_fast.errors import UserError
 
 
 class RunLog:
@@ -85,17 +87,6 @@ class RunLog:
         if self.active:
             tqdm.write(text, file=sys.stderr)
 
-    def progress(self, epoch: int, epochs: int, start: int, steps: int, batch_size: int) -> tqdm:
-        return tqdm(
-            total=steps * batch_size,
-            initial=start * batch_size,
-            desc=f"epoch {epoch + 1}/{epochs}",
-            unit="img",
-            disable=None if self.active else True,  # None: only on a terminal
-            leave=False,
-            file=sys.stderr,
-        )
-
     def close(self) -> None:
         if self.active:
             self.file.close()
@@ -108,3 +99,78 @@ class RunLog:
             for name, value in values.items():
                 if isinstance(value, (int, float)):
                     self.writer.add_scalar(f"{prefix}/{name}", value, global_step)
+
+
+class Progress:
+    """An epoch's progress: a bar on a terminal, a line per log entry elsewhere; and the speed since the last entry."""
+
+    def __init__(self, log: RunLog, epoch: int, step: int, config: OptimConfig, steps: int) -> None:
+        """step: the first of the epoch that is taken now, of ``steps``."""
+        self._log, self._config, self._epoch, self._steps = log, config, epoch, steps
+        self._bar = tqdm(
+            total=steps * config.batch_size,
+            initial=step * config.batch_size,
+            desc=f"epoch {epoch + 1}/{config.epochs}",
+            unit="img",
+            disable=None if log.active else True,  # None: only on a terminal
+            leave=False,
+            file=sys.stderr,
+        )
+        self.waited = 0.0
+        """Seconds of waiting for images since the last entry."""
+        self._began, self._since = time.perf_counter(), step
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()
+
+    def update(self) -> None:
+        """A step is done."""
+        self._bar.update(self._config.batch_size)
+
+    def tell(self, step: int, global_step: int, values: dict[str, float]) -> None:
+        """Show an entry's values, the speed and what is left of the run."""
+        now, c = time.perf_counter(), self._config
+        seconds = now - self._began
+        speed = (step - self._since) * c.batch_size / seconds
+        self._log.speed(self._epoch, step, global_step, speed, self.waited / seconds)
+        left = _duration((c.epochs * self._steps - global_step) * c.batch_size / speed)
+        shown = {name: f"{values[name]:.3f}" for name in ("loss", "acc_cls", "kept") if name in values}
+        self._bar.set_postfix({**shown, "run left": left})
+        if self._bar.disable:
+            text = " ".join(f"{name} {value}" for name, value in shown.items())
+            where = f"epoch {self._epoch + 1}/{c.epochs} step {step}/{self._steps}"
+            self._log.say(f"{where} | {text} | {speed:.0f} img/s | {left} left")
+        self._began, self.waited, self._since = now, 0.0, step
+
+
+class Replaced:
+    """Images that broke during the run, for which others were shown: named, counted, and limited."""
+
+    def __init__(self, log: RunLog, index: Index, most: float) -> None:
+        """most: the share of the images shown at which the run ends."""
+        self._log, self._index, self._most = log, index, most
+        self.counts = [0, 0]
+        """In this epoch, in the run."""
+
+    def note(self, lost: list[tuple[int, int, Lost]], shown: int) -> None:
+        """lost: of all ranks, as TrainBatches collects them. shown: images so far. Raises a UserError for too many."""
+        if not lost:
+            return
+        self._log.replaced(self._index, lost)
+        self.counts = [n + len(lost) for n in self.counts]
+        if self.counts[1] > self._most * max(1000, shown):
+            row, _, reason = lost[-1][2]
+            raise UserError(
+                f"{self.counts[1]} of {max(1000, shown)} images could not be read any more, such as "
+                f"{self._index.name(row)} ({reason}): repair the storage and run the same command again, "
+                f"or raise --max-broken {self._most:g}"
+            )
+
+
+def _duration(seconds: float) -> str:
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}h{m:02d}m" if hours else f"{m}m{s:02d}s"

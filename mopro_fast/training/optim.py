@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mopro_fast import installed, ops
 from mopro_fast.config import OptimConfig
@@ -268,31 +268,33 @@ def sgd_class(sgd: str, device: torch.device) -> type[torch.optim.Optimizer]:
 
 
 def build_optimizer(
-    encoder: nn.Module,
+    groups: list[list[Tensor]],
     config: OptimConfig,
     targets: Iterable[Tensor] | None = None,
     ema_momentum: float | None = None,
     *,
-    lr: float | Tensor | None = None,
-    **shadows: list[Tensor | None],
+    copies: dict[Tensor, Tensor] | None = None,
+    lr_on_device: bool = False,
 ) -> torch.optim.Optimizer:
-    """SGD for the encoder; given the momentum encoder's parameters and momentum, one that updates those as well.
+    """SGD for groups of parameters; given the momentum encoder's parameters and momentum, it updates those as well.
 
-    lr: in place of the config's, such as a tensor. shadows: SGDEMA's.
+    targets: in the order of the parameters. copies: 16-bit copies by their masters (models/precision.py).
+    lr_on_device: every group's learning rate is a float32 tensor [1], into which the schedule is written.
     """
-    params = list(encoder.parameters())
+    params = [p for group in groups for p in group]
+    targets = None if targets is None else list(targets)
     chosen = sgd_class(config.sgd, params[0].device)
     if targets is None and chosen is SGDEMA:
         chosen = SGDThenEMA
-    options = {
-        "lr": config.lr if lr is None else lr,
-        "momentum": config.momentum,
-        "weight_decay": config.weight_decay,
-        "nesterov": config.nesterov,
-    }
+    options = {"momentum": config.momentum, "weight_decay": config.weight_decay, "nesterov": config.nesterov}
     if chosen is SGDThenEMA:
         options["fused"] = params[0].is_cuda or None
-    return chosen(params, targets, ema_momentum=ema_momentum, **options, **shadows)
+    if copies:
+        options["param_shadows"] = [copies.get(p) for p in params]
+        options["target_shadows"] = None if targets is None else [copies.get(p) for p in targets]
+    rates = [torch.full((1,), config.lr, device=params[0].device) if lr_on_device else config.lr for _ in groups]
+    named = [{"params": group, "lr": lr} for group, lr in zip(groups, rates, strict=True)]
+    return chosen(named, targets, lr=config.lr, ema_momentum=ema_momentum, **options)
 
 
 def learning_rate(config: OptimConfig, epoch: int, step: int, steps_per_epoch: int) -> float:
@@ -304,4 +306,4 @@ def learning_rate(config: OptimConfig, epoch: int, step: int, steps_per_epoch: i
         return lr * (done + 1) / warmup
     if config.schedule == "cosine":
         return lr * 0.5 * (1.0 + math.cos(math.pi * epoch / config.epochs))
-    return lr * 0.1 ** sum(epoch >= milestone for milestone in config.milestones)
+    return lr * config.decay ** sum(epoch >= milestone for milestone in config.milestones)

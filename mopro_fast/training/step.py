@@ -4,21 +4,22 @@ Nothing in it waits for the device: learning rate and step number are written th
 read when it is logged.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from mopro_fast import distributed
-from mopro_fast.config import TrainConfig
-from mopro_fast.data.pipeline import Batch
+from mopro_fast.checkpoints.state import RunState
+from mopro_fast.config import Settings
+from mopro_fast.data.batches import Batch
+from mopro_fast.distributed import gather_rows
+from mopro_fast.errors import UserError
 from mopro_fast.labels import REMOVED, UNSEEN
-from mopro_fast.models.baseline import CrossEntropy
-from mopro_fast.models.mopro import MoPro, StepOutput
+from mopro_fast.models.method import Method, StepOutput
 from mopro_fast.models.precision import low_precision
 from mopro_fast.training.graph import Graphed
 from mopro_fast.training.optim import build_optimizer
+from mopro_fast.transfer import to_device
 
 _WARM_UP, _WARM_UP_DDP = 3, 11  # eager steps before a capture; the second is what PyTorch asks for under DDP
 
@@ -26,59 +27,75 @@ _WARM_UP, _WARM_UP_DDP = 3, 11  # eager steps before a capture; the second is wh
 class TrainStep:
     """Trains ``model`` step by step and keeps what the log and the checkpoints need of it, on the device."""
 
-    def __init__(self, config: TrainConfig, model: MoPro | CrossEntropy, images: int, device: torch.device) -> None:
-        """images: how many the index has; ids of batches lie below. The model has its weights already."""
+    def __init__(self, config: Settings, model: Method, images: int, device: torch.device) -> None:
+        """images: how many the index has; ids of batches lie below. The model has its weights already.
+
+        Of the config optim and run are read.
+        """
         self.model, self.device = model, device
         self.bf16 = uses_bf16(config, device)
         self._graphed = device.type == "cuda" and config.run.cuda_graph
-        mopro = isinstance(model, MoPro)
-        self.query, self.key = model.encoder_q, model.encoder_k if mopro else None
-        shadows: dict[str, list[Tensor | None]] = {}
-        if self.bf16 and mopro and config.run.bf16_weights:
-            self.query, shadows["param_shadows"] = low_precision(self.query, torch.bfloat16)
-            self.key, shadows["target_shadows"] = low_precision(self.key, torch.bfloat16)
+        query, key = model.query, model.key
+        copies: dict[Tensor, Tensor] = {}
+        if self.bf16 and config.run.bf16_weights:
+            query, copies = low_precision(query, torch.bfloat16)
+            if key is not None:
+                key, of_key = low_precision(key, torch.bfloat16)
+                copies |= of_key
         if config.run.compile:
-            for encoder in (self.query, self.key):
+            for encoder in (query, key):
                 if encoder is not None:
                     encoder.compile(dynamic=False)  # DDP's first pass has images of another size
-        # A float lr would be baked into the graph.
-        self.lr = torch.zeros(1, device=device) if self._graphed else None
         self.optimizer = build_optimizer(
-            model.encoder_q,
+            model.trained(),
             config.optim,
-            list(model.encoder_k.parameters()) if mopro else None,
-            config.mopro.key_momentum,
-            lr=self.lr,
-            **shadows,
+            None if model.encoder_k is None else model.encoder_k.parameters(),
+            model.key_momentum,
+            copies=copies,
+            lr_on_device=self._graphed,
         )
         if not distributed.alone():
-            example = torch.zeros(2, 3, 32, 32, device=device, dtype=self.query.conv1.weight.dtype)
-            self.query = distributed.data_parallel(self.query, example)
+            example = torch.zeros(2, 3, 32, 32, device=device, dtype=next(query.parameters()).dtype)
+            query = distributed.data_parallel(query, example)
+        self.query, self.key = query, key
+        model.compute_with(query, key)
         warm_up = _WARM_UP if distributed.alone() else _WARM_UP_DDP
         self._call = Graphed(self._run, warm_up) if self._graphed else self._run
 
         self.sums = torch.zeros(2, len(model.METRICS), dtype=torch.float64, device=device)
         """Of each metric: since the last entry of the log, in this epoch."""
+        self.counts = [0, 0]
+        """How many steps the sums cover."""
         self.assigned = torch.full((images,), UNSEEN, dtype=torch.int32, device=device)
         """The label that each image was trained with in this epoch, REMOVED or UNSEEN."""
         self.bad_step = torch.full((1,), -1, dtype=torch.int64, device=device)
         """The first step whose loss was not finite; -1: none."""
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
 
-    def __call__(self, batch: Batch, place: Tensor | None, epoch: int, step: int, lr: float) -> StepOutput:
-        """The step number ``step`` of ``epoch``. ``batch.view_k`` and ``place``: as MoPro.forward takes them."""
-        self._step.fill_(step)
-        if self.lr is not None:
-            self.lr.fill_(lr)
-        else:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-        return self._call(self.model.phase(epoch), batch.view_q, batch.view_k, batch.labels, batch.ids, place)
+    def __call__(
+        self, batch: Batch, extra: Tensor | tuple[Tensor, ...] | None, epoch: int, step: int, lr: float | list[float]
+    ) -> StepOutput:
+        """The step number ``step`` of ``epoch``. extra: what the model's ``forward`` takes, for MoPro ``place``.
 
-    def _run(self, epoch: int, view_q: Tensor, view_k: Tensor, labels: Tensor, ids: Tensor, place: Tensor):
+        lr: one for each group of parameters, or one for all.
+        """
+        self._step.fill_(step)
+        groups = self.optimizer.param_groups
+        for group, rate in zip(groups, lr if isinstance(lr, list) else [lr] * len(groups), strict=True):
+            if isinstance(group["lr"], Tensor):  # a number would be baked into the graph
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        self.counts = [n + 1 for n in self.counts]
+        extra = () if extra is None else extra if isinstance(extra, tuple) else (extra,)
+        return self._call(self.model.phase(epoch), batch.view_q, batch.view_k, batch.labels, batch.ids, *extra)
+
+    def _run(
+        self, epoch: int, view_q: Tensor, view_k: Tensor | None, labels: Tensor, ids: Tensor, *extra: Tensor
+    ) -> StepOutput:
         self.optimizer.zero_grad(set_to_none=True)  # first: what is left of an earlier graph would keep its memory
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            out = self.model(view_q, view_k, labels, epoch, place, self.query, self.key)
+            out = self.model(view_q, view_k, labels, epoch, *extra)
         out.loss.backward()
         self.optimizer.step()  # with it the key encoder: step 2 of the method
         self.sums += torch.stack([out.metrics[name] for name in self.model.METRICS])
@@ -87,24 +104,51 @@ class TrainStep:
         self.bad_step.copy_(torch.where(first_bad, self._step, self.bad_step))
         return StepOutput(out.loss.detach(), out.metrics, out.labels, out.kept)
 
+    def means(self, which: int) -> dict[str, float]:
+        """The metrics' means over all ranks: which=0 since the last call, 1 in this epoch. Starts the sums anew."""
+        sums, ranks = gather_rows(self.sums[which][None]).sum(0), distributed.world()[1]
+        means = dict(zip(self.model.METRICS, (sums / (ranks * self.counts[which])).tolist(), strict=True))
+        self.sums[which] = 0
+        self.counts[which] = 0
+        return dict(sorted(means.items()))
+
+    def require_finite(self, epoch: int, step: int, last: str, weights: bool = False) -> None:
+        """Raise a UserError for the first step of any rank whose loss was not finite; weights: or a weight now.
+
+        All losses can be finite and the weights after the last of them not. epoch, step, last: for the message.
+
+        Collective.
+        """
+        advice = f"{last}; try a lower --lr or some --warmup-epochs"
+        for rank, bad in enumerate(gather_rows(self.bad_step).tolist()):
+            if bad >= 0:
+                raise UserError(f"the loss is not finite at epoch {epoch + 1}, step {bad + 1}, rank {rank}; {advice}")
+        if weights and not bool(torch.stack(torch._foreach_norm(list(self.model.parameters()))).isfinite().all()):
+            rank = distributed.world()[0]
+            raise UserError(f"weights are not finite at epoch {epoch + 1}, step {step}, rank {rank}; {advice}")
+
     def close(self) -> None:
         """Free the CUDA graph: NCCL, when it is shut down, waits until no graph has its collectives any more."""
         if self._graphed:
             self._call.free()
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs beside model and optimizer. Collective: every rank must call it."""
-        sums = distributed.gather_rows(self.sums[None]).cpu()  # [W, 2, metrics]
-        names = self.model.METRICS
-        return {"sums": {name: sums[:, :, i] for i, name in enumerate(names)}, "assigned": self.decisions()}
+    def save_into(self, state: RunState) -> None:
+        """Its part of a checkpoint. Collective: every rank must call it."""
+        sums = gather_rows(self.sums[None]).cpu()  # [W, 2, metrics]
+        state.sums = {name: sums[:, :, i] for i, name in enumerate(self.model.METRICS)}
+        state.counts, state.assigned = list(self.counts), self.decisions()
+        state.optimizer = self.optimizer.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Another number of ranks shares out the mean of their sums: the log alone differs then. sums: may be empty."""
+    def load_from(self, state: RunState) -> None:
+        """Another number of ranks shares out the mean of their sums: the log alone differs then."""
+        self.optimizer.load_state_dict(state.optimizer)
         rank, ranks = distributed.world()
-        for name, saved in state["sums"].items():
+        for name, saved in state.sums.items():
             i = self.model.METRICS.index(name)
             self.sums[:, i] = saved[rank] if len(saved) == ranks else saved.mean(0)
-        self.assigned.copy_(state["assigned"])
+        self.counts = list(state.counts)
+        if len(state.assigned):  # checkpoints of format 1 of re-training and fine-tuning have none
+            self.assigned.copy_(state.assigned)
 
     def decisions(self) -> Tensor:
         """int32 [images] on the CPU: ``assigned`` of all ranks."""
@@ -114,7 +158,7 @@ class TrainStep:
         return merged.cpu()
 
 
-def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
+def uses_bf16(config: Settings, device: torch.device) -> bool:
     if config.run.precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return config.run.precision == "bf16"
@@ -149,5 +193,5 @@ class Shuffle:
             return lambda: (batch, None)
         order = distributed.shuffle_order(self._seed, global_step, self._rows)
         shuffled = distributed.start_exchange(batch.view_k, order, self._group)
-        place = distributed.to_device(np.argsort(order), batch.labels.device)
+        place = to_device(np.argsort(order), batch.labels.device)
         return lambda: (batch._replace(view_k=shuffled()), place)

@@ -1,0 +1,58 @@
+"""Cross-entropy of a trained encoder's classifier, alone or with the encoder: re-training and fine-tuning."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mopro_fast import ops
+from mopro_fast.models.method import Method, StepOutput
+from mopro_fast.models.resnet import ResNet
+
+
+class _Logits(nn.Module):
+    def __init__(self, encoder: ResNet) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.encoder.classifier(self.encoder.features(images))
+
+
+class Classifier(Method):
+    """State dict: encoder_q.*, as every model of this package. The projection head is not trained."""
+
+    def __init__(self, encoder_q: ResNet, freeze: bool) -> None:
+        super().__init__(encoder_q)
+        self.freeze = freeze
+        encoder_q.requires_grad_(not freeze)
+        encoder_q.classifier.requires_grad_(True)
+        encoder_q.fc1.requires_grad_(False)
+        encoder_q.fc2.requires_grad_(False)
+        self.compute_with(_Logits(encoder_q))
+
+    def train(self, mode: bool = True) -> "Classifier":
+        super().train(mode)
+        self.query.train(mode and not self.freeze)
+        return self
+
+    def trained(self) -> list[list[nn.Parameter]]:
+        """The classifier; the rest, if it is not frozen."""
+        named = [(name, p) for name, p in self.encoder_q.named_parameters() if p.requires_grad]
+        groups = [[p for name, p in named if name.startswith("classifier.") == own] for own in (True, False)]
+        return groups[:1] if self.freeze else groups
+
+    def forward(
+        self, view_q: Tensor, _k: None, labels: Tensor, _epoch: int, shares: Tensor | None = None, partner=None
+    ) -> StepOutput:
+        """shares: float32 [2], of each image itself and of its partner. partner: int64 [N], who is mixed in."""
+        images, mixed = ops.normalize(view_q), shares is not None
+        if mixed:
+            images = images.float()
+            images = shares[0] * images + shares[1] * images[partner]
+        logits = self.query(images).float()
+        loss = F.cross_entropy(logits, labels)
+        if mixed:
+            loss = shares[0] * loss + shares[1] * F.cross_entropy(logits, labels[partner])
+        hits = logits.detach().argmax(1) == labels
+        metrics = {"loss": loss.detach().double(), "acc_cls": hits.double().mean()}
+        return StepOutput(loss, metrics, labels, torch.ones_like(hits))

@@ -1,0 +1,58 @@
+"""What a training method is: a module whose ``forward`` is one of its steps, up to the loss."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from mopro_fast.models.resnet import ResNet
+
+
+@dataclass
+class StepOutput:
+    """What one step gives back. Means are over this rank's rows; shares are over its N rows."""
+
+    loss: Tensor
+    """What is minimised, a float32 scalar."""
+    metrics: dict[str, Tensor]
+    """Detached scalars for the log, by the names in the method's METRICS."""
+    labels: Tensor
+    """int64 [N]: the labels after correction."""
+    kept: Tensor
+    """bool [N]: the rows that count as in-distribution, clean or corrected."""
+
+
+class Method(nn.Module):
+    """One training method.
+
+    A subclass has METRICS and ``forward(view_q, view_k, labels, epoch, *extra) -> StepOutput``:
+
+    view_q, view_k: uint8 [N, H, W, 3]; view_k is None for tasks of one view.
+    labels:         int64 [N], −1 where none is given.
+    epoch:          0-based; on a GPU :meth:`phase` of it.
+    extra:          the tensors that the task adds to a batch (training/task.py).
+
+    It computes with ``self.query`` and ``self.key``. ``encoder_q`` is what is evaluated and exported.
+    """
+
+    METRICS: tuple[str, ...] = ("loss", "acc_cls")
+    """Names of the means in the log."""
+    key_momentum: float = 0.0
+    """m of encoder_k's moving average."""
+
+    def __init__(self, encoder_q: ResNet, encoder_k: ResNet | None = None) -> None:
+        """encoder_k: follows encoder_q as its moving average, in the optimizer's pass."""
+        super().__init__()
+        self.encoder_q, self.encoder_k = encoder_q, encoder_k
+        self.compute_with(encoder_q, encoder_k)
+
+    def compute_with(self, query: nn.Module, key: nn.Module | None = None) -> None:
+        """Let these compute for encoder_q and encoder_k: copies in 16 bits, compiled, data-parallel."""
+        self.__dict__ |= {"query": query, "key": key}  # not registered: the state dict has the encoders alone
+
+    def phase(self, epoch: int) -> int:  # noqa: ARG002
+        """The first epoch whose steps do the same."""
+        return 0
+
+    def trained(self) -> list[list[nn.Parameter]]:
+        """The parameters that are trained, in groups with a learning rate each."""
+        return [list(self.encoder_q.parameters())]

@@ -1,0 +1,156 @@
+"""A run's folder: its lock, the checkpoint to go on from, and whether that is of the same run."""
+
+import contextlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mopro_fast import distributed
+from mopro_fast.checkpoints import state as checkpoints
+from mopro_fast.checkpoints.state import RunState
+from mopro_fast.checkpoints.weights import check_fits
+from mopro_fast.config import Settings, differences, from_dict
+from mopro_fast.data import inputs
+from mopro_fast.data.index import Index
+from mopro_fast.errors import UserError
+from mopro_fast.files import locked, replacing, write_json
+from mopro_fast.models.method import Method
+from mopro_fast.training.task import Task
+
+# Settings that may change between an interrupted run and its continuation: they do not change the result, apart from
+# rounding where another device or another SGD is chosen.
+# The data may move: its paths and labels are compared by digest.
+FREE = {"data.path", "data.root", "data.val", "data.layout", "data.extra_val", "data.threads", "data.max_broken"}
+FREE |= {"data.hw_decoder_load", "optim.sgd"}
+FREE |= {f"run.{name}" for name in ("out", "device", "log_every", "checkpoint_every", "keep")}
+FREE |= {f"run.{name}" for name in ("resume", "init", "tensorboard", "cuda_graph", "compile", "recompute")}
+
+
+class RunFolder:
+    """The folder ``--out``, for this process alone until :meth:`close`.
+
+    found: the checkpoint to go on from, or None.
+    state: what it holds, or None.
+    """
+
+    def __init__(self, config: Settings) -> None:
+        self.config, self.path = config, Path(config.run.out)
+        self.checkpoints = self.path / "checkpoints"
+        self._rank, self._ranks = distributed.world()
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--out {self.path} is a file: name a folder")
+        self._lock = contextlib.ExitStack()
+        if self._rank == 0:
+            with self.writing():
+                self.path.mkdir(parents=True, exist_ok=True)
+                busy = f"another process trains in --out {self.path}: wait for it, or choose another --out"
+                self._lock.enter_context(locked(str(self.path / ".lock"), busy))
+        try:
+            self.found = self._newest()
+            self.state = None if self.found is None else checkpoints.load(self.found)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Give the folder free; an empty one goes."""
+        self._lock.close()
+        if self._rank == 0:
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
+
+    @contextlib.contextmanager
+    def writing(self):
+        """An OSError inside becomes a UserError that names the folder."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"cannot write into --out {self.path}: {error.strerror}: name another folder") from None
+
+    def sets(self, task: Task) -> dict[str, Index]:
+        """The training set, as it was when the run began, and the validation sets; all checked."""
+        state, data = self.state, self.config.data
+        sets = inputs.load(self.config, resumed=state is not None)
+        sets["train"] = task.labelled(sets["train"])
+        left_out = {}
+        if state is not None:
+            sets["train"] = inputs.as_begun(sets["train"], self.path / "images.txt", state.data_digest)
+            if sets["train"].digest() != state.data_digest:
+                raise UserError(
+                    f"{self.found} was trained on other data than {data.path}: paths or labels differ; "
+                    "choose another --out (with --init for the weights alone)"
+                )
+            left_out["train"] = state.left_out.numpy()
+        workers = inputs.threads(data)
+        return {name: inputs.readable(index, name, workers, left_out.get(name)) for name, index in sets.items()}
+
+    def require_same_run(self, task: Task, model: Method) -> None:
+        """Raise a UserError where ``state`` is of a run that would have had another result."""
+        theirs = from_dict(type(self.config), self.state.config, str(self.found)).as_dict()
+        ours = self.config.as_dict()
+        changed = [name for name in differences(theirs, ours) if name not in FREE | task.free]
+        if any(name.startswith("model.") or name == "data.num_classes" for name in changed):
+            check_fits(model.state_dict(), self.state.model, self.found)
+        if self.state.initial != task.initial:
+            raise UserError(
+                f"{self.found} is of a run that began with another checkpoint: give that one, or choose another --out"
+            )
+        if changed:
+            first = changed[0]
+            raise UserError(
+                f"{self.found} is of a run with {first}={_at(theirs, first)}, this one has {_at(ours, first)}: "
+                "set it as it was, or choose another --out (with --init for the weights alone)"
+            )
+
+    def write_settings(self, index: Index) -> None:
+        """The config, and of the training set what class folders do not keep; on rank 0."""
+        if self._rank != 0:
+            return
+        with self.writing():
+            write_json(self.path / "config.json", self.config.as_dict())
+            if self.state is None:
+                inputs.write_list(index, self.path / "images.txt")
+            if len(index.left_out):
+                inputs.write_left_out(index, self.path / "left_out.csv")
+
+    def resumed(self) -> str:
+        """The line that says so."""
+        same = (
+            ""
+            if self.state.ranks == self._ranks
+            else f" (saved by {self.state.ranks} ranks, now {self._ranks}: not bit for bit)"
+        )
+        return f"resuming {self.found} at epoch {self.state.epoch + 1}, step {self.state.step}{same}"
+
+    def save(self, global_step: int, state: RunState) -> Path | None:
+        """Write a checkpoint; on rank 0."""
+        if self._rank == 0:
+            return checkpoints.save(self.checkpoints, global_step, state, self.config.run.keep)
+        return None
+
+    def save_labels(self, assigned: Tensor) -> None:
+        """The labels that an epoch's images were trained with, into labels.pt; on rank 0."""
+        if self._rank == 0:
+            with self.writing(), replacing(str(self.path / "labels.pt")) as file:
+                torch.save(assigned, file)
+
+    def last_checkpoint(self) -> str:
+        """For messages."""
+        saved = checkpoints.all_of(self.checkpoints)
+        return f"last checkpoint: {saved[-1] if saved else 'none yet'}"
+
+    def _newest(self) -> str | Path | None:
+        resume, saved = self.config.run.resume, checkpoints.all_of(self.checkpoints)
+        path = resume if resume not in ("auto", "never") else (saved[-1] if saved else None)
+        if resume == "never" and saved:
+            raise UserError(f"{self.path} already holds a run: choose another --out, or --resume auto to go on with it")
+        if path and saved and Path(path).resolve() in [p.resolve() for p in saved[:-1]]:
+            raise UserError(f"{path} is older than {saved[-1]}: to go back to it, choose another --out")
+        return distributed.from_rank0(path)
+
+
+def _at(values: dict, dotted: str):
+    for name in dotted.split("."):
+        values = values[name]
+    return values

@@ -1,0 +1,42 @@
+"""The tasks of ``mopro-fast train``: MoPro and plain cross-entropy."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor
+
+from mopro_fast.config import MoProConfig, TrainConfig
+from mopro_fast.data.batches import Batch
+from mopro_fast.models.build import build
+from mopro_fast.models.method import Method
+from mopro_fast.training.step import Shuffle
+from mopro_fast.training.task import Task
+
+
+class CrossEntropyTask(Task):
+    """Plain cross-entropy on the given labels."""
+
+    config: TrainConfig
+    free = frozenset(f"mopro.{f.name}" for f in dataclasses.fields(MoProConfig))  # read by MoPro alone
+
+    def build(self) -> Method:
+        return build(self.config)
+
+
+class MoProTask(CrossEntropyTask):
+    """MoPro: view_k's rows change ranks before the step."""
+
+    two_views = True
+    free = frozenset()
+
+    def batches(self, batches: Iterable[Batch], global_step: int) -> Iterator[tuple[Batch, tuple[Tensor, ...]]]:
+        shuffle = Shuffle(self.config.run.seed, self.config.optim.batch_size)
+        return ((batch, (place,)) for batch, place in shuffle(batches, global_step))
+
+
+TASKS = {"mopro": MoProTask, "ce": CrossEntropyTask}
+
+
+def task_of(config: TrainConfig) -> Task:
+    """The task of ``config.method``."""
+    return TASKS[config.method](config)
