@@ -18,7 +18,8 @@ from PIL import Image
 
 from mopro_fast import cli, ops
 from mopro_fast.checkpoints import state as checkpoint
-from mopro_fast.checkpoints.weights import digest, load_encoder, load_weights
+from mopro_fast.checkpoints.formats import digest
+from mopro_fast.checkpoints.weights import load_encoder, load_weights
 from mopro_fast.data.index import load_index
 from mopro_fast.data.order import balancing_repeats, epoch_order
 from mopro_fast.downstream.finetune import Finetune, FinetuneTask, choose, with_share

@@ -17,7 +17,8 @@ from torch import nn
 from mopro_fast import cli
 from mopro_fast.checkpoints import state as checkpoint
 from mopro_fast.checkpoints import weights
-from mopro_fast.checkpoints.weights import digest, load_encoder, load_weights
+from mopro_fast.checkpoints.formats import digest
+from mopro_fast.checkpoints.weights import load_encoder, load_weights
 from mopro_fast.config import MoProConfig, TrainConfig
 from mopro_fast.downstream import importing
 from mopro_fast.downstream.export import export

@@ -1,56 +1,20 @@
-"""Weights from any file that holds a ResNet of this package, under this package's names.
+"""Weights from any file that holds a ResNet of this package: what model they are of, and whether they fit.
 
-Read are checkpoints of this package, of the official code (salesforce/MoPro) and of torchvision or timm, written by
-torch.save or as safetensors. A file can hold wrong numbers, but nothing in it is ever executed.
+A file can hold wrong numbers, but nothing in it is ever executed. Formats: formats.py.
 """
 
-import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from mopro_fast.checkpoints import formats
 from mopro_fast.checkpoints import state as checkpoint
+from mopro_fast.checkpoints.formats import HEADS, K, Q, Weights
 from mopro_fast.config import ModelConfig
 from mopro_fast.errors import UserError
 from mopro_fast.models.resnet import LAYERS, BasicBlock, Bottleneck, ResNet
-
-Q, K = "encoder_q.", "encoder_k."
-HEADS = ("classifier.", "fc1.", "fc2.")  # what files of others lack: the projection, or the classifier too
-
-
-@dataclass
-class Weights:
-    """What a file holds; all tensors on the CPU, in float32 but for counters."""
-
-    path: Path
-    kind: Literal["mopro_fast", "official", "torchvision", "safetensors"]
-    """torchvision: also timm's names, whatever the container; safetensors: this package's names in that format."""
-    state: dict[str, Tensor]
-    """encoder_q.* and, where present, encoder_k.*, queue [Q, D], queue_ptr int64 [1], prototypes [C, D]."""
-    model: ModelConfig
-    """arch, width, stem and embed_dim as the tensors' shapes say."""
-    num_classes: int | None
-    """None: no classifier."""
-    epoch: int | None
-    """Epochs done."""
-    image_size: int | None
-    """Side of the validation crop, px; None: not known."""
-    eval_resize: int | None
-    """Shorter side before that crop."""
-    optimizer: dict[str, Any] | None
-    """torch.optim.SGD's state dict over the parameters of encoder_q, in their order."""
-    config: dict[str, Any] | None
-    """The config of the run, where the file has one."""
-    keys_updated: bool
-    """encoder_k has moved after encoder_q's last step; the official code moves it at the beginning of the next."""
-
-    def encoder(self) -> dict[str, Tensor]:
-        """The query encoder's tensors by ResNet's names."""
-        return {name.removeprefix(Q): t for name, t in self.state.items() if name.startswith(Q)}
 
 
 def load_weights(path: str | Path) -> Weights:
@@ -64,13 +28,12 @@ def load_weights(path: str | Path) -> Weights:
         if not saved:
             raise UserError(f"{path} is no run's folder: it has no checkpoints/step_*.pt")
         path = saved[-1]
-    found = _read_safetensors(path) if _is_safetensors(path) else checkpoint.read(path)
-    tensors, kind = _tensors(found, path)
+    found, tensors, kind = formats.read(path)
     about = found.get("mopro_fast") or {}  # of files that this package exported
     config = found.get("config") or about.get("config")
     try:
         config = json.loads(config) if isinstance(config, str) else None
-        state = _own_names(tensors, transposed_queue=kind == "official")
+        state = formats.own_names(tensors, transposed_queue=kind == "official")
         model, num_classes = _architecture(state, path)
         _require_rest(state, model, num_classes, path)
         size, resize = _evaluation(config, model)
@@ -78,7 +41,7 @@ def load_weights(path: str | Path) -> Weights:
         raise UserError(f"{path} is no checkpoint that this package knows: {type(error).__name__}: {error}") from None
     epoch = found.get("epoch")
     epoch = epoch if isinstance(epoch, int) else None
-    optimizer = _optimizer(found.get("optimizer"), state)
+    optimizer = formats.optimizer_of(found.get("optimizer"), state)
     updated = about.get("keys_updated", kind != "official") in (True, "True")
     return Weights(path, kind, state, model, num_classes, epoch, size, resize, optimizer, config, updated)
 
@@ -116,90 +79,18 @@ def initialise(model: torch.nn.Module, path: str | Path) -> None:
     model.load_state_dict(own | fitting)
 
 
-def check_fits(own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], path: str | Path) -> None:
+def check_fits(own: dict[str, Tensor], weights: dict[str, Tensor], path: str | Path) -> None:
     """Raise a UserError that names the first tensor of another shape."""
-    for name in own | weights:
-        have, want = (tuple(d[name].shape) if name in d else None for d in (weights, own))
-        if have != want:
-            raise UserError(
-                f"the checkpoint {path} is of another architecture: {name} is {_shape(have)} there and "
-                f"{_shape(want)} in this run; set --arch, --width, --stem, --num-classes, --embed-dim as it was trained"
-            )
-
-
-def digest(tensors: dict[str, Tensor]) -> str:
-    """sha256 over names and contents."""
-    sha = hashlib.sha256()
-    for name in sorted(tensors):
-        sha.update(name.encode() + b"\0")
-        sha.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return sha.hexdigest()
+    hint = "; set --arch, --width, --stem, --num-classes, --embed-dim as it was trained"
+    _require_shapes(
+        weights, own, f"the checkpoint {path} is of another architecture", "there and {} in this run" + hint
+    )
 
 
 def _empty(model: ModelConfig, num_classes: int | None) -> ResNet:
     """Without memory: on the meta device."""
     with torch.device("meta"):
         return ResNet(model.arch, num_classes or 1, model.embed_dim, model.width, model.stem, model.bn_group)
-
-
-def _is_safetensors(path: Path) -> bool:
-    """A header's length in 8 bytes, then its JSON."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        start = file.read(9)
-    return path.suffix == ".safetensors" or (start[8:] == b"{" and int.from_bytes(start[:8], "little") < 100 << 20)
-
-
-def _read_safetensors(path: Path) -> dict[str, Any]:
-    """-> {"state_dict", "mopro_fast", "epoch"}: as :func:`checkpoint.read` gives for torch.save's format."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {_line(error)}; is it a whole file?") from None
-    if about.get("sha256", digest(tensors)) != digest(tensors):
-        raise UserError(f"{path} is damaged: its tensors do not match their checksum; copy it again")
-    epoch = about.get("epoch", "")
-    return {"state_dict": tensors, "mopro_fast": about, "epoch": int(epoch) if epoch.isdigit() else None}
-
-
-def _tensors(found: Any, path: Path) -> tuple[dict[str, Tensor], str]:
-    """-> the state dict and what kind of file it comes from, judged by its names."""
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds a {type(found).__name__}, not a checkpoint")
-    ours = isinstance(found.get("model"), dict) and "config" in found
-    tensors = found["model"] if ours else found.get("state_dict", found)
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise UserError(f"{path} is no checkpoint of this package, of the official code or of torchvision")
-    tensors = {str(name).removeprefix("module."): t for name, t in tensors.items()}
-    if ours:
-        return tensors, "mopro_fast"
-    if not any(name.startswith(Q) for name in tensors):
-        return tensors, "torchvision"
-    return tensors, "safetensors" if _is_safetensors(path) else "official"
-
-
-def _own_names(tensors: dict[str, Tensor], transposed_queue: bool) -> dict[str, Tensor]:
-    state = {}
-    foreign = not any(name.startswith(Q) for name in tensors)
-    for name, t in tensors.items():
-        if t.layout != torch.strided or t.is_meta:
-            raise ValueError(f"{name} is not a dense tensor")
-        if foreign:
-            name = Q + ("classifier." + name[3:] if name.startswith("fc.") else name)
-        if transposed_queue and name == "queue":
-            t = t.T
-        counter = name.endswith(("num_batches_tracked", "queue_ptr"))
-        if t.is_floating_point() == counter or t.is_complex() or t.dtype == torch.bool:
-            raise ValueError(f"{name} is of type {str(t.dtype).removeprefix('torch.')}")
-        state[name] = (t.long() if counter else t.float()).contiguous()
-    for name in [n for n in state if n.endswith(".running_mean")]:  # older PyTorch did not count
-        state.setdefault(name.replace("running_mean", "num_batches_tracked"), torch.zeros((), dtype=torch.int64))
-    return state
 
 
 def _architecture(state: dict[str, Tensor], path: Path) -> tuple[ModelConfig, int | None]:
@@ -248,11 +139,13 @@ def _require_rest(state: dict[str, Tensor], model: ModelConfig, num_classes: int
             raise UserError(f"{path}: {name} is not finite everywhere: a diverged training, or a damaged file")
 
 
-def _require_shapes(have: dict[str, Tensor], want: dict[str, Tensor], message: str) -> None:
+def _require_shapes(
+    have: dict[str, Tensor], want: dict[str, Tensor], message: str, expected: str = ", expected {}"
+) -> None:
     for name in want | have:
-        found, expected = (tuple(d[name].shape) if name in d else None for d in (have, want))
-        if found != expected:
-            raise UserError(f"{message}: {name} is {_shape(found)}, expected {_shape(expected)}")
+        found, wanted = (_shape(d.get(name)) for d in (have, want))
+        if found != wanted:
+            raise UserError(f"{message}: {name} is {found}{expected.format(wanted)}")
 
 
 def _evaluation(config: dict | None, model: ModelConfig) -> tuple[int | None, int | None]:
@@ -265,32 +158,5 @@ def _evaluation(config: dict | None, model: ModelConfig) -> tuple[int | None, in
     return size, resize
 
 
-def _optimizer(found: Any, state: dict[str, Tensor]) -> dict[str, Any] | None:
-    """SGD's state for encoder_q, whose parameters come first; None where the file has none that fits.
-
-    Parameters are numbered, or, before PyTorch 1.6, named by their addresses: their order in the groups counts.
-    """
-    counters = ("running_mean", "running_var", "num_batches_tracked")
-    shapes = [t.shape for name, t in state.items() if name.startswith(Q) and not name.endswith(counters)]
-    try:
-        groups = found["param_groups"]
-        keys = [key for group in groups for key in group["params"]][: len(shapes)]
-        buffers = [found["state"].get(key, {}).get("momentum_buffer") for key in keys]
-        fits = len(keys) == len(shapes) and all(
-            b is None or b.shape == shape for b, shape in zip(buffers, shapes, strict=True)
-        )
-        group = {name: value for name, value in groups[0].items() if name != "params"}
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-        return None
-    if not fits:
-        return None
-    slots = {i: {"momentum_buffer": b.float()} for i, b in enumerate(buffers) if b is not None}
-    return {"state": slots, "param_groups": [group | {"params": list(range(len(keys)))}]}
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "absent" if shape is None else "×".join(map(str, shape)) or "a scalar"
-
-
-def _line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+def _shape(tensor: Tensor | None) -> str:
+    return "absent" if tensor is None else "×".join(map(str, tensor.shape)) or "a scalar"

@@ -25,7 +25,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mopro_fast import distributed, ops
-from mopro_fast.checkpoints.weights import Weights, build_encoder, digest, load_weights
+from mopro_fast.checkpoints.formats import Weights, digest
+from mopro_fast.checkpoints.weights import build_encoder, load_weights
 from mopro_fast.config import DataConfig, MoProConfig
 from mopro_fast.data import inputs
 from mopro_fast.data.index import Index, load_index

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import tyro
 from torch import Tensor
 
-from mopro_fast.checkpoints.weights import digest
+from mopro_fast.checkpoints.formats import digest
 from mopro_fast.data.index import Index, load_index, subfolders
 from mopro_fast.distributed import world
 from mopro_fast.downstream.features import EncoderConfig, Frozen

@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, BinaryIO, Literal
 
 import torch
 import tyro
 from torch import Tensor, nn
 
-from mopro_fast import __version__
-from mopro_fast.checkpoints.weights import K, Weights, build_encoder, digest, load_weights
+from mopro_fast.checkpoints.formats import Weights, about, detectron2, official, safetensors, strings, torchvision
+from mopro_fast.checkpoints.weights import build_encoder, load_weights
 from mopro_fast.errors import UserError
 from mopro_fast.files import replacing
 from mopro_fast.ops.colour import IMAGENET_MEAN, IMAGENET_STD
@@ -57,9 +57,9 @@ def export(weights: Weights, out: str | Path, format: str, classifier: bool = Tr
             torch.save(official(weights), file)
         elif format in ("torchvision", "timm"):
             state = torchvision(weights, classifier)
-            file.write(_safetensors(state, {})) if str(out).endswith(".safetensors") else torch.save(state, file)
+            file.write(safetensors(state, {})) if str(out).endswith(".safetensors") else torch.save(state, file)
         elif format == "safetensors":
-            file.write(_safetensors(weights.state, _about(weights)))
+            file.write(safetensors(weights.state, about(weights)))
         elif format == "detectron2":
             pickle.dump(detectron2(weights), file)
         else:
@@ -87,42 +87,6 @@ def notes(weights: Weights, format: str) -> Iterator[str]:
         yield f"width {m.width:g} multiplies all of a block's channels: {format}'s own ResNets do not load this"
     if format == "official" and (lacks := [n for n in ("queue", "prototypes") if n not in weights.state]):
         yield f"{' and '.join(lacks)} are not in this checkpoint: the official train.py and noise_cleaning.py need them"
-
-
-def official(weights: Weights) -> dict[str, Any]:
-    """What the official train.py saves, and an entry of ours that its scripts do not look at."""
-    state = {f"module.{name}": t for name, t in weights.state.items()}
-    if "queue" in weights.state:
-        state["module.queue"] = weights.state["queue"].T.contiguous()
-    found = {"epoch": weights.epoch or 0, "arch": weights.model.arch, "state_dict": state}
-    if weights.optimizer is not None:
-        group = dict(weights.optimizer["param_groups"][0], lr=float(weights.optimizer["param_groups"][0]["lr"]))
-        copies = 2 if any(name.startswith(K) for name in weights.state) else 1  # it has the key encoder's as well
-        group["params"] = list(range(copies * len(group["params"])))
-        found["optimizer"] = {"state": weights.optimizer["state"], "param_groups": [group]}
-    return found | {"mopro_fast": _about(weights)}
-
-
-def torchvision(weights: Weights, classifier: bool) -> dict[str, Tensor]:
-    """The state dict of a torchvision or timm ResNet; without a classifier for timm's num_classes=0."""
-    state = {n: t for n, t in weights.encoder().items() if not n.startswith(("fc1.", "fc2."))}
-    if not classifier:
-        state = {n: t for n, t in state.items() if not n.startswith("classifier.")}
-    return {n.replace("classifier.", "fc."): t for n, t in state.items()}
-
-
-def detectron2(weights: Weights) -> dict[str, Any]:
-    """The backbone as detectron2's MODEL.WEIGHTS takes it; docs/transfer.md has the settings."""
-    names = {f"layer{i}": f"res{i + 1}" for i in (1, 2, 3, 4)}
-    names |= {f"bn{i}": f"conv{i}.norm" for i in (1, 2, 3)}
-    names |= {"downsample.0": "shortcut", "downsample.1": "shortcut.norm"}
-    model = {}
-    for name, t in torchvision(weights, classifier=False).items():
-        name = name if name.startswith("layer") else f"stem.{name}"
-        for old, new in names.items():
-            name = name.replace(old, new)
-        model[name] = t.numpy()
-    return {"model": model, "__author__": "mopro_fast", "matching_heuristics": True}
 
 
 class _FeaturesAndLogits(nn.Module):
@@ -156,7 +120,7 @@ def onnx(weights: Weights, classifier: bool) -> bytes:
         )
     written = program.model_proto
     about = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "image_size": size, "eval_resize": weights.eval_resize}
-    package.helper.set_model_props(written, {k: json.dumps(v) for k, v in about.items()} | _strings(_about(weights)))
+    package.helper.set_model_props(written, {k: json.dumps(v) for k, v in about.items()} | strings(about(weights)))
     return written.SerializeToString()
 
 
@@ -174,21 +138,3 @@ def _quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
-
-
-def _about(weights: Weights) -> dict[str, Any]:
-    """What the other format has no place for; :func:`load_weights` reads it back."""
-    about = {"version": __version__, "keys_updated": weights.keys_updated}
-    if weights.config is not None:
-        about["config"] = json.dumps(weights.config)
-    return about | ({} if weights.epoch is None else {"epoch": weights.epoch})
-
-
-def _strings(about: dict[str, Any]) -> dict[str, str]:
-    return {name: str(value) for name, value in about.items()}
-
-
-def _safetensors(state: dict[str, Tensor], about: dict[str, Any]) -> bytes:
-    from safetensors.torch import save
-
-    return save(state, {"format": "pt", "sha256": digest(state), **_strings(about)})

@@ -16,7 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mopro_fast import distributed, ops
-from mopro_fast.checkpoints.weights import HEADS, digest, load_encoder
+from mopro_fast.checkpoints.formats import HEADS, digest
+from mopro_fast.checkpoints.weights import load_encoder
 from mopro_fast.config import DataConfig
 from mopro_fast.data import inputs
 from mopro_fast.data.index import Index

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from mopro_fast import ops
+from mopro_fast.checkpoints.formats import Weights, to_state
 from mopro_fast.checkpoints.state import RunState, write
-from mopro_fast.checkpoints.weights import K, Q, Weights, check_fits, load_weights
+from mopro_fast.checkpoints.weights import check_fits, load_weights
 from mopro_fast.config import DataConfig, MoProConfig, TrainConfig, from_dict
 from mopro_fast.data import inputs
 from mopro_fast.downstream.export import new_file
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     weights = load_weights(source)
     config = command.parse(rest) if rest else config_of(weights)
     with new_file(out) as file:
-        write(file, resumable(weights, config) if rest else plain(weights, config))
+        write(file, resumable(weights, config) if rest else to_state(weights, config))
     m = weights.model
     done = "" if weights.epoch is None else f", {weights.epoch} epochs done"
     print(f"{out}: {m.arch} of width {m.width:g}, {weights.num_classes or 'no'} classes{done}, from {weights.kind}")
@@ -59,12 +59,6 @@ def config_of(weights: Weights) -> TrainConfig:
     return TrainConfig(data=data, model=weights.model, mopro=MoProConfig(queue_size=queue))
 
 
-def plain(weights: Weights, config: TrainConfig) -> RunState:
-    """A model that no run can go on from: it knows no data."""
-    model = updated(weights, config.mopro.key_momentum)
-    return RunState(config.as_dict(), model, weights.optimizer, epoch=weights.epoch or 0)
-
-
 def resumable(weights: Weights, config: TrainConfig) -> RunState:
     """What the trainer saves at the end of an epoch."""
     config.run.out = config.run.out or "."
@@ -73,22 +67,11 @@ def resumable(weights: Weights, config: TrainConfig) -> RunState:
         model = build(config)
         optim = dataclasses.replace(config.optim, sgd="torch")  # apex's refuses the meta device; all save the same
         optimizer = build_optimizer(model.trained(), optim).state_dict()
-    state = plain(weights, config)
+    state = to_state(weights, config)
     check_fits(model.state_dict(), state.model, weights.path)
     sets = inputs.load(config, resumed=False)
     index = inputs.readable(sets["train"], "train", inputs.threads(config.data))
     optimizer["state"] = weights.optimizer["state"] if weights.optimizer else {}
     state.optimizer, state.data_digest, state.left_out = optimizer, index.digest(), torch.from_numpy(index.left_out)
     state.assigned = torch.full((len(index),), UNSEEN, dtype=torch.int32)
-    return state
-
-
-def updated(weights: Weights, momentum: float) -> dict[str, torch.Tensor]:
-    """The tensors, the key encoder as the trainer leaves it: moved after the query encoder's last step."""
-    state = dict(weights.state)
-    names = [n for n in state if n.startswith(K) and not n.endswith(("running_mean", "running_var", "batches_tracked"))]
-    if names and not weights.keys_updated:
-        keys = [state[name].clone() for name in names]
-        ops.ema_update_(keys, [state[name.replace(K, Q, 1)] for name in names], momentum)
-        state |= dict(zip(names, keys, strict=True))
     return state

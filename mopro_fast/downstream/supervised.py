@@ -15,7 +15,8 @@ import tyro
 from torch import Tensor, nn
 
 from mopro_fast import distributed
-from mopro_fast.checkpoints.weights import Weights, build_encoder, digest, load_weights
+from mopro_fast.checkpoints.formats import Weights, digest
+from mopro_fast.checkpoints.weights import build_encoder, load_weights
 from mopro_fast.config import DataConfig, OptimConfig, RunConfig, Settings
 from mopro_fast.data.batches import Batch, require_rows
 from mopro_fast.data.index import Index

@@ -1,0 +1,229 @@
+"""The formats of others, into this package's names and out of them.
+
+Read are checkpoints of this package, of the official code (salesforce/MoPro) and of torchvision or timm, written by
+torch.save or as safetensors. Written are those, and detectron2's.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mopro_fast import __version__, ops
+from mopro_fast.checkpoints.state import RunState
+from mopro_fast.checkpoints.state import read as read_torch
+from mopro_fast.config import ModelConfig, TrainConfig
+from mopro_fast.errors import UserError
+
+Q, K = "encoder_q.", "encoder_k."
+HEADS = ("classifier.", "fc1.", "fc2.")  # what files of others lack: the projection, or the classifier too
+
+
+@dataclass
+class Weights:
+    """What a file holds; all tensors on the CPU, in float32 but for counters."""
+
+    path: Path
+    kind: Literal["mopro_fast", "official", "torchvision", "safetensors"]
+    """torchvision: also timm's names, whatever the container; safetensors: this package's names in that format."""
+    state: dict[str, Tensor]
+    """encoder_q.* and, where present, encoder_k.*, queue [Q, D], queue_ptr int64 [1], prototypes [C, D]."""
+    model: ModelConfig
+    """arch, width, stem and embed_dim as the tensors' shapes say."""
+    num_classes: int | None
+    """None: no classifier."""
+    epoch: int | None
+    """Epochs done."""
+    image_size: int | None
+    """Side of the validation crop, px; None: not known."""
+    eval_resize: int | None
+    """Shorter side before that crop."""
+    optimizer: dict[str, Any] | None
+    """torch.optim.SGD's state dict over the parameters of encoder_q, in their order."""
+    config: dict[str, Any] | None
+    """The config of the run, where the file has one."""
+    keys_updated: bool
+    """encoder_k has moved after encoder_q's last step; the official code moves it at the beginning of the next."""
+
+    def encoder(self) -> dict[str, Tensor]:
+        """The query encoder's tensors by ResNet's names."""
+        return {name.removeprefix(Q): t for name, t in self.state.items() if name.startswith(Q)}
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """sha256 over names and contents."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        sha.update(name.encode() + b"\0")
+        sha.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+# Into this package's names.
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
+    """-> the file's entries, its tensors without a prefix of DataParallel, and its kind (Weights.kind)."""
+    found = _read_safetensors(path) if _is_safetensors(path) else read_torch(path)
+    return found, *_tensors(found, path)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """A header's length in 8 bytes, then its JSON."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        start = file.read(9)
+    return path.suffix == ".safetensors" or (start[8:] == b"{" and int.from_bytes(start[:8], "little") < 100 << 20)
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """-> {"state_dict", "mopro_fast", "epoch"}: as :func:`read_torch` gives for torch.save's format."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {str(error).partition(chr(10))[0]}; is it a whole file?") from None
+    if about.get("sha256", digest(tensors)) != digest(tensors):
+        raise UserError(f"{path} is damaged: its tensors do not match their checksum; copy it again")
+    epoch = about.get("epoch", "")
+    return {"state_dict": tensors, "mopro_fast": about, "epoch": int(epoch) if epoch.isdigit() else None}
+
+
+def _tensors(found: Any, path: Path) -> tuple[dict[str, Tensor], str]:
+    """-> the state dict and what kind of file it comes from, judged by its names."""
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds a {type(found).__name__}, not a checkpoint")
+    ours = isinstance(found.get("model"), dict) and "config" in found
+    tensors = found["model"] if ours else found.get("state_dict", found)
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise UserError(f"{path} is no checkpoint of this package, of the official code or of torchvision")
+    tensors = {str(name).removeprefix("module."): t for name, t in tensors.items()}
+    if ours:
+        return tensors, "mopro_fast"
+    if not any(name.startswith(Q) for name in tensors):
+        return tensors, "torchvision"
+    return tensors, "safetensors" if _is_safetensors(path) else "official"
+
+
+def own_names(tensors: dict[str, Tensor], transposed_queue: bool) -> dict[str, Tensor]:
+    state = {}
+    foreign = not any(name.startswith(Q) for name in tensors)
+    for name, t in tensors.items():
+        if t.layout != torch.strided or t.is_meta:
+            raise ValueError(f"{name} is not a dense tensor")
+        if foreign:
+            name = Q + ("classifier." + name[3:] if name.startswith("fc.") else name)
+        if transposed_queue and name == "queue":
+            t = t.T
+        counter = name.endswith(("num_batches_tracked", "queue_ptr"))
+        if t.is_floating_point() == counter or t.is_complex() or t.dtype == torch.bool:
+            raise ValueError(f"{name} is of type {str(t.dtype).removeprefix('torch.')}")
+        state[name] = (t.long() if counter else t.float()).contiguous()
+    for name in [n for n in state if n.endswith(".running_mean")]:  # older PyTorch did not count
+        state.setdefault(name.replace("running_mean", "num_batches_tracked"), torch.zeros((), dtype=torch.int64))
+    return state
+
+
+def optimizer_of(found: Any, state: dict[str, Tensor]) -> dict[str, Any] | None:
+    """SGD's state for encoder_q, whose parameters come first; None where the file has none that fits.
+
+    Parameters are numbered, or, before PyTorch 1.6, named by their addresses: their order in the groups counts.
+    """
+    counters = ("running_mean", "running_var", "num_batches_tracked")
+    shapes = [t.shape for name, t in state.items() if name.startswith(Q) and not name.endswith(counters)]
+    try:
+        groups = found["param_groups"]
+        keys = [key for group in groups for key in group["params"]][: len(shapes)]
+        buffers = [found["state"].get(key, {}).get("momentum_buffer") for key in keys]
+        fits = len(keys) == len(shapes) and all(
+            b is None or b.shape == shape for b, shape in zip(buffers, shapes, strict=True)
+        )
+        group = {name: value for name, value in groups[0].items() if name != "params"}
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        return None
+    if not fits:
+        return None
+    slots = {i: {"momentum_buffer": b.float()} for i, b in enumerate(buffers) if b is not None}
+    return {"state": slots, "param_groups": [group | {"params": list(range(len(keys)))}]}
+
+
+def to_state(weights: Weights, config: TrainConfig) -> RunState:
+    """A model that no run can go on from: it knows no data."""
+    model = _updated(weights, config.mopro.key_momentum)
+    return RunState(config.as_dict(), model, weights.optimizer, epoch=weights.epoch or 0)
+
+
+def _updated(weights: Weights, momentum: float) -> dict[str, Tensor]:
+    """The tensors, the key encoder as the trainer leaves it: moved after the query encoder's last step."""
+    state = dict(weights.state)
+    names = [n for n in state if n.startswith(K) and not n.endswith(("running_mean", "running_var", "batches_tracked"))]
+    if names and not weights.keys_updated:
+        keys = [state[name].clone() for name in names]
+        ops.ema_update_(keys, [state[name.replace(K, Q, 1)] for name in names], momentum)
+        state |= dict(zip(names, keys, strict=True))
+    return state
+
+
+# Out of them.
+
+
+def official(weights: Weights) -> dict[str, Any]:
+    """What the official train.py saves, and an entry of ours that its scripts do not look at."""
+    state = {f"module.{name}": t for name, t in weights.state.items()}
+    if "queue" in weights.state:
+        state["module.queue"] = weights.state["queue"].T.contiguous()
+    found = {"epoch": weights.epoch or 0, "arch": weights.model.arch, "state_dict": state}
+    if weights.optimizer is not None:
+        group = dict(weights.optimizer["param_groups"][0], lr=float(weights.optimizer["param_groups"][0]["lr"]))
+        copies = 2 if any(name.startswith(K) for name in weights.state) else 1  # it has the key encoder's as well
+        group["params"] = list(range(copies * len(group["params"])))
+        found["optimizer"] = {"state": weights.optimizer["state"], "param_groups": [group]}
+    return found | {"mopro_fast": about(weights)}
+
+
+def torchvision(weights: Weights, classifier: bool) -> dict[str, Tensor]:
+    """The state dict of a torchvision or timm ResNet; without a classifier for timm's num_classes=0."""
+    state = {n: t for n, t in weights.encoder().items() if not n.startswith(("fc1.", "fc2."))}
+    if not classifier:
+        state = {n: t for n, t in state.items() if not n.startswith("classifier.")}
+    return {n.replace("classifier.", "fc."): t for n, t in state.items()}
+
+
+def detectron2(weights: Weights) -> dict[str, Any]:
+    """The backbone as detectron2's MODEL.WEIGHTS takes it; docs/transfer.md has the settings."""
+    names = {f"layer{i}": f"res{i + 1}" for i in (1, 2, 3, 4)}
+    names |= {f"bn{i}": f"conv{i}.norm" for i in (1, 2, 3)}
+    names |= {"downsample.0": "shortcut", "downsample.1": "shortcut.norm"}
+    model = {}
+    for name, t in torchvision(weights, classifier=False).items():
+        name = name if name.startswith("layer") else f"stem.{name}"
+        for old, new in names.items():
+            name = name.replace(old, new)
+        model[name] = t.numpy()
+    return {"model": model, "__author__": "mopro_fast", "matching_heuristics": True}
+
+
+def about(weights: Weights) -> dict[str, Any]:
+    """What the other format has no place for; :func:`load_weights` reads it back."""
+    about = {"version": __version__, "keys_updated": weights.keys_updated}
+    if weights.config is not None:
+        about["config"] = json.dumps(weights.config)
+    return about | ({} if weights.epoch is None else {"epoch": weights.epoch})
+
+
+def strings(about: dict[str, Any]) -> dict[str, str]:
+    return {name: str(value) for name, value in about.items()}
+
+
+def safetensors(state: dict[str, Tensor], about: dict[str, Any]) -> bytes:
+    from safetensors.torch import save
+
+    return save(state, {"format": "pt", "sha256": digest(state), **strings(about)})
