@@ -32,7 +32,7 @@ class MoPro(nn.Module):
     State dict: encoder_q.*, encoder_k.*, queue [Q, D], queue_ptr int64 [1], prototypes [C, D]; float32 masters.
     """
 
-    METRICS = ops.METRICS
+    METRICS = (*ops.METRICS, "relabelled")
 
     def __init__(self, encoder_q: ResNet, encoder_k: ResNet, config: MoProConfig) -> None:
         super().__init__()
@@ -89,8 +89,8 @@ class MoPro(nn.Module):
 
         # Steps 3, 5 and 8, against the queue and the prototypes of earlier steps; then those two move on.
         loss = ops.mopro_loss(
-            logits, q, all_k[mine], self.queue, self.prototypes, used, temperature=c.temperature, alpha=c.alpha,
-            threshold=c.threshold, w_proto=c.w_proto, w_inst=c.w_inst, contrast=epoch >= 1, correct=False,
+            logits, q, all_k[mine], self.queue, self.prototypes, used, temperature=c.temperature,
+            w_proto=c.w_proto, w_inst=c.w_inst, contrast=epoch >= 1,
         )  # fmt: skip
         ops.queue_enqueue_(self.queue, self.queue_ptr, all_k)  # step 4
         ops.prototype_update_(self.prototypes, all_q, all_used, None, c.proto_momentum)  # step 7
