@@ -56,12 +56,12 @@ def prototype_update_(m: int, c: int, d: int, size: int) -> Cost:
 
 
 def mopro_loss(n: int, c: int, q: int, d: int, size: int, prototype_size: int, logits_size: int) -> Cost:
-    """Read logits, q, k, queue, prototypes, labels; write both gradients, labels, kept, loss and metrics.
+    """Read logits, q, k, queue, prototypes, labels; write both gradients, loss and metrics.
 
     Four products: scores and softmax-weighted mean of the queue, and of the prototypes.
     """
-    rows = 2 * n * c * logits_size + (3 * n * d + q * d) * size + 17 * n
-    return Cost(rows + c * d * prototype_size + 36, 4 * n * (q + c) * d)
+    rows = 2 * n * c * logits_size + (3 * n * d + q * d) * size + 8 * n
+    return Cost(rows + c * d * prototype_size + 32, 4 * n * (q + c) * d)
 
 
 def batch_norm_act(n: int, c: int, side: int, size: int) -> Cost:
@@ -80,15 +80,15 @@ def conv1x1_stats_(n: int, k: int, c: int, side: int, size: int) -> Cost:
 
 
 def head(n: int, c: int, q: int, d: int, m: int, size: int, logits_size: int) -> Cost:
-    """mopro_loss forward and backward, then the queue and the prototypes with M gathered rows.
+    """correct_labels, mopro_loss forward and backward, then the queue and the prototypes with M gathered rows.
 
-    A fused step would read q, k and the prototypes once, so what the updates read again is left out. With 16-bit
-    rows the queue has a float32 master beside it.
+    A fused step would read logits, q, k, labels and the prototypes once, so what is read again is left out; correction
+    writes labels and kept. With 16-bit rows the queue has a float32 master beside it.
     """
     enqueue = m * d * (size + (4 if size == 2 else 0)) + (m - n) * d * size
     update = (m - n) * (d * size + 9) + 4 * d * min(m, c)
     loss = mopro_loss(n, c, q, d, size, 4, logits_size)
-    return Cost(loss.bytes + enqueue + update, loss.flops)
+    return Cost(loss.bytes + 9 * n + enqueue + update, loss.flops)
 
 
 def normalize(n: int, s: int, size: int) -> Cost:

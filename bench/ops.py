@@ -198,7 +198,7 @@ class Bench:
         return floor.floor_us(case.cost(), self.ceilings["copy_bytes_per_s"], self.ceilings[rate])
 
     def backends(self, op: str) -> dict[str, str]:
-        parts = ("mopro_loss", "queue_enqueue_", "prototype_update_") if op == "head" else (op,)
+        parts = ("correct_labels", "mopro_loss", "queue_enqueue_", "prototype_update_") if op == "head" else (op,)
         described = backends.describe()
         return {part: described[part][self.device] for part in parts}
 

@@ -123,52 +123,72 @@ def apex_batch_norm_act(s: SimpleNamespace) -> Call:
     return batch_norm_act(lambda x, *rest: norm(x, rest[-1]), SimpleNamespace(**vars(s) | half))
 
 
-def mopro_loss(function: Callable, s: SimpleNamespace, in_head: bool = False) -> Call:
-    """Forward and backward: gradients of logits and q. In the head the prototypes are the float32 masters."""
-    prototypes = s.prototypes if in_head else s.bank
+def mopro_loss(function: Callable, s: SimpleNamespace) -> Call:
+    """Forward and backward: gradients of logits and q."""
+    labels = torch.where(s.kept, s.labels, -1)
     logits, q = s.logits.requires_grad_(), s.q.requires_grad_()
 
     def call():
-        out = function(
-            logits, q, s.k, s.queue, prototypes, s.labels,
-            temperature=T, alpha=ALPHA, threshold=s.threshold, w_proto=W_PROTO, w_inst=W_INST,
-        )  # fmt: skip
-        grad_logits, grad_q = torch.autograd.grad(out.loss, (logits, q))
-        found = {"loss": out.loss, "grad_logits": grad_logits, "grad_q": grad_q, "labels": out.labels, "kept": out.kept}
-        return found | ({"used": out.used} if in_head and function is ops.mopro_loss else {})
+        out = function(logits, q, s.k, s.queue, s.bank, labels, temperature=T, w_proto=W_PROTO, w_inst=W_INST)
+        return _loss_and_gradients(out.loss, logits, q)
 
     return call
 
 
+def _loss_and_gradients(loss: Tensor, logits: Tensor, q: Tensor) -> dict[str, Tensor]:
+    grad_logits, grad_q = torch.autograd.grad(loss, (logits, q))
+    return {"loss": loss, "grad_logits": grad_logits, "grad_q": grad_q}
+
+
 def head(loss: Callable, enqueue: Callable, update: Callable, s: SimpleNamespace) -> Call:
-    """Steps 3 to 8 of the method, forward and backward; concatenating the other ranks' rows stands for gathering."""
-    run = mopro_loss(loss, s, in_head=True)
-    gathers = len(s.more) > 0
+    """Steps 3 to 8 of the method, forward and backward; concatenating the other ranks' rows stands for gathering.
+
+    The prototypes are the float32 masters.
+    """
+    logits, q, gathers = s.logits.requires_grad_(), s.q.requires_grad_(), len(s.more) > 0
 
     def gathered(x: Tensor, more: Tensor) -> Tensor:
         return torch.cat([x, more]) if gathers else x
 
     def call():
-        out = run()
-        keys, rows = gathered(s.k, s.more_keys), gathered(s.q.detach(), s.more)
+        out = loss(
+            logits, q, s.k, s.queue, s.prototypes, s.labels,
+            temperature=T, alpha=ALPHA, threshold=s.threshold, w_proto=W_PROTO, w_inst=W_INST,
+        )  # fmt: skip
+        found = _loss_and_gradients(out.loss, logits, q) | {"labels": out.labels, "kept": out.kept}
+        keys, rows = gathered(s.k, s.more_keys), gathered(q.detach(), s.more)
         if s.queue_master is None:
             enqueue(s.queue, s.cursor, keys)
         else:
             enqueue(s.queue_master, s.cursor, keys, s.queue)
         update(s, rows, out, gathered)
         queues = {"queue": s.queue} | ({} if s.queue_master is None else {"queue_master": s.queue_master})
-        return out | queues | {"cursor": s.cursor, "prototypes": s.prototypes}
+        return found | queues | {"cursor": s.cursor, "prototypes": s.prototypes}
 
     return call
 
 
-def _ours_update(s: SimpleNamespace, rows: Tensor, out: dict[str, Tensor], gathered: Callable) -> None:
-    used = gathered(out.pop("used"), s.more_used)
-    ops.prototype_update_(s.prototypes, rows, used, None, PROTO_MOMENTUM)
+def _ours_loss(
+    logits: Tensor, q: Tensor, k: Tensor, queue: Tensor, prototypes: Tensor, labels: Tensor, *,
+    temperature: float, alpha: float, threshold: float, w_proto: float, w_inst: float,
+) -> SimpleNamespace:  # fmt: skip
+    """As MoPro.forward has it."""
+    new, kept = ops.correct_labels(
+        logits, q, prototypes, labels, alpha=alpha, threshold=threshold, temperature=temperature
+    )
+    used = torch.where(kept, new, -1)
+    loss, _ = ops.mopro_loss(
+        logits, q, k, queue, prototypes, used, temperature=temperature, w_proto=w_proto, w_inst=w_inst
+    )
+    return SimpleNamespace(loss=loss, labels=new, kept=kept, used=used)
 
 
-def _official_update(s: SimpleNamespace, rows: Tensor, out: dict[str, Tensor], gathered: Callable) -> None:
-    labels, kept = gathered(out["labels"], s.more_labels), gathered(out["kept"], s.more_kept)
+def _ours_update(s: SimpleNamespace, rows: Tensor, out: SimpleNamespace, gathered: Callable) -> None:
+    ops.prototype_update_(s.prototypes, rows, gathered(out.used, s.more_used), None, PROTO_MOMENTUM)
+
+
+def _official_update(s: SimpleNamespace, rows: Tensor, out: SimpleNamespace, gathered: Callable) -> None:
+    labels, kept = gathered(out.labels, s.more_labels), gathered(out.kept, s.more_kept)
     official.prototype_update_(s.prototypes, rows, labels, kept, PROTO_MOMENTUM)
 
 
@@ -364,8 +384,8 @@ OPS = {
     ),
     "two_views": replace(_plain(two_views, "two_views"), compiled="the loop over images would be unrolled"),
     "head": Op(
-        ours=lambda s: head(ops.mopro_loss, ops.queue_enqueue_, _ours_update, s),
-        official=lambda s: head(official.mopro_loss, official.queue_enqueue_, _official_update, s),
-        compiled=lambda s: head(compiled(official.mopro_loss), official.queue_enqueue_, _official_update, s),
+        ours=lambda s: head(_ours_loss, ops.queue_enqueue_, _ours_update, s),
+        official=lambda s: head(official.corrected_loss, official.queue_enqueue_, _official_update, s),
+        compiled=lambda s: head(compiled(official.corrected_loss), official.queue_enqueue_, _official_update, s),
     ),
 }

@@ -15,7 +15,6 @@ from torch import Tensor
 from mopro_fast.kernels.similarity import (
     BLOCK_S,
     LOG2_E,
-    Partials,
     combine_splits,
     dot,
     load_logits,
@@ -86,22 +85,9 @@ def correct_labels_finish_kernel(
     n_rows, splits, threshold, chance,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row blocks). chance: 1/C."""
+    """Grid (row blocks): what all splits together say. chance: 1/C."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok = rows < n_rows
-    label, kept = combine_decisions(
-        labels_ptr, best_ptr, guess_ptr, given_ptr, rows, row_ok, n_rows, splits, threshold, chance, BLOCK_N
-    )
-    tl.store(new_labels_ptr + rows, label, row_ok)
-    tl.store(kept_ptr + rows, kept, row_ok)
-
-
-@triton.jit
-def combine_decisions(
-    labels_ptr, best_ptr, guess_ptr, given_ptr, rows, row_ok, n_rows, splits, threshold, chance,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """-> (label int64 [BLOCK_N], kept): what all splits together say. The first split wins a tie."""
     best = tl.full([BLOCK_N], -1.0, tl.float32)
     guess = tl.zeros([BLOCK_N], tl.int32)
     given = tl.zeros([BLOCK_N], tl.float32)
@@ -119,37 +105,27 @@ def combine_decisions(
         given += tl.sum(tl.load(given_ptr + at, ok, 0.0), 1)
     label = tl.load(labels_ptr + rows, row_ok, -1)
     sure = best > threshold
-    return tl.where(sure, guess.to(tl.int64), label), sure | (given > chance)
-
-
-def second_pass(
-    logits: Tensor, q: Tensor, prototypes: Tensor, labels: Tensor, p: Partials, alpha: float, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> best f32, guess int32, given f32, each [splits, N]"""
-    (n, dim), t = q.shape, tiling_of(q, prototypes, with_logits=True)
-    best, given = torch.empty_like(p.m), torch.empty_like(p.m)
-    guess = torch.empty_like(p.m, dtype=torch.int32)
-    correct_labels_fwd_kernel[(t.row_blocks, t.splits)](
-        logits, q, prototypes, labels, p.m, p.z, p.logits_m, p.logits_z, best, guess, given,
-        n, len(prototypes), t.splits, t.split_rows, dim, LOG2_E.value / temperature, alpha,
-        **t.constants, num_warps=t.num_warps,
-    )  # fmt: skip
-    return best, guess, given
+    tl.store(new_labels_ptr + rows, tl.where(sure, guess.to(tl.int64), label), row_ok)
+    tl.store(kept_ptr + rows, sure | (given > chance), row_ok)
 
 
 def correct_labels(
     logits: Tensor, q: Tensor, prototypes: Tensor, labels: Tensor, alpha: float, threshold: float, temperature: float
 ) -> tuple[Tensor, Tensor]:
     logits, q, prototypes, labels = (x.contiguous() for x in (logits, q, prototypes, labels))
-    n = len(q)
+    (n, dim), classes, block_n = q.shape, len(prototypes), 32
     new_labels, kept = torch.empty_like(labels), torch.empty_like(labels, dtype=torch.bool)
     if n:
-        p = similarity(q, prototypes, temperature, logits, with_e=False)
-        best, guess, given = second_pass(logits, q, prototypes, labels, p, alpha, temperature)
-        block_n = 32
+        p, t = similarity(q, prototypes, temperature, logits, with_e=False), tiling_of(q, prototypes, with_logits=True)
+        best, given, guess = torch.empty_like(p.m), torch.empty_like(p.m), torch.empty_like(p.m, dtype=torch.int32)
+        correct_labels_fwd_kernel[(t.row_blocks, t.splits)](
+            logits, q, prototypes, labels, p.m, p.z, p.logits_m, p.logits_z, best, guess, given,
+            n, classes, t.splits, t.split_rows, dim, LOG2_E.value / temperature, alpha,
+            **t.constants, num_warps=t.num_warps,
+        )  # fmt: skip
         correct_labels_finish_kernel[(triton.cdiv(n, block_n),)](
             labels, best, guess, given, new_labels, kept,
-            n, p.splits, threshold, 1 / len(prototypes),
+            n, t.splits, threshold, 1 / classes,
             BLOCK_N=block_n,
         )  # fmt: skip
     return new_labels, kept

@@ -1,9 +1,9 @@
-"""Steps 3, 5, 6 and 8 of one MoPro step: the three losses, label correction, their sum and its gradient.
+"""Steps 3, 5 and 8 of one MoPro step: the three losses (MoPro equations 3 to 5), their sum and its gradient.
 
-    loss = Σ_kept CE(logits, y)/R + w_proto·Σ_kept CE(q·prototypesᵀ/T, y)/R + w_inst·Σ InfoNCE/N,  R: kept rows
+    loss = Σ_kept CE(logits, y)/R + w_proto·Σ_kept CE(q·prototypesᵀ/T, y)/R + w_inst·Σ InfoNCE/N
 
-The passes over queue and prototypes are those of the other ops; their results stay, so that correction and contrast
-share one. Six launches forward (two for the queue, one per pass over the prototypes, rows, sums), one backward.
+kept: the R rows whose label y is a class. One pass over the queue, one over the prototypes with the logits beside them
+(kernels/similarity.py). Five launches forward (two for the queue, the prototypes, rows, sums), one backward.
 Traffic beyond those passes: (D + 2)·4 bytes per row and split; backward reads the logits and writes their gradient.
 """
 
@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mopro_fast.kernels.correct_labels import combine_decisions, second_pass
 from mopro_fast.kernels.info_nce import info_nce
 from mopro_fast.kernels.prototype_contrast import contrast_row
 from mopro_fast.kernels.similarity import LN_2, LOG2_E, block_of, combine_splits, row_options, similarity
@@ -23,48 +22,35 @@ SUM_ROWS = 1024  # rows that mopro_loss_sum_kernel adds at a time
 @triton.jit
 def mopro_loss_fwd_kernel(
     logits_ptr, q_ptr, prototypes_ptr, labels_ptr, m_ptr, z_ptr, e_ptr, logits_m_ptr, logits_z_ptr,
-    best_ptr, guess_ptr, given_ptr,
-    new_labels_ptr, kept_ptr, used_ptr, cls_ptr, hit_ptr, log_z_ptr, proto_ptr, grad_ptr,
-    n_rows, classes, splits, dim, scale, threshold, chance,
-    CONTRAST: tl.constexpr, CORRECT: tl.constexpr, BLOCK_D: tl.constexpr,
+    cls_ptr, hit_ptr, log_z_ptr, proto_ptr, grad_ptr,
+    n_rows, classes, splits, dim, scale,
+    CONTRAST: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Grid (N): the label, both losses of it, and the prototype loss's gradient to q. chance: 1/C."""
+    """Grid (N): both losses of the label, and the prototype loss's gradient to q."""
     row = tl.program_id(0).to(tl.int64)
-    one = row + tl.arange(0, 1)  # a block of one row, to share what other kernels do for a block of rows
-    ok = one < n_rows
+    label = tl.load(labels_ptr + row)
+    kept = (label >= 0) & (label < classes)
 
-    # 1. The label, and whether the row counts.
-    if CORRECT:
-        label, kept = combine_decisions(
-            labels_ptr, best_ptr, guess_ptr, given_ptr, one, ok, n_rows, splits, threshold, chance, 1
-        )
-    else:
-        label = tl.load(labels_ptr + one)
-        kept = (label >= 0) & (label < classes)
-    tl.store(new_labels_ptr + one, label)
-    tl.store(kept_ptr + one, kept)
-    tl.store(used_ptr + one, tl.where(kept, label, -1))
-
-    # 2. The classifier's cross-entropy, and whether no class scores higher.
-    m, z = combine_splits(logits_m_ptr, logits_z_ptr, one, ok, n_rows, splits, 1)
-    x = tl.load(logits_ptr + one * classes + label, kept, 0.0).to(tl.float32) * LOG2_E
+    # 1. The classifier's cross-entropy, and whether no class scores higher.
+    one = row + tl.arange(0, 1)  # a block of one row, to share what correct_labels does for a block of rows
+    m, z = combine_splits(logits_m_ptr, logits_z_ptr, one, one < n_rows, n_rows, splits, 1)
+    x = tl.load(logits_ptr + row * classes + label, kept, 0.0).to(tl.float32) * LOG2_E
     tl.store(cls_ptr + one, tl.where(kept, (m - x + tl.log2(z)) * LN_2, 0.0))
     tl.store(hit_ptr + one, kept & (x >= m))
     tl.store(log_z_ptr + one, m + tl.log2(z))
 
-    # 3. The prototypes' cross-entropy and its gradient.
+    # 2. The prototypes' cross-entropy and its gradient.
     if CONTRAST:
         contrast_row(
             q_ptr, prototypes_ptr, m_ptr, z_ptr, e_ptr, proto_ptr, grad_ptr,
-            row, tl.sum(label, 0), tl.sum(kept.to(tl.int32), 0) != 0, n_rows, splits, dim, scale, BLOCK_D,
+            row, label, kept, n_rows, splits, dim, scale, BLOCK_D,
         )  # fmt: skip
 
 
 @triton.jit
 def mopro_loss_sum_kernel(
-    labels_ptr, new_labels_ptr, kept_ptr, cls_ptr, hit_ptr, proto_ptr, inst_ptr, inst_hit_ptr,
-    loss_ptr, metrics_ptr, rows_ptr,
-    n_rows, n, w_proto, w_inst,
+    labels_ptr, cls_ptr, hit_ptr, proto_ptr, inst_ptr, inst_hit_ptr, loss_ptr, metrics_ptr, rows_ptr,
+    n_rows, n, classes, w_proto, w_inst,
     CONTRAST: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: sums over the rows in a fixed order. n: the rows as a float, at least 1."""
@@ -74,7 +60,6 @@ def mopro_loss_sum_kernel(
     inst = tl.zeros([BLOCK_N], tl.float32)
     inst_hit = tl.zeros([BLOCK_N], tl.float32)
     kept = tl.zeros([BLOCK_N], tl.float32)
-    changed = tl.zeros([BLOCK_N], tl.float32)
     for first in range(0, n_rows, BLOCK_N):
         rows = first + tl.arange(0, BLOCK_N)
         ok = rows < n_rows
@@ -84,8 +69,8 @@ def mopro_loss_sum_kernel(
             proto += tl.load(proto_ptr + rows, ok, 0.0)
         inst += tl.load(inst_ptr + rows, ok, 0.0)
         inst_hit += tl.load(inst_hit_ptr + rows, ok, 0).to(tl.float32)
-        kept += tl.load(kept_ptr + rows, ok, 0).to(tl.float32)
-        changed += (tl.load(labels_ptr + rows, ok, 0) != tl.load(new_labels_ptr + rows, ok, 0)).to(tl.float32)
+        labels = tl.load(labels_ptr + rows, ok, -1)
+        kept += ((labels >= 0) & (labels < classes)).to(tl.float32)
 
     count = tl.maximum(tl.sum(kept, 0), 1.0)
     cls_mean = tl.sum(cls, 0) / count
@@ -101,12 +86,11 @@ def mopro_loss_sum_kernel(
     tl.store(metrics_ptr + 4, tl.sum(hit, 0) / count)
     tl.store(metrics_ptr + 5, tl.sum(inst_hit, 0) / n)
     tl.store(metrics_ptr + 6, tl.sum(kept, 0) / n)
-    tl.store(metrics_ptr + 7, tl.sum(changed, 0) / n)
 
 
 @triton.jit
 def mopro_loss_bwd_kernel(
-    loss_grad_ptr, logits_ptr, used_ptr, log_z_ptr, rows_ptr, inst_grad_ptr, proto_grad_ptr,
+    loss_grad_ptr, logits_ptr, labels_ptr, log_z_ptr, rows_ptr, inst_grad_ptr, proto_grad_ptr,
     logits_grad_ptr, q_grad_ptr,
     n_rows, classes, dim, w_proto, w_inst,
     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -115,8 +99,8 @@ def mopro_loss_bwd_kernel(
     row = tl.program_id(0).to(tl.int64)
     loss_grad = tl.load(loss_grad_ptr).to(tl.float32)
     per_row = loss_grad / tl.load(rows_ptr)
-    label = tl.load(used_ptr + row)
-    kept = label >= 0
+    label = tl.load(labels_ptr + row)
+    kept = (label >= 0) & (label < classes)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     x = tl.load(logits_ptr + row * classes + c, (c < classes) & kept, 0.0).to(tl.float32) * LOG2_E
     softmax = tl.exp2(x - tl.load(log_z_ptr + row))
@@ -133,51 +117,46 @@ def mopro_loss_bwd_kernel(
 
 def mopro_loss(
     logits: Tensor, q: Tensor, k: Tensor, queue: Tensor, prototypes: Tensor, labels: Tensor,
-    temperature: float, alpha: float, threshold: float, w_proto: float, w_inst: float, contrast: bool, correct: bool,
+    temperature: float, w_proto: float, w_inst: float, contrast: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """-> loss f32 [], metrics f32 [8], labels, kept, used; for the backward pass inst_grad, proto_grad, log_z, rows."""
+    """-> loss f32 [], metrics f32 [7]; for the backward pass inst_grad, proto_grad, log_z, rows."""
     logits, q, prototypes, labels = (x.contiguous() for x in (logits, q, prototypes, labels))
     (n, dim), classes = q.shape, len(prototypes)
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)
 
-    loss, metrics, rows = new(), new(8), new(1)
-    new_labels, used = torch.empty_like(labels), torch.empty_like(labels)
-    kept, hit = new(n, dtype=torch.bool), new(n, dtype=torch.bool)
-    cls, proto, log_z = new(n), new(n), new(n)
+    loss, metrics, rows = new(), new(7), new(1)
+    cls, proto, log_z, hit = new(n), new(n), new(n), new(n, dtype=torch.bool)
     proto_grad = new(n, dim) if contrast else new(n, dim).zero_()
     inst, inst_hit, inst_grad = info_nce(q, k, queue, temperature)
     if n:
         p = similarity(q, prototypes, temperature, logits, with_e=contrast)
-        best = guess = given = p.m
-        if correct:
-            best, guess, given = second_pass(logits, q, prototypes, labels, p, alpha, temperature)
         mopro_loss_fwd_kernel[(n,)](
-            logits, q, prototypes, labels, p.m, p.z, p.e, p.logits_m, p.logits_z, best, guess, given,
-            new_labels, kept, used, cls, hit, log_z, proto, proto_grad,
-            n, classes, p.splits, dim, LOG2_E.value / temperature, threshold, 1 / classes,
-            CONTRAST=contrast, CORRECT=correct, **row_options(dim),
+            logits, q, prototypes, labels, p.m, p.z, p.e, p.logits_m, p.logits_z,
+            cls, hit, log_z, proto, proto_grad,
+            n, classes, p.splits, dim, LOG2_E.value / temperature,
+            CONTRAST=contrast, **row_options(dim),
         )  # fmt: skip
     mopro_loss_sum_kernel[(1,)](
-        labels, new_labels, kept, cls, hit, proto, inst, inst_hit, loss, metrics, rows,
-        n, float(max(1, n)), w_proto, w_inst,
+        labels, cls, hit, proto, inst, inst_hit, loss, metrics, rows,
+        n, float(max(1, n)), classes, w_proto, w_inst,
         CONTRAST=contrast, BLOCK_N=SUM_ROWS,
     )  # fmt: skip
-    return loss, metrics, new_labels, kept, used, inst_grad, proto_grad, log_z, rows
+    return loss, metrics, inst_grad, proto_grad, log_z, rows
 
 
 def mopro_loss_backward(
-    loss_grad: Tensor, logits: Tensor, used: Tensor, inst_grad: Tensor, proto_grad: Tensor, log_z: Tensor,
+    loss_grad: Tensor, logits: Tensor, labels: Tensor, inst_grad: Tensor, proto_grad: Tensor, log_z: Tensor,
     rows: Tensor, w_proto: float, w_inst: float, q_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """-> gradients of logits [N, C] and q [N, D], in their types"""
-    logits = logits.contiguous()
+    logits, labels = logits.contiguous(), labels.contiguous()
     (n, classes), dim, block_c = logits.shape, inst_grad.shape[1], 1024
     logits_grad, q_grad = torch.empty_like(logits), torch.empty_like(inst_grad, dtype=q_dtype)
     if n:
         mopro_loss_bwd_kernel[(n, triton.cdiv(classes, block_c))](
-            loss_grad, logits, used, log_z, rows, inst_grad, proto_grad, logits_grad, q_grad,
+            loss_grad, logits, labels, log_z, rows, inst_grad, proto_grad, logits_grad, q_grad,
             n, classes, dim, w_proto, w_inst,
             BLOCK_C=block_c, BLOCK_D=block_of(dim),
         )  # fmt: skip

@@ -98,11 +98,11 @@ def calls():
         yield kernels.correct_labels, (logits, q, bank, labels, 0.5, 0.8, 0.1)
         yield kernels.prototype_contrast, (q, bank, labels, None, 0.1)
         yield kernels.prototype_contrast, (q, bank, labels, kept, 0.1)
-        for contrast, correct in [(True, True), (True, False), (False, False)]:
-            yield kernels.mopro_loss, (logits, q, q, bank, bank, labels, 0.1, 0.5, 0.8, 1.0, 1.0, contrast, correct)
+        for contrast in (True, False):
+            yield kernels.mopro_loss, (logits, q, q, bank, bank, labels, 0.1, 1.0, 1.0, contrast)
         if q_type == f32:  # as under autocast
             half = logits.bfloat16()
-            yield kernels.mopro_loss, (half, q, q, bank, bank, labels, 0.1, 0.5, 0.8, 1.0, 1.0, True, True)
+            yield kernels.mopro_loss, (half, q, q, bank, bank, labels, 0.1, 1.0, 1.0, True)
         wide = q.float()
         yield kernels.mopro_loss_backward, (
             wide[0, 0], logits, labels, wide, wide, wide[:, 0].contiguous(), wide[0, :1], 1.0, 1.0, q_type

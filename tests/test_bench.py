@@ -81,15 +81,25 @@ def test_the_official_step_s_losses_are_mopro_loss(n, classes, slots, d):
 
     official = importlib.import_module("mopro_fast.benchmark.official")
     x = random_head(n, classes, slots, d, n)
-    settings = {"temperature": 0.1, "alpha": 0.5, "threshold": 0.3, "w_proto": 0.7, "w_inst": 0.3}
+    labels, kept = reference.correct_labels(x["logits"], x["q"], x["prototypes"], x["labels"], 0.5, 0.3, 0.1)
+    used = torch.where(kept, labels, -1)
     found = []
-    for function in (official.mopro_loss, ops.mopro_loss):
+    for function, given, settings in [
+        (ops.mopro_loss, used, {}),
+        (official.mopro_loss, used, {}),
+        (official.corrected_loss, x["labels"], {"alpha": 0.5, "threshold": 0.3}),
+    ]:
         logits, q = (x[name].clone().requires_grad_() for name in ("logits", "q"))
         with ops.use_backend("reference"):
-            out = function(logits, q, x["k"], x["queue"], x["prototypes"], x["labels"], **settings)
-        found.append((out.loss, *torch.autograd.grad(out.loss, (logits, q)), out.labels, out.kept))
-    for a, b in zip(*found, strict=True):
-        close(a, b)
+            out = function(
+                logits, q, x["k"], x["queue"], x["prototypes"], given,
+                temperature=0.1, w_proto=0.7, w_inst=0.3, **settings,
+            )  # fmt: skip
+        found.append((out.loss, *torch.autograd.grad(out.loss, (logits, q))))
+    assert torch.equal(out.labels, labels) and torch.equal(out.kept, kept)
+    for ours, of_used, of_given in zip(*found, strict=True):
+        close(of_used, ours)
+        close(of_given, ours)
 
 
 def test_official_updates_are_the_reference_s():
@@ -174,7 +184,10 @@ def test_floors_are_those_worked_out_by_hand():
     assert floor.batch_norm_act(1, 1, 1, 4).bytes == 6 * 4 + 8 * 4
     # x, weight, y; four vectors of the norm; y's two statistics, both running ones read and written
     assert floor.conv1x1_stats_(1, 1, 1, 1, 4) == floor.Cost(3 * 4 + 4 * 4 + 6 * 4, 2)
-    assert floor.mopro_loss(1, 1, 1, 1, 4, 4, 4).bytes == 4 * 4 + 2 * 4 + 4 + 4 + 17 + 36 - 4
+    # logits and their gradient; q, its gradient, k, queue; prototypes; labels; loss and metrics
+    assert floor.mopro_loss(1, 1, 1, 1, 4, 4, 4).bytes == 2 * 4 + 4 * 4 + 4 + 8 + 8 * 4
+    # labels and kept as corrected, a row of the queue, one of the prototypes
+    assert floor.head(1, 1, 1, 1, 1, 4, 4).bytes == floor.mopro_loss(1, 1, 1, 1, 4, 4, 4).bytes + 9 + 4 + 4
 
 
 def test_a_wrong_result_is_not_timed_and_the_status_is_1(bench, monkeypatch, tmp_path, capsys):

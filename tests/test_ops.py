@@ -289,30 +289,24 @@ def test_prototype_contrast_over_many_splits(n, classes, d, types, backend):
 
 
 def plain_mopro_loss(logits, q, k, queue, prototypes, labels, c):
-    """Steps 3, 5, 6 and 8 of the method as they are written, float64; -> loss and metrics."""
+    """Steps 3, 5 and 8 of the method as they are written, float64; -> loss and metrics."""
     inst_logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / c["temperature"]
     inst = F.cross_entropy(inst_logits, torch.zeros(len(q), dtype=torch.int64), reduction="none")
-    given, s = labels, q @ prototypes.T / c["temperature"]
-    kept = (labels >= 0) & (labels < len(prototypes))
-    if c["correct"]:
-        settings = c["alpha"], c["threshold"], c["temperature"]
-        labels, kept, _ = plain_correction(logits.detach(), q.detach(), prototypes, labels, *settings)
-    rows = [i for i in range(len(q)) if kept[i]]
+    s = q @ prototypes.T / c["temperature"]
+    rows = [i for i in range(len(q)) if 0 <= labels[i] < len(prototypes)]
     cls = F.cross_entropy(logits[rows], labels[rows]) if rows else torch.zeros(())
     proto = F.cross_entropy(s[rows], labels[rows]) if rows and c["contrast"] else torch.zeros(())
     loss = cls + c["w_proto"] * proto + c["w_inst"] * inst.mean()
     right = float((logits.argmax(1) == labels)[rows].double().mean()) if rows else 0.0
     hit = float((inst_logits.argmax(1) == 0).double().mean())
-    changed = float((labels != given).double().mean())
     metrics = [float(x.detach()) for x in (loss, cls, proto, inst.mean())]
-    return loss, [*metrics, right, hit, float(kept.double().mean()), changed], labels, kept
+    return loss, [*metrics, right, hit, len(rows) / len(q)]
 
 
-def check_mopro_loss(backend, n, classes, slots, d, contrast, correct, types, logits_type=None):
+def check_mopro_loss(backend, n, classes, slots, d, contrast, types, logits_type=None):
     q_type, bank_type = types
     logits_type = logits_type or q_type
-    c = {"temperature": 0.1, "alpha": 0.5, "threshold": 0.4, "w_proto": 0.7, "w_inst": 1.3}
-    c |= {"contrast": contrast, "correct": correct}
+    c = {"temperature": 0.1, "w_proto": 0.7, "w_inst": 1.3, "contrast": contrast}
     g = torch.Generator().manual_seed(3)
     logits = (3 * torch.randn(n, classes, generator=g)).to(logits_type)
     q, k = unit_rows(n, d, 1, q_type, "cpu"), unit_rows(n, d, 2, q_type, "cpu")
@@ -325,10 +319,8 @@ def check_mopro_loss(backend, n, classes, slots, d, contrast, correct, types, lo
 
     logits, q, k, queue, prototypes = (x.double() for x in (logits, q, k, queue, prototypes))
     logits.requires_grad_(), q.requires_grad_()
-    loss, metrics, new_labels, kept = plain_mopro_loss(logits, q, k, queue, prototypes, labels, c)
+    loss, metrics = plain_mopro_loss(logits, q, k, queue, prototypes, labels, c)
     (3 * loss).backward()
-    assert torch.equal(out.labels.cpu(), new_labels) and torch.equal(out.kept.cpu(), kept)
-    assert torch.equal(out.used, torch.where(out.kept, out.labels, -1))
     assert out.loss.shape == () and torch.equal(out.metrics[0], out.loss)
     assert rms_error(out.metrics, torch.tensor(metrics)) < TOLERANCE
     wanted = logits.grad if logits.grad is not None else torch.zeros_like(logits)
@@ -340,14 +332,13 @@ def check_mopro_loss(backend, n, classes, slots, d, contrast, correct, types, lo
 @pytest.mark.medium
 @on_backends("mopro_loss")
 @pytest.mark.parametrize("types", TYPES)
-@pytest.mark.parametrize("correct", [True, False])
 @pytest.mark.parametrize("contrast", [True, False])
 @pytest.mark.parametrize(
     "n, classes, slots, d",
     [(1, 2, 1, 4), (9, 10, 70, 32), (40, 130, 33, 128), pytest.param(40, 257, 33, 128, marks=pytest.mark.slow)],
 )
-def test_mopro_loss(n, classes, slots, d, contrast, correct, types, backend):
-    check_mopro_loss(backend, n, classes, slots, d, contrast, correct, types)
+def test_mopro_loss(n, classes, slots, d, contrast, types, backend):
+    check_mopro_loss(backend, n, classes, slots, d, contrast, types)
 
 
 @pytest.mark.medium
@@ -362,48 +353,46 @@ def test_mopro_loss(n, classes, slots, d, contrast, correct, types, backend):
     ],
 )
 def test_mopro_loss_over_many_classes_and_rows(n, classes, slots, d, dtype, backend):
-    check_mopro_loss(backend, n, classes, slots, d, True, True, (dtype, dtype))
+    check_mopro_loss(backend, n, classes, slots, d, True, (dtype, dtype))
 
 
 @on_backends("mopro_loss")
 def test_mopro_loss_over_rows_that_are_not_added_at_once(backend, monkeypatch):
     module = importlib.import_module("mopro_fast.kernels.mopro_loss")
     monkeypatch.setattr(module, "SUM_ROWS", 16)
-    check_mopro_loss(backend, 35, 5, 6, 4, True, True, (F32, F32))
+    check_mopro_loss(backend, 35, 5, 6, 4, True, (F32, F32))
 
 
 @on_backends("mopro_loss")
 def test_mopro_loss_under_autocast(backend):
     """As the trainer calls it: the classifier's logits in bfloat16, unit vectors and banks in float32."""
-    check_mopro_loss(backend, 33, 70, 100, 128, True, True, (F32, F32), logits_type=BF16)
+    check_mopro_loss(backend, 33, 70, 100, 128, True, (F32, F32), logits_type=BF16)
 
 
 @on_backends("mopro_loss")
 def test_mopro_loss_traps():
     """No row kept, labels that no kernel may follow, scores that are no numbers, no rows at all."""
-    c = {"temperature": 0.1, "alpha": 0.5, "threshold": 1.0}
     queue, prototypes = unit_rows(9, 8, 1), unit_rows(5, 8, 2)
 
-    def run(labels, logits, **changed):
+    def run(labels, logits):
         logits = logits.to(DEVICE).requires_grad_()
         q, k = unit_rows(len(labels), 8, 3).requires_grad_(), unit_rows(len(labels), 8, 4)
         labels = torch.tensor(labels, dtype=torch.int64, device=DEVICE)
-        out = ops.mopro_loss(logits, q, k, queue, prototypes, labels, **{**c, **changed})
+        out = ops.mopro_loss(logits, q, k, queue, prototypes, labels, temperature=0.1)
         out.loss.backward()
         assert out.loss.isfinite() and out.metrics.isfinite().all()
         return out, logits.grad, q.grad
 
     out, logits_grad, q_grad = run([-1, 5, 2**40, -(2**62)], torch.zeros(4, 5))
-    assert not out.kept.any() and not logits_grad.any() and q_grad.isfinite().all() and q_grad.any()
-    assert out.labels.tolist() == [-1, 5, 2**40, -(2**62)]
-    assert out.metrics[[1, 2, 4, 6, 7]].tolist() == [0] * 5 and out.loss == out.metrics[3]
-    out, logits_grad, _ = run([-1, 5, 2**40, 3], torch.zeros(4, 5), correct=False)
-    assert out.kept.tolist() == [False, False, False, True]
+    assert not logits_grad.any() and q_grad.isfinite().all() and q_grad.any()
+    assert out.metrics[[1, 2, 4, 6]].tolist() == [0] * 4 and out.loss == out.metrics[3]
+    out, logits_grad, _ = run([-1, 5, 2**40, 3], torch.zeros(4, 5))
+    assert out.metrics[6] == 1 / 4
     assert logits_grad.any(1).tolist() == [False, False, False, True]
     nan = torch.zeros(2, 5)
     nan[0], nan[1, 2] = float("nan"), 9.0
-    out, logits_grad, q_grad = run([1, 2], nan)
-    assert out.kept.tolist() == [False, True] and logits_grad.isfinite().all() and q_grad.isfinite().all()
+    out, logits_grad, q_grad = run([-1, 2], nan)  # correct_labels keeps no such row
+    assert out.metrics[6] == 1 / 2 and logits_grad.isfinite().all() and q_grad.isfinite().all()
     out, logits_grad, q_grad = run([], torch.zeros(0, 5))
     assert out.loss == 0 and not out.metrics.any() and logits_grad.shape == (0, 5) and q_grad.shape == (0, 8)
 
@@ -435,7 +424,7 @@ def test_nothing_as_large_as_rows_by_bank_is_allocated():
             module.info_nce(q, k, queue, 0.1)
             module.prototype_contrast(q, queue, labels, None, 0.1)
             module.correct_labels(logits, q, queue, labels, 0.5, 0.8, 0.1)
-            module.mopro_loss(logits, q, k, queue, queue, labels, 0.1, 0.5, 0.8, 1.0, 1.0, True, True)
+            module.mopro_loss(logits, q, k, queue, queue, labels, 0.1, 1.0, 1.0, True)
         largest[module] = seen.bytes
     programs = similarity.programs(torch.device(DEVICE))
     assert 0 < largest[kernels] <= 2 * 4 * programs * 64 * d
@@ -463,10 +452,9 @@ def test_gradcheck():
         for x in some_arguments()["mopro_loss"]
     ]
     logits, q, k, queue, prototypes, labels = (x.detach() for x in wide[:6])
-    settings = {"temperature": 0.5, "alpha": 0.5, "threshold": 0.4}
 
     def everything(logits, q):
-        loss = ops.mopro_loss(logits, q, k, queue, prototypes, labels, **settings).loss
+        loss = ops.mopro_loss(logits, q, k, queue, prototypes, labels, temperature=0.5).loss
         return loss, ops.info_nce(q, k, queue, 0.5)[0], ops.prototype_contrast(q, prototypes, labels, None, 0.5)
 
     assert torch.autograd.gradcheck(everything, (logits.requires_grad_(), q.requires_grad_()))
@@ -492,9 +480,10 @@ def test_the_same_bits_twice():
         q, k, bank = unit_rows(40, 32, 1).requires_grad_(), unit_rows(40, 32, 2), unit_rows(150, 32, 3)
         logits = torch.randn(40, 150, generator=torch.Generator().manual_seed(5)).to(DEVICE).requires_grad_()
         labels = torch.arange(40, device=DEVICE)
-        out = ops.mopro_loss(logits, q, k, bank, bank, labels, temperature=0.1, alpha=0.5, threshold=0.1)
+        out = ops.mopro_loss(logits, q, k, bank, bank, labels, temperature=0.1)
         out.loss.backward()
-        return [*out, logits.grad, q.grad, *ops.info_nce(q, k, bank, 0.1)]
+        decided = ops.correct_labels(logits, q, bank, labels, alpha=0.5, threshold=0.1, temperature=0.1)
+        return [*out, logits.grad, q.grad, *decided, *ops.info_nce(q, k, bank, 0.1)]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
@@ -565,7 +554,7 @@ def some_arguments() -> dict[str, tuple]:
     kept = torch.tensor([True, True, True, False, True, True], device=DEVICE)
     logits = torch.randn(6, 11, generator=torch.Generator().manual_seed(5)).to(DEVICE).requires_grad_()
     cursor = torch.tensor([9], device=DEVICE)
-    loss = (logits, q, k, bank, bank, labels, 0.1, 0.5, 0.8, 1.0, 1.0, True, True)
+    loss = (logits, q, k, bank, bank, labels, 0.1, 1.0, 1.0, True)
     found = [x.detach() for x in torch.ops.mopro_fast.mopro_loss(*loss)]
     pixels = torch.arange(6 * 5 * 4 * 3, device=DEVICE).to(torch.uint8)
     images = torch.tensor([[60 * i, 5, 4] for i in range(6)], device=DEVICE)
@@ -582,7 +571,7 @@ def some_arguments() -> dict[str, tuple]:
         "info_nce": (q, k, bank, 0.1),
         "correct_labels": (logits.detach(), q.detach(), bank, labels, 0.5, 0.8, 0.1),
         "mopro_loss": loss,
-        "mopro_loss_backward": (found[0], logits.detach(), *found[4:], 1.0, 1.0, F32),
+        "mopro_loss_backward": (found[0], logits.detach(), labels, *found[2:], 1.0, 1.0, F32),
         "prototype_contrast": (q, bank, labels, kept, 0.1),
         "prototype_update_": (bank.clone(), k, labels, kept, 0.9),
         "queue_enqueue_": (bank.clone(), cursor, k),
@@ -616,9 +605,9 @@ def test_opcheck(op):
 def test_a_whole_step_compiles_without_graph_breaks_and_repeats_bit_for_bit():
     def step(q, k, queue, cursor, prototypes, logits, labels, master, buffer):
         inst, hit = ops.info_nce(q, k, queue, 0.1)
-        out = ops.mopro_loss(logits, q, k, queue, prototypes, labels, temperature=0.1, alpha=0.5, threshold=0.3)
-        ops.queue_enqueue_(queue, cursor, k)
         labels, kept = ops.correct_labels(logits, q, prototypes, labels, alpha=0.5, threshold=0.3, temperature=0.1)
+        out = ops.mopro_loss(logits, q, k, queue, prototypes, torch.where(kept, labels, -1), temperature=0.1)
+        ops.queue_enqueue_(queue, cursor, k)
         proto = ops.prototype_contrast(q, prototypes, labels, kept, 0.1)
         ops.prototype_update_(prototypes, q, labels, kept, 0.9)
         ops.ema_update_([master], [prototypes], 0.9)

@@ -88,15 +88,29 @@ def conv1x1_stats_(
 
 def mopro_loss(
     logits: Tensor, q: Tensor, k: Tensor, queue: Tensor, prototypes: Tensor, labels: Tensor, *,
+    temperature: float, w_proto: float, w_inst: float,
+) -> SimpleNamespace:  # fmt: skip
+    """The losses and accuracies with labels as corrected; a row with label −1 does not count."""
+    instance, scores = _instance_logits(q, k, queue, temperature), _scores(q, prototypes, temperature)
+    return _losses(_wide(logits), scores, instance, labels, labels >= 0, w_proto, w_inst)
+
+
+def corrected_loss(
+    logits: Tensor, q: Tensor, k: Tensor, queue: Tensor, prototypes: Tensor, labels: Tensor, *,
     temperature: float, alpha: float, threshold: float, w_proto: float, w_inst: float,
 ) -> SimpleNamespace:  # fmt: skip
-    """The losses and accuracies of an epoch in which labels are corrected."""
-    instance = _instance_logits(q, k, queue, temperature)
-    scores = _scores(q, prototypes, temperature)
+    """correct_labels, then mopro_loss, which share their scores as in the official step."""
+    instance, scores = _instance_logits(q, k, queue, temperature), _scores(q, prototypes, temperature)
     logits = _wide(logits)
     new, kept = _correct(logits.detach(), scores.detach(), labels, alpha, threshold)
-    logits, scores, target = logits[kept], scores[kept], new[kept]
-    first = torch.zeros(len(q), dtype=torch.int64, device=q.device)
+    return _losses(logits, scores, instance, new, kept, w_proto, w_inst)
+
+
+def _losses(
+    logits: Tensor, scores: Tensor, instance: Tensor, labels: Tensor, kept: Tensor, w_proto: float, w_inst: float
+) -> SimpleNamespace:
+    logits, scores, target = logits[kept], scores[kept], labels[kept]
+    first = torch.zeros(len(instance), dtype=torch.int64, device=instance.device)
     loss = (
         F.cross_entropy(logits, target)
         + w_proto * F.cross_entropy(scores, target)
@@ -104,7 +118,7 @@ def mopro_loss(
     )
     pairs = ((logits, target), (scores, target), (instance, first))
     accuracy = [(x.detach().topk(1, dim=1).indices[:, 0] == y).float().mean() for x, y in pairs]
-    return SimpleNamespace(loss=loss, accuracy=accuracy, labels=new, kept=kept)
+    return SimpleNamespace(loss=loss, accuracy=accuracy, labels=labels, kept=kept)
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -192,7 +206,7 @@ class Step:
                 order = torch.randperm(len(view_k)).to(view_k.device)
                 _, k = self.encoder_k(view_k[order])
                 k = k[torch.argsort(order)]
-        out = mopro_loss(
+        out = corrected_loss(
             logits, q, k, self.queue, self.prototypes, labels, temperature=c.temperature, alpha=c.alpha,
             threshold=c.threshold, w_proto=c.w_proto, w_inst=c.w_inst,
         )  # fmt: skip

@@ -17,7 +17,7 @@ class MoPro(Method):
     State dict: encoder_q.*, encoder_k.*, queue [Q, D], queue_ptr int64 [1], prototypes [C, D]; float32 masters.
     """
 
-    METRICS = ops.METRICS
+    METRICS = (*ops.METRICS, "relabelled")
 
     def __init__(self, encoder_q: ResNet, encoder_k: ResNet, config: MoProConfig) -> None:
         super().__init__(encoder_q, encoder_k)
@@ -64,8 +64,8 @@ class MoPro(Method):
 
         # Steps 3, 5 and 8: the losses, against the queue and the prototypes of earlier steps.
         loss = ops.mopro_loss(
-            logits, q, all_k[mine], self.queue, self.prototypes, used, temperature=c.temperature, alpha=c.alpha,
-            threshold=c.threshold, w_proto=c.w_proto, w_inst=c.w_inst, contrast=epoch >= 1, correct=False,
+            logits, q, all_k[mine], self.queue, self.prototypes, used, temperature=c.temperature,
+            w_proto=c.w_proto, w_inst=c.w_inst, contrast=epoch >= 1,
         )  # fmt: skip
 
         # Steps 4 and 7: queue and prototypes move on.

@@ -1,4 +1,4 @@
-"""What one MoPro step minimises (MoPro section 3.2, equations 3 to 7): three losses and the label correction in one."""
+"""What one MoPro step minimises (MoPro section 3.2, equations 3 to 5): the three losses and their sum."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mopro_fast.ops import backends, checks
 
-METRICS = ("loss", "loss_cls", "loss_proto", "loss_inst", "acc_cls", "acc_inst", "kept", "relabelled")
+METRICS = ("loss", "loss_cls", "loss_proto", "loss_inst", "acc_cls", "acc_inst", "kept")
 
 
 class MoProLoss(NamedTuple):
@@ -16,57 +16,49 @@ class MoProLoss(NamedTuple):
     loss: Tensor
     """Float32 scalar (float64 for float64 inputs), with a gradient to logits and q."""
     metrics: Tensor
-    """Float32 [8] in the order of ``METRICS``: the loss and its three means, the share of used rows whose label has the
-    highest logit, the share of rows whose key beats the queue, the shares of kept and of relabelled rows."""
-    labels: Tensor
-    """int64 [N] after correction."""
-    kept: Tensor
-    """bool [N]: the rows that count in the classification and the prototypical loss."""
-    used: Tensor
-    """int64 [N]: the label of a kept row, −1 for the others; what the prototypes' update takes."""
+    """Float32 [7] in the order of ``METRICS``: the loss and its three means, the share of kept rows whose label has the
+    highest logit, the share of rows whose key beats the queue, the share of kept rows. No gradient."""
 
 
 def _fake(logits, q, k, queue, prototypes, labels, *_):
     (n, dim), new, f32, f64 = q.shape, q.new_empty, torch.float32, torch.float64
     grad_type = f64 if f64 in (q.dtype, k.dtype, queue.dtype) else f32
-    kept = torch.empty_like(labels, dtype=torch.bool)
     anything = (logits.dtype, q.dtype, k.dtype, queue.dtype, prototypes.dtype)
     return (
-        new((), dtype=f64 if f64 in anything else f32), new(len(METRICS), dtype=f32), torch.empty_like(labels), kept,
-        torch.empty_like(labels), new(n, dim, dtype=grad_type), new(n, dim, dtype=grad_type),
+        new((), dtype=f64 if f64 in anything else f32), new(len(METRICS), dtype=f32),
+        new(n, dim, dtype=grad_type), new(n, dim, dtype=grad_type),
         new(n, dtype=f64 if logits.dtype == f64 else f32), new(1, dtype=f32),
     )  # fmt: skip
 
 
 def _setup(ctx, inputs, output) -> None:
-    logits, q, *_, w_proto, w_inst, _, _ = inputs
-    _, _, _, _, used, inst_grad, proto_grad, log_z, rows = output
+    logits, q, _, _, _, labels, _, w_proto, w_inst, _ = inputs
+    _, _, inst_grad, proto_grad, log_z, rows = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # else zeros are made for the outputs that have none
-    ctx.save_for_backward(logits, used, inst_grad, proto_grad, log_z, rows)
+    ctx.save_for_backward(logits, labels, inst_grad, proto_grad, log_z, rows)
     ctx.weights, ctx.q_dtype = (w_proto, w_inst), q.dtype
 
 
 def _backward(ctx, loss_grad: Tensor, *_):
     if loss_grad is None:
-        return (None,) * 13
+        return (None,) * 10
     grads = torch.ops.mopro_fast.mopro_loss_backward(loss_grad, *ctx.saved_tensors, *ctx.weights, ctx.q_dtype)
-    return (*grads, *[None] * 11)
+    return (*grads, *[None] * 8)
 
 
 backends.define(
     "mopro_loss(Tensor logits, Tensor q, Tensor k, Tensor queue, Tensor prototypes, Tensor labels, float temperature, "
-    "float alpha, float threshold, float w_proto, float w_inst, bool contrast, bool correct) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float w_proto, float w_inst, bool contrast) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
     _backward,
     _setup,
 )
 backends.define(
-    "mopro_loss_backward(Tensor loss_grad, Tensor logits, Tensor used, Tensor inst_grad, "
+    "mopro_loss_backward(Tensor loss_grad, Tensor logits, Tensor labels, Tensor inst_grad, "
     "Tensor proto_grad, Tensor log_z, Tensor rows, float w_proto, float w_inst, ScalarType q_dtype) "
     "-> (Tensor, Tensor)",
-    fake=lambda loss_grad, logits, used, inst_grad, proto_grad, log_z, rows, w_proto, w_inst, q_dtype: (
+    fake=lambda loss_grad, logits, labels, inst_grad, proto_grad, log_z, rows, w_proto, w_inst, q_dtype: (
         torch.empty_like(logits, memory_format=torch.contiguous_format),
         torch.empty_like(inst_grad, dtype=q_dtype),
     ),
@@ -82,29 +74,25 @@ def mopro_loss(
     labels: Tensor,
     *,
     temperature: float,
-    alpha: float,
-    threshold: float,
     w_proto: float = 1.0,
     w_inst: float = 1.0,
     contrast: bool = True,
-    correct: bool = True,
 ) -> MoProLoss:
-    """:func:`info_nce`, :func:`correct_labels` and :func:`prototype_contrast` of one batch, with the classifier's loss.
+    """:func:`info_nce` and :func:`prototype_contrast` of one batch, with the classifier's loss.
 
     ``loss = Σ CE(logits, y)/R + w_proto·Σ CE(q·prototypesᵀ/T, y)/R + w_inst·mean(InfoNCE)``, the first two sums over
-    the R kept rows, with labels y as corrected; without a kept row both are 0.
+    the R kept rows, those whose label y is a class; without a kept row both are 0.
 
     logits:     [N, C] of the classifier; gets a gradient.
     q:          [N, D] queries of unit length; gets a gradient.
     k:          [N, D] keys.
     queue:      [Q, D] keys of earlier batches.
     prototypes: [C, D] before this batch's update.
-    labels:     int64 [N], −1 where none is given.
-    temperature above 0; alpha, threshold in [0, 1].
+    labels:     int64 [N] as corrected (:func:`correct_labels`); −1, or anything outside [0, C): the row is not kept.
+    temperature above 0.
     contrast:   whether the prototypical loss counts (in MoPro from epoch 1).
-    correct:    whether labels are corrected (in MoPro from epoch start_clean); if not, rows with a label are kept.
 
-    One pass over the queue and two over the prototypes; nothing of size N×Q is stored, and of size N×C only the
+    One pass over the queue and one over the prototypes; nothing of size N×Q is stored, and of size N×C only the
     gradient of the logits. Gradients are of first order. Raises ValueError for a wrong argument.
     """
     n, d = checks.embeddings(q, "queue", queue)
@@ -114,13 +102,11 @@ def mopro_loss(
     checks.tensor("logits", logits, (n, len(prototypes)), checks.FLOATS, q.device)
     checks.labels_and_kept(labels, None, n, q.device)
     checks.positive("temperature", temperature)
-    checks.unit_interval("alpha", alpha)
-    checks.unit_interval("threshold", threshold)
     checks.number("w_proto", w_proto)
     checks.number("w_inst", w_inst)
     return MoProLoss(
         *torch.ops.mopro_fast.mopro_loss(
             logits, q, k.detach(), queue.detach(), prototypes.detach(), labels,
-            temperature, alpha, threshold, w_proto, w_inst, contrast, correct,
-        )[:5]
+            temperature, w_proto, w_inst, contrast,
+        )[:2]
     )  # fmt: skip

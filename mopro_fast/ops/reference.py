@@ -95,44 +95,38 @@ def prototype_contrast(
 
 def mopro_loss(
     logits: Tensor, q: Tensor, k: Tensor, queue: Tensor, prototypes: Tensor, labels: Tensor,
-    temperature: float, alpha: float, threshold: float, w_proto: float, w_inst: float, contrast: bool, correct: bool,
+    temperature: float, w_proto: float, w_inst: float, contrast: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """-> loss, metrics, labels, kept, used; for the backward pass d inst/dq, d proto/dq, log Σ exp(logits), R [1]."""
+    """-> loss, metrics; for the backward pass d inst/dq, d proto/dq, log Σ exp(logits), R [1]."""
     inst, inst_hit, inst_grad = info_nce(q, k, queue, temperature)
-    given = labels
-    if correct:
-        labels, kept = correct_labels(logits, q, prototypes, labels, alpha, threshold, temperature)
-    else:
-        labels, (kept, _) = labels.clone(), _used_rows(labels, None, len(prototypes))
-    target = torch.where(kept, labels, 0)
+    kept, target = _used_rows(labels, None, len(prototypes))
     (z,) = wide(logits)
     log_z, score = z.logsumexp(1), z.gather(1, target[:, None])[:, 0]
     cls = torch.where(kept, log_z - score, 0)
     hit = kept & (score >= z.amax(1))
     proto, proto_grad = torch.zeros_like(inst), torch.zeros_like(inst_grad)
     if contrast:
-        proto, proto_grad = prototype_contrast(q, prototypes, labels, kept, temperature)
+        proto, proto_grad = prototype_contrast(q, prototypes, labels, None, temperature)
         proto_grad = proto_grad.to(inst_grad.dtype)
 
     rows = kept.sum().clamp(min=1).float()
     n = max(1, len(q))
     loss_cls, loss_proto, loss_inst = cls.sum() / rows, proto.sum() / rows, inst.sum() / n
     loss = loss_cls + w_proto * loss_proto + w_inst * loss_inst
-    shares = (hit.sum() / rows, inst_hit.sum() / n, kept.sum() / n, (labels != given).sum() / n)
+    shares = (hit.sum() / rows, inst_hit.sum() / n, kept.sum() / n)
     metrics = torch.stack([m.float() for m in (loss, loss_cls, loss_proto, loss_inst, *shares)])
-    used = torch.where(kept, labels, -1)
-    return loss, metrics, labels, kept, used, inst_grad, proto_grad, log_z, rows[None]
+    return loss, metrics, inst_grad, proto_grad, log_z, rows[None]
 
 
 def mopro_loss_backward(
-    loss_grad: Tensor, logits: Tensor, used: Tensor, inst_grad: Tensor, proto_grad: Tensor, log_z: Tensor,
+    loss_grad: Tensor, logits: Tensor, labels: Tensor, inst_grad: Tensor, proto_grad: Tensor, log_z: Tensor,
     rows: Tensor, w_proto: float, w_inst: float, q_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """-> gradients of logits (softmax − one-hot)/R where kept, and of q, in their types."""
     (z,) = wide(logits)
-    kept, target = used >= 0, used.clamp(min=0)[:, None]
+    kept, target = _used_rows(labels, None, z.shape[1])
     grad = (z - log_z[:, None]).exp()
-    grad.scatter_(1, target, grad.gather(1, target) - 1)
+    grad.scatter_(1, target[:, None], grad.gather(1, target[:, None]) - 1)
     logits_grad = torch.where(kept[:, None], grad * (loss_grad / rows), 0)
     q_grad = inst_grad * (w_inst * loss_grad / max(1, len(z))) + proto_grad * (w_proto * loss_grad / rows)
     return logits_grad.to(logits.dtype), q_grad.to(q_dtype)

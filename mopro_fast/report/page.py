@@ -19,7 +19,7 @@ import tyro
 from mopro_fast.config import TrainConfig
 from mopro_fast.errors import UserError
 from mopro_fast.files import replacing
-from mopro_fast.ops import METRICS
+from mopro_fast.models.mopro import MoPro
 from mopro_fast.report import figures
 from mopro_fast.report.images import Labels, cards, load_model, read_table
 from mopro_fast.report.run import Run
@@ -199,7 +199,7 @@ def _curves(run: Run, steps: int) -> list[dict[str, Any]]:
         for e in ended
         if isinstance(e.get("kept"), (int, float)) and "relabelled" in e
     ]
-    other = [k for k in dict.fromkeys(k for e in train for k in e) if k not in NOT_CURVES | {*METRICS}]
+    other = [k for k in dict.fromkeys(k for e in train for k in e) if k not in NOT_CURVES | {*MoPro.METRICS}]
     charts = [
         chart(
             "Accuracy",
