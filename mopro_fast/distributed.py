@@ -54,6 +54,12 @@ def start(device: str) -> torch.device:
     return place
 
 
+def leave() -> None:
+    """Leave the process group, if there is one. Not after an error: other ranks may wait in a collective."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def gather_rows(x: Tensor) -> Tensor:
     """The same-sized x of all ranks, one below the other in rank order: [N, …] → [W·N, …]. No gradient."""
     _, ranks = world()
