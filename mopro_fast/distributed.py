@@ -58,7 +58,7 @@ def start(device: str, deterministic: bool | None = None) -> torch.device:
 
 
 def leave() -> None:
-    """Leave the process group. Not after an error: it would wait for other ranks, which may sit in a collective."""
+    """Leave the process group, if there is one. Not after an error: other ranks may wait in a collective."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -50,6 +50,15 @@ def locked(path: str, busy: str) -> Iterator[BinaryIO]:
         os.unlink(path)
 
 
+@contextlib.contextmanager
+def writing(folder: Path, hint: str) -> Iterator[None]:
+    """An OSError inside is a UserError that names the folder and ends with ``hint``, what the user can do."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write into {folder}: {error.strerror}: {hint}") from None
+
+
 def write_json(path: Path, value: Any) -> None:
     """The whole file or none."""
     try:

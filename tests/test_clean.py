@@ -1,6 +1,7 @@
 """Noise cleaning: the verdicts of the method, the official file, the same bytes however it was run."""
 
 import json
+import shutil
 from pathlib import Path
 
 import killed_run
@@ -13,11 +14,13 @@ from PIL import Image
 
 from mopro_fast.checkpoints.weights import load_encoder
 from mopro_fast.downstream import clean as module
+from mopro_fast.downstream import image_map
 from mopro_fast.downstream.clean import OFFICIAL, TABLE, Clean, clean
+from mopro_fast.downstream.features import EncoderConfig
 from mopro_fast.errors import UserError
 from mopro_fast.models.build import build
 
-IMAGES, BATCH, BROKEN = 150, 4, 77  # three parts of 64 rows
+IMAGES, BATCH, BROKEN = 150, 4, 77  # three groups of 64 rows, 16 + 16 + 6 batches
 CPU = torch.device("cpu")
 # A batch is convolved in another order than one image: about 1e-6 in a cosine, ten times that after 1/T; 1.2e-5 was
 # seen. Verdicts are judged where a score is further than this from its limit.
@@ -52,7 +55,8 @@ def model(tmp_path_factory) -> Path:
 
 
 def options(model: Path, data: Path, out: Path, **changes) -> Clean:
-    return Clean(str(model), str(data), str(out), batch_size=BATCH, device="cpu", **changes)
+    encoder = EncoderConfig(batch_size=BATCH, device="cpu")
+    return Clean(str(model), str(data), str(out), encoder=encoder, **changes)
 
 
 def files(out: Path) -> tuple[bytes, bytes]:
@@ -62,7 +66,7 @@ def files(out: Path) -> tuple[bytes, bytes]:
 @pytest.fixture(scope="module")
 def whole(model, data, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole")
-    clean(options(model, data, out), CPU)
+    clean(options(model, data, out))
     return out
 
 
@@ -103,8 +107,8 @@ def test_the_official_file_is_what_json_dump_writes(whole):
 
 
 def interrupted(model: Path, data: Path, out: Path, after: int, **changes) -> None:
-    """Stop as by Ctrl-C while a part is written."""
-    write, written = module._write_part, []
+    """Stop as by Ctrl-C while a part is written; a part is a batch."""
+    write, written = image_map._write_part, []
 
     def stop(*args):
         if len(written) == after:
@@ -113,55 +117,102 @@ def interrupted(model: Path, data: Path, out: Path, after: int, **changes) -> No
         write(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_write_part", stop)
+        patch.setattr(image_map, "_SAVE_EVERY", 0)
+        patch.setattr(image_map, "_write_part", stop)
         with pytest.raises(KeyboardInterrupt):
-            clean(options(model, data, out, **changes), CPU)
+            clean(options(model, data, out, **changes))
 
 
-@pytest.mark.parametrize("after", [0, 2])
-def test_interrupted_and_resumed_it_writes_the_same_bytes(whole, model, data, tmp_path, after, monkeypatch):
+@pytest.fixture
+def scored(monkeypatch) -> list[int]:
+    """Images of each batch that is scored."""
+    score, found = module.score, []
+    monkeypatch.setattr(module, "score", lambda *args: found.append(len(args[2])) or score(*args))
+    return found
+
+
+@pytest.mark.parametrize("after", [0, 20])
+def test_interrupted_and_resumed_it_writes_the_same_bytes(whole, model, data, tmp_path, after, scored):
     interrupted(model, data, tmp_path, after)
-    done = sorted(p.name for p in (tmp_path / "parts").glob("*.parquet"))
-    assert not (tmp_path / TABLE).exists() and len(done) == after
-    write, written = module._write_part, []
-    monkeypatch.setattr(module, "_write_part", lambda path, *args: written.append(path.name) or write(path, *args))
-    clean(options(model, data, tmp_path), CPU)
-    assert written == [f"{p:06d}.parquet" for p in range(after, 3)]
+    assert not (tmp_path / TABLE).exists() and len(list(tmp_path.glob("*.parts/*.npz"))) == after
+    scored.clear()
+    clean(options(model, data, tmp_path))
+    assert sum(scored) == IMAGES - 1 - after * BATCH
     assert files(tmp_path) == files(whole)
+
+
+def test_interrupted_before_the_table_is_written_it_scores_nothing_again(whole, model, data, tmp_path, scored):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(module, "replacing", lambda _: 1 / 0)
+        clean(options(model, data, tmp_path))
+    assert sum(scored) == IMAGES - 1 and not (tmp_path / TABLE).exists()
+    clean(options(model, data, tmp_path))
+    assert sum(scored) == IMAGES - 1 and files(tmp_path) == files(whole)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["clean.json", TABLE, OFFICIAL]
+
+
+def test_two_at_a_time_are_refused(model, data, tmp_path):
+    with image_map.locked(tmp_path / TABLE), pytest.raises(UserError, match=f"another process computes .*{TABLE}"):
+        clean(options(model, data, tmp_path))
+    assert not (tmp_path / "clean.json").exists()
+
+
+def test_images_that_break_after_the_check_are_named(whole, model, data, tmp_path, monkeypatch, capsys):
+    shutil.copytree(data.parent, tmp_path / "data")
+    readable, broken = module.inputs.readable, (3, 80)
+
+    def then_broken(*args):
+        index = readable(*args)
+        for i in broken:
+            (tmp_path / "data" / f"{i:03d} ü.png").write_bytes(b"broken now")
+        return index
+
+    monkeypatch.setattr(module.inputs, "readable", then_broken)
+    clean(options(model, tmp_path / "data" / "list.txt", tmp_path / "out"))
+    error = capsys.readouterr().err
+    assert "2 images could not be read" in error and f"remove {tmp_path / 'out'}" in error
+    assert all(f"{i:03d} ü.png" in error for i in broken)
+    found, before = (pq.read_table(out / TABLE).to_pylist() for out in (tmp_path / "out", whole))
+    gone = {"verdict": "unreadable", "label": -1, "best": -1, **dict.fromkeys(module.SCORES)}
+    for i in broken:
+        before[i] |= gone
+    names = ("id", "path", "given", "label", "verdict", "best")
+    assert [[r[n] for n in names] for r in found] == [[r[n] for n in names] for r in before]
+    assert all(found[i] == before[i] for i in broken)
 
 
 def test_a_finished_cleaning_says_so_and_another_is_refused(whole, model, data, tmp_path, capsys):
     before = files(whole)
-    assert sum(clean(options(model, data, whole), CPU).values()) == IMAGES
+    assert sum(clean(options(model, data, whole)).values()) == IMAGES
     assert "is finished" in capsys.readouterr().err and files(whole) == before
     with pytest.raises(UserError, match="another cleaning, with other alpha: choose another --out"):
-        clean(options(model, data, whole, alpha=0.5), CPU)
+        clean(options(model, data, whole, alpha=0.5))
     state = torch.load(model, weights_only=True)
     state["model"]["encoder_q.classifier.bias"][0] += 1
     torch.save(state, tmp_path / "other.pt")
     with pytest.raises(UserError, match="with other weights"):
-        clean(options(tmp_path / "other.pt", data, whole), CPU)
+        clean(options(tmp_path / "other.pt", data, whole))
 
 
 def test_refusals(model, data, tmp_path):
     with pytest.raises(UserError, match="--threshold must lie"):
-        clean(options(model, data, tmp_path, threshold=1.5), CPU)
+        clean(options(model, data, tmp_path, threshold=1.5))
     found = torch.load(model, weights_only=True)
     found["model"] = {n: t for n, t in found["model"].items() if n.startswith("encoder_q")}
     torch.save(found, tmp_path / "ce.pt")
     with pytest.raises(UserError, match=r"ce\.pt has no prototypes"):
-        clean(options(tmp_path / "ce.pt", data, tmp_path), CPU)
+        clean(options(tmp_path / "ce.pt", data, tmp_path))
     assert not (tmp_path / "clean.json").exists()
     (tmp_path / "file").touch()
     for out in ("file", "file/x"):
         with pytest.raises(UserError, match=f"{out}.*(name a folder|Not a directory: choose another --out)"):
-            clean(options(model, data, tmp_path / out), CPU)
+            clean(options(model, data, tmp_path / out))
     (tmp_path / "clean.json").write_text("[]")
     with pytest.raises(UserError, match=r"clean\.json cannot be read: remove it"):
-        clean(options(model, data, tmp_path), CPU)
+        clean(options(model, data, tmp_path))
 
 
 def test_settings_may_change_while_nothing_is_done(whole, model, data, tmp_path):
     interrupted(model, data, tmp_path, 0, alpha=0.5)
-    clean(options(model, data, tmp_path), CPU)
+    clean(options(model, data, tmp_path))
     assert files(tmp_path) == files(whole)

@@ -14,7 +14,7 @@ from mopro_fast.checkpoints import state as checkpoint
 from mopro_fast.checkpoints.weights import load_weights
 from mopro_fast.data.index import load_index
 from mopro_fast.downstream import clean as cleaning
-from mopro_fast.downstream import probe
+from mopro_fast.downstream import image_map, probe
 from mopro_fast.downstream.clean import OFFICIAL, TABLE, Clean, clean
 from mopro_fast.downstream.features import EncoderConfig, Frozen
 from mopro_fast.downstream.retrain import Retrain, with_cleaned_labels
@@ -22,7 +22,7 @@ from mopro_fast.downstream.supervised import Supervised
 
 pytestmark = [pytest.mark.ranks, pytest.mark.medium]
 
-EACH, BROKEN = 25, "n02/7.png"  # three parts of 64 rows
+EACH, BROKEN = 25, "n02/7.png"
 
 
 @pytest.fixture(scope="module")
@@ -37,35 +37,39 @@ def folder(tmp_path_factory) -> Path:
     (folder / "data" / "train" / BROKEN).write_bytes(b"no image")
 
     with pytest.MonkeyPatch.context() as patch:
-        write = cleaning._write_part
+        write, written = image_map._write_part, []
 
-        def dies(path: Path, *args) -> None:
-            if path.name != "000000.parquet":
+        def dies(*args) -> None:
+            if len(written) == 16:
                 raise KeyboardInterrupt
-            write(path, *args)
+            written.append(write(*args))
 
-        patch.setattr(cleaning, "_write_part", dies)
+        patch.setattr(image_map, "_SAVE_EVERY", 0)  # a part is a batch
+        patch.setattr(image_map, "_write_part", dies)
         with pytest.raises(KeyboardInterrupt):
-            clean(options(folder, folder / "begun"), torch.device("cpu"))
+            clean(options(folder, folder / "begun"))
     for ranks in (2, 1):
         on_ranks(ranks, work, folder, folder / f"of {ranks}")
     return folder
 
 
 def options(folder: Path, out: Path) -> Clean:
-    return Clean(str(folder / "c.pt"), str(folder / "data"), str(out), batch_size=4, device="cpu", alpha=0.8)
+    encoder = EncoderConfig(batch_size=4, device="cpu")
+    return Clean(str(folder / "c.pt"), str(folder / "data"), str(out), alpha=0.8, encoder=encoder)
 
 
 def work(rank: int, ranks: int, folder: Path, out: Path) -> None:
     score, scored = cleaning.score, []
-    cleaning.score = lambda encoder, prototypes, images, *rest: (
-        scored.append(len(images)) or score(encoder, prototypes, images, *rest)
+    cleaning.score = lambda frozen, prototypes, images, *rest: (
+        scored.append(len(images)) or score(frozen, prototypes, images, *rest)
     )
     for target in (out / "clean", folder / "begun"):
-        clean(options(folder, target), torch.device("cpu"))
+        clean(options(folder, target))
     cleaning.score = score
-    # Parts of 64, 64 and 22 rows, the broken image in the first; the begun cleaning lacks two of them, then none.
-    assert sum(scored) == (149 if ranks == 1 else [63 + 22 + 64, 64 + 22][rank])
+    # Groups of 64, 64 and 22 rows, the broken image in the first: 16, 16 and 6 batches, which ranks take in turn. The
+    # begun cleaning lacks the last 22 of them, then none.
+    expected = {1: [149], 2: [19 * 4 + 11 * 4, 17 * 4 + 3 + 2 + 10 * 4 + 2]}
+    assert sum(scored) == expected[ranks][rank]
 
     shown = []
     frozen = Frozen(str(folder / "c.pt"), EncoderConfig(batch_size=8, device="cpu"), out / "features")

@@ -11,8 +11,9 @@ from PIL import Image
 from mopro_fast import ops
 from mopro_fast.data.index import load_index
 from mopro_fast.data.pipeline import EvalLoader
-from mopro_fast.downstream import features
-from mopro_fast.downstream.features import EncoderConfig, Frozen, compute
+from mopro_fast.downstream import image_map
+from mopro_fast.downstream.features import EncoderConfig, Frozen
+from mopro_fast.downstream.image_map import compute
 from mopro_fast.errors import UserError
 
 OPTIONS = dict(batch_size=8, image_size=SIDE, resize=SIDE, device=torch.device("cpu"), threads=1)
@@ -35,7 +36,7 @@ def pixels(index) -> torch.Tensor:
     return torch.stack([torch.from_numpy(np.array(Image.open(index.full_path(i)))) for i in index.ids])
 
 
-def sums(images):
+def sums(images, _labels=None):
     """Three numbers of every image, exact in float32."""
     return images.sum((1, 2)).float()
 
@@ -69,7 +70,7 @@ def test_the_cubic_filter_is_pillows(tmp_path):
 
 def test_what_is_there_is_not_computed_again(folder, index, monkeypatch):
     first = frozen(folder).features(index, "set")
-    monkeypatch.setattr(features, "EvalLoader", None)
+    monkeypatch.setattr(image_map, "EvalLoader", None)
     assert np.array_equal(frozen(folder).features(index, "set"), first)
     for changes in ({"image_size": 8, "eval_resize": 16}, {"precision": "bf16"}, {"eval_resize": 20}):
         with pytest.raises(TypeError):  # other settings, another file
@@ -88,10 +89,10 @@ def test_what_is_there_is_not_computed_again(folder, index, monkeypatch):
 
 
 def test_interrupted_it_goes_on(tmp_path, index, monkeypatch):
-    monkeypatch.setattr(features, "_SAVE_EVERY", 0)
+    monkeypatch.setattr(image_map, "_SAVE_EVERY", 0)
     path, shown = tmp_path / "x.npy", []
 
-    def step(images):
+    def step(images, _labels):
         if len(shown) == 2:
             raise MemoryError
         shown.append(len(images))
@@ -101,7 +102,7 @@ def test_interrupted_it_goes_on(tmp_path, index, monkeypatch):
         compute(index, path, step, 3, OPTIONS)
     assert not path.exists() and shown == [8, 8]
 
-    def rest(images):
+    def rest(images, _labels):
         shown.append(len(images))
         return sums(images)
 
@@ -129,11 +130,11 @@ def test_broken_images_are_left_out_and_named(tmp_path, folder, capsys):
 )
 def test_the_shorter_side_before_the_crop(folder, tmp_path, margin, changes, resize):
     config = EncoderConfig(device="cpu", **changes)
-    assert Frozen(str(folder / "c.pt"), config, tmp_path, margin=margin)._loader_options["resize"] == resize
+    assert Frozen(str(folder / "c.pt"), config, tmp_path, margin=margin).loader_options["resize"] == resize
 
 
 def test_two_at_a_time_are_refused(tmp_path, index):
-    with features._locked(tmp_path / "x.npy"), pytest.raises(UserError, match=r"another process computes .*x\.npy"):
+    with image_map.locked(tmp_path / "x.npy"), pytest.raises(UserError, match=r"another process computes .*x\.npy"):
         compute(index, tmp_path / "x.npy", sums, 3, OPTIONS)
 
 
@@ -145,3 +146,10 @@ def test_the_size_must_be_known(tmp_path):
     torch.save(build_encoder(config()).state_dict(), tmp_path / "bare.pt")
     with pytest.raises(UserError, match="--image-size"):
         Frozen(str(tmp_path / "bare.pt"), EncoderConfig(device="cpu"), tmp_path)
+
+
+@pytest.mark.parametrize("option, least", [("image_size", 1), ("eval_resize", 1), ("batch_size", 1), ("threads", 0)])
+def test_options_that_cannot_be_right_are_refused(folder, tmp_path, option, least):
+    config = EncoderConfig(device="cpu", **{option: least - 1})
+    with pytest.raises(UserError, match=f"--{option.replace('_', '-')} must be at least {least}, got {least - 1}"):
+        Frozen(str(folder / "c.pt"), config, tmp_path)

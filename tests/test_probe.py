@@ -13,7 +13,7 @@ from torch import nn
 
 from mopro_fast import cli
 from mopro_fast.data.index import load_index
-from mopro_fast.downstream import features, probe
+from mopro_fast.downstream import image_map, probe
 from mopro_fast.downstream.features import EncoderConfig, Frozen
 from mopro_fast.downstream.probe import Rows, accuracy, closure, fit, hold_out
 
@@ -184,7 +184,7 @@ def test_a_realm_of_omnibenchmark(tmp_path, checkpoint, monkeypatch):
     assert result["images"] == {"train": 48, "val": 12, "test": 12} and result["classes"] == 6
     # The features are those of bicubic images whose shorter side is that of the crop: no others are there.
     config, folder = EncoderConfig(image_size=14, eval_resize=14, device="cpu"), tmp_path / "out" / "features"
-    monkeypatch.setattr(features, "EvalLoader", None)
+    monkeypatch.setattr(image_map, "EvalLoader", None)
     index = load_index(str(lists / "test.txt"), "val", num_classes=None, root=str(realm))
     Frozen(str(checkpoint), config, folder, filter="cubic").features(index, "test")
     with pytest.raises(TypeError):

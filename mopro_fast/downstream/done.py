@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mopro_fast.distributed import by_rank0, world
-from mopro_fast.errors import UserError
+from mopro_fast.files import writing
 
 
 class Done:
@@ -19,11 +19,9 @@ class Done:
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
         self._folder, self._name = folder, f".{name}-{digest}"
         self.results: dict[str, Any] = by_rank0(self._read)
-        try:
+        with writing(folder, "name another --out"):
             folder.mkdir(parents=True, exist_ok=True)
             self._append("")
-        except OSError as error:
-            raise UserError(f"cannot write into {folder}: {error.strerror}: name another --out") from None
 
     def add(self, key: str, result: Any) -> None:
         self.results[key] = result

@@ -11,13 +11,12 @@ from typing import Annotated
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import tyro
 from torch import Tensor
 
 from mopro_fast.checkpoints.formats import digest
 from mopro_fast.data.index import Index, load_index, subfolders
-from mopro_fast.distributed import world
+from mopro_fast.distributed import leave, world
 from mopro_fast.downstream.features import EncoderConfig, Frozen
 from mopro_fast.errors import UserError
 from mopro_fast.files import write_json
@@ -74,8 +73,7 @@ def main(argv: list[str]) -> int:
         shown = names or [str(c) for c in range(classes)]
         results[name] = {"data": paths[name], "classes": int(present.sum()), **summary(found, labels, shown)}
     rank = world()[0]
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave()
     if rank == 0:
         write_json(Path(o.out) / "eval.json", {"checkpoint": o.checkpoint, "sets": results})
         print(table(results, o.top))

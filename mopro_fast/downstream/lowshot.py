@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import numpy as np
-import torch.distributed as dist
 import tyro
 from tqdm import tqdm
 
 from mopro_fast.data.index import Index, load_index, val_layout
-from mopro_fast.distributed import world
+from mopro_fast.distributed import leave, world
 from mopro_fast.downstream.done import Done
 from mopro_fast.downstream.features import EncoderConfig, Frozen
 from mopro_fast.downstream.svm import MAX_ITER, train_and_score, unit
@@ -86,11 +85,10 @@ def main(argv: list[str]) -> int:
     frozen = Frozen(o.checkpoint, o.encoder, Path(o.features) if o.features else out / "features")
     train = frozen.features(task.train.take(drawn), "drawn")
     test = frozen.features(task.test, "test")
-    if dist.is_initialized():
-        rank = world()[0]
-        dist.destroy_process_group()
-        if rank:
-            return 0
+    rank = world()[0]
+    leave()
+    if rank:
+        return 0
 
     readable, tested = (~np.isnan(x[:, 0]) for x in (train, test))
     rows = {key: np.searchsorted(drawn, images) for key, images in draws.items()}

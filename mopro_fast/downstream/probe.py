@@ -17,14 +17,13 @@ from typing import Annotated
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from mopro_fast.data.index import Index, load_index, val_layout
-from mopro_fast.distributed import gather_lists, world
+from mopro_fast.distributed import gather_lists, leave, world
 from mopro_fast.downstream.done import Done
 from mopro_fast.downstream.features import EncoderConfig, Frozen
 from mopro_fast.errors import UserError
@@ -111,8 +110,7 @@ def main(argv: list[str]) -> int:
     for lam in todo[rank::ranks]:
         done.add(repr(lam), fit(rows, classes, lam, o.steps, o.evaluate_every, o.seed))
     results = dict(gather_lists(list(done.results.items()), patient=True))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave()
     if rank == 0:
         result = report(o, {name: len(of.labels) for name, of in rows.items()}, classes, results)
         write_json(out / "probe.json", result)

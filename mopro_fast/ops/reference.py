@@ -67,18 +67,30 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> tuple[T
     return -log_p[:, 0], hit, (expected - k) / temperature
 
 
-def correct_labels(
-    logits: Tensor, q: Tensor, prototypes: Tensor, labels: Tensor, alpha: float, threshold: float, temperature: float
-) -> tuple[Tensor, Tensor]:
+def mixed_scores(
+    logits: Tensor, q: Tensor, prototypes: Tensor, alpha: float, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> t = α·p + (1−α)·s, p = softmax(logits), s = softmax(q·prototypesᵀ/temperature), each [N, C]."""
     logits, q, prototypes = wide(logits, q, prototypes)
-    classes = len(prototypes)
-    t = alpha * logits.softmax(1) + (1 - alpha) * (q @ prototypes.T / temperature).softmax(1)  # [N, C]
+    classifier, prototype = logits.softmax(1), (q @ prototypes.T / temperature).softmax(1)
+    return alpha * classifier + (1 - alpha) * prototype, classifier, prototype
+
+
+def decide(t: Tensor, labels: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """The rule of :func:`ops.correct_labels` for t [N, C] -> labels int64 [N], kept bool [N]."""
+    classes = t.shape[1]
     finite = t.isfinite().all(1)
     given = t.gather(1, labels.clamp(0, classes - 1)[:, None])[:, 0]
     confirmed = (labels >= 0) & (labels < classes) & (given > 1 / classes)
     best, guess = t.max(1)  # ties: the lowest class
     sure = finite & (best > threshold)
     return torch.where(sure, guess, labels), (finite & confirmed) | sure
+
+
+def correct_labels(
+    logits: Tensor, q: Tensor, prototypes: Tensor, labels: Tensor, alpha: float, threshold: float, temperature: float
+) -> tuple[Tensor, Tensor]:
+    return decide(mixed_scores(logits, q, prototypes, alpha, temperature)[0], labels, threshold)
 
 
 def prototype_contrast(

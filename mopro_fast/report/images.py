@@ -19,14 +19,15 @@ from mopro_fast.config import TrainConfig
 from mopro_fast.data import inputs
 from mopro_fast.data.cache import central_crop, decoded
 from mopro_fast.data.index import Index
+from mopro_fast.downstream.clean import TABLE
 from mopro_fast.errors import UserError
 from mopro_fast.labels import REMOVED, UNSEEN
 from mopro_fast.models.build import build_encoder
+from mopro_fast.ops.reference import decide, mixed_scores
 from mopro_fast.report.figures import SHOWN
 
 BATCH = 64
 JPEG_QUALITY = 80
-TABLE = "cleaned.parquet"  # in the folder that `mopro-fast clean` writes
 
 
 @dataclass
@@ -113,13 +114,11 @@ def scores(
 
     -> t float32 [N, C], the classifier's alone without prototypes; int64 [N]: the label now, −1 if removed.
     """
-    m = c.mopro
     logits, q = encoder(ops.normalize(images))
     if prototypes is None:
         return logits.float().softmax(1), labels
-    mixing = {"alpha": m.alpha, "temperature": m.temperature}
-    t = m.alpha * logits.float().softmax(1) + (1 - m.alpha) * (q @ prototypes.T / m.temperature).softmax(1)
-    now, kept = ops.correct_labels(logits, q, prototypes, labels, threshold=m.threshold, **mixing)
+    t, _, _ = mixed_scores(logits, q, prototypes, c.mopro.alpha, c.mopro.temperature)
+    now, kept = decide(t, labels, c.mopro.threshold)
     return t, torch.where(kept, now, REMOVED)
 
 

@@ -1,0 +1,195 @@
+"""A function of every readable image of an index, over all ranks; an interrupted call goes on from files on the disk.
+
+The batches depend on the index and the batch size alone, and a batch's bits do not depend on the number of threads: the
+result has the same bytes whatever the number of ranks and interruptions.
+"""
+
+import contextlib
+import hashlib
+import shutil
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mopro_fast import files
+from mopro_fast.data.index import Index
+from mopro_fast.data.pipeline import EvalLoader
+from mopro_fast.distributed import by_rank0, gather_lists, world
+
+_SAVE_EVERY = 60.0  # seconds of work that a kill may cost
+_PART = 1 << 28  # bytes at which a part is written before that
+_NAMED = 3  # lost images named in the message
+
+T = TypeVar("T")
+
+
+def compute(
+    index: Index,
+    path: Path,
+    step: Callable[[Tensor, Tensor], Tensor],
+    width: int,
+    loader_options: dict[str, Any],
+    batches: list[np.ndarray] | None = None,
+    again: Path | None = None,
+) -> np.ndarray:
+    """Write step(images uint8 [N, S, S, 3], labels int64 [N]) -> [N, width] of every image to ``path``, a .npy file.
+
+    Returns it memory-mapped: float32 [n, width], NaN where an image cannot be read; such images are named. Finished
+    parts lie beside it until it is whole. Raises UserError while another process computes it.
+
+    path: NAME-KEY.npy; NAME stands before the progress bar. batches: int64 rows of each (default: the usable ones,
+    batch_size at a time). again: what the user should remove to have lost images tried again (default: path).
+    """
+    rank, ranks = world()
+    if batches is None:
+        size = loader_options["batch_size"]
+        batches = [index.usable[first : first + size] for first in range(0, len(index.usable), size)]
+    with locked(path):
+        missing = by_rank0(lambda: [] if path.is_file() else _missing(path, len(index), batches))
+        mine = [batches[i] for i in missing[rank::ranks]]
+        lost = gather_lists(_work(index, mine, path, step, loader_options) if mine else [], patient=True)
+        by_rank0(lambda: _join(path, len(index), width))
+    if lost and rank == 0:
+        named = ", ".join(index.name(row) for row in lost[:_NAMED]) + ", ..." * (len(lost) > _NAMED)
+        print(
+            f"{len(lost)} images could not be read and are left out: {named}; to try them again, remove "
+            f"{again or path}",
+            file=sys.stderr,
+        )
+    return np.load(path, mmap_mode="r")
+
+
+def begun(path: Path) -> bool:
+    """Whether there is anything of what :func:`compute` writes."""
+    return path.is_file() or any(_parts(path))
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Refuse to compute ``path`` while another process does; rank 0 holds the lock of all ranks, a file beside it."""
+    with contextlib.ExitStack() as stack:
+        if world()[0] == 0:
+            with _writing(path.parent):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                busy = f"another process computes {path}: wait for it"
+                stack.enter_context(files.locked(str(path.with_suffix(".lock")), busy))
+        yield
+
+
+def in_order(function: Callable[..., T], batches: Iterable[tuple], device: torch.device) -> Iterator[T]:
+    """``function(*batch)`` of every batch, in their order.
+
+    On a CPU each batch is computed by one thread, and as many batches at a time as PyTorch has threads: the last bits
+    of what several threads compute together depend on their number.
+    """
+    if device.type != "cpu":
+        yield from (function(*batch) for batch in batches)
+        return
+    threads = torch.get_num_threads()
+    running: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(threads, "mopro_fast-batch", torch.set_num_threads, (1,)) as pool:
+        try:
+            for batch in batches:
+                running.append(pool.submit(function, *batch))
+                if len(running) > threads:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            for future in running:
+                future.cancel()
+            torch.set_num_threads(threads)  # new threads ask for the number set last, by any thread
+
+
+def _work(
+    index: Index,
+    batches: list[np.ndarray],
+    path: Path,
+    step: Callable[[Tensor, Tensor], Tensor],
+    loader_options: dict[str, Any],
+) -> list[int]:
+    """Compute these batches of rows and write them into parts; -> the rows that could not be read."""
+    rank, ranks = world()
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+    loader = EvalLoader(index, rank=0, world_size=1, batches=batches, **loader_options)
+    name = path.stem.rpartition("-")[0] + (f" (1 of {ranks} ranks)" if ranks > 1 else "")
+    total = sum(map(len, batches))
+    done: list[tuple[Tensor, Tensor]] = []  # not written yet; on the device
+    saved = time.monotonic()
+
+    @torch.inference_mode()
+    def computing(images: Tensor, labels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return ids, step(images, labels)
+
+    with (
+        contextlib.closing(loader),
+        tqdm(total=total, desc=name, unit=" images", disable=True if rank else None, file=sys.stderr) as bar,
+    ):
+        try:
+            for ids, values in in_order(computing, loader, loader_options["device"]):
+                done.append((ids, values))
+                bar.update(len(ids))
+                if len(done) * values.nbytes > _PART or time.monotonic() - saved > _SAVE_EVERY:
+                    _write_part(path, done)
+                    done, saved = [], time.monotonic()
+        finally:
+            if done:
+                _write_part(path, done)
+    return [lost.row for lost in loader.lost]
+
+
+def _write_part(path: Path, done: list[tuple[Tensor, Tensor]]) -> None:
+    ids, values = (torch.cat(column).cpu().numpy() for column in zip(*done, strict=True))
+    name = hashlib.sha256(ids.tobytes()).hexdigest()[:16]  # other ids never replace these
+    with _writing(path.parent):
+        _folder(path).mkdir(exist_ok=True)
+        with files.replacing(str(_folder(path) / f"{name}.npz")) as file:
+            np.savez(file, ids=ids, values=values)
+
+
+def _missing(path: Path, rows: int, batches: list[np.ndarray]) -> list[int]:
+    """The numbers of the batches that are not whole in the parts."""
+    there = np.zeros(rows, bool)
+    for part in _parts(path):
+        with np.load(part) as found:
+            there[found["ids"]] = True
+    return [i for i, batch in enumerate(batches) if not there[batch].all()]
+
+
+def _join(path: Path, rows: int, width: int) -> None:
+    """Write ``path`` from its parts, unless it is there, and remove them."""
+    if not path.is_file():
+        with _writing(path.parent), files.replacing(str(path)) as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (rows, width)})
+            start, unread = file.tell(), np.full(width, np.nan, np.float32)
+            for _ in range(rows):
+                file.write(unread)
+            for part in _parts(path):
+                with np.load(part) as found:
+                    ids, values = found["ids"], found["values"]
+                runs = np.flatnonzero(np.diff(ids, prepend=-2) != 1)  # where ids do not follow one another
+                for first, some in zip(runs, np.split(values, runs[1:]), strict=True):
+                    file.seek(start + int(ids[first]) * unread.nbytes)
+                    file.write(some)
+    shutil.rmtree(_folder(path), ignore_errors=True)
+
+
+def _parts(path: Path) -> list[Path]:
+    return sorted(_folder(path).glob("*.npz"))
+
+
+def _folder(path: Path) -> Path:
+    return path.with_suffix(".parts")
+
+
+def _writing(folder: Path) -> contextlib.AbstractContextManager[None]:
+    return files.writing(folder, "make room there, or name another folder")
