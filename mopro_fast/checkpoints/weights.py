@@ -81,10 +81,8 @@ def initialise(model: torch.nn.Module, path: str | Path) -> None:
 
 def check_fits(own: dict[str, Tensor], weights: dict[str, Tensor], path: str | Path) -> None:
     """Raise a UserError that names the first tensor of another shape."""
-    hint = "; set --arch, --width, --stem, --num-classes, --embed-dim as it was trained"
-    _require_shapes(
-        weights, own, f"the checkpoint {path} is of another architecture", "there and {} in this run" + hint
-    )
+    ours = " there and {} in this run; set --arch, --width, --stem, --num-classes, --embed-dim as it was trained"
+    _require_shapes(weights, own, f"the checkpoint {path} is of another architecture", ours)
 
 
 def _empty(model: ModelConfig, num_classes: int | None) -> ResNet:

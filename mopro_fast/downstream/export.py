@@ -119,8 +119,8 @@ def onnx(weights: Weights, classifier: bool) -> bytes:
             verbose=False,
         )
     written = program.model_proto
-    about = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "image_size": size, "eval_resize": weights.eval_resize}
-    package.helper.set_model_props(written, {k: json.dumps(v) for k, v in about.items()} | strings(about(weights)))
+    sizes = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "image_size": size, "eval_resize": weights.eval_resize}
+    package.helper.set_model_props(written, {k: json.dumps(v) for k, v in sizes.items()} | strings(about(weights)))
     return written.SerializeToString()
 
 
