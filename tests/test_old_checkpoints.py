@@ -7,7 +7,10 @@ import old_runs
 import pytest
 import torch
 
+from mopro_fast.checkpoints.state import FORMAT, load, read, write
+from mopro_fast.checkpoints.weights import load_weights
 from mopro_fast.cli import COMMANDS
+from mopro_fast.errors import UserError
 
 
 @pytest.fixture
@@ -55,3 +58,46 @@ def test_imported_run_goes_on(inputs):
     old_runs.write_checkpoint("import", inputs / "imported.pt")
     run([*old_runs.TRAIN, "--out", "out", "--resume", "imported.pt"])
     assert_continued(inputs / "out/log.jsonl", "import")
+
+
+def test_an_imported_model_of_before_initialises_and_is_no_run(inputs):
+    plain = old_runs.write_checkpoint("plain", inputs / "plain.pt")
+    weights = load_weights(plain)
+    assert (weights.kind, weights.epoch, weights.num_classes) == ("mopro_fast", 1, old_runs.CLASSES)
+    run([*old_runs.TRAIN, "--out", "out", "--init", "plain.pt", "--epochs", "1"])
+    with pytest.raises(UserError, match=r"plain\.pt was trained on other data than images"):
+        run([*old_runs.TRAIN, "--out", "other", "--resume", "plain.pt"])
+    assert not (inputs / "other").exists()
+
+
+@pytest.mark.parametrize("name", [*old_runs.COMMANDS, "import", "plain"])
+def test_written_again_they_hold_the_same(tmp_path, name):
+    old = old_runs.write_checkpoint(name, tmp_path / "old.pt")
+    state = load(old)
+    raw = read(old)
+    assert all(torch.equal(t, state.model[n]) for n, t in raw["model"].items())
+    assert state.config == json.loads(raw["config"])
+    write(tmp_path / "new.pt", state)
+    new = read(tmp_path / "new.pt")
+    assert new["format"] == FORMAT and new.keys() - {"format"} == vars(state).keys()
+    again = load(tmp_path / "new.pt")
+    for field, value in vars(state).items():
+        assert_equal(value, getattr(again, field))
+
+
+def assert_equal(a, b) -> None:
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_a_newer_format_is_refused_with_one_line(tmp_path):
+    old = old_runs.write_checkpoint("mopro", tmp_path / "old.pt")
+    torch.save(read(old) | {"format": FORMAT + 1, "version": "9.1"}, tmp_path / "new.pt")
+    for reading in (load, load_weights):
+        with pytest.raises(UserError, match=r"new\.pt was written by a newer mopro_fast, 9\.1 .*install") as caught:
+            reading(tmp_path / "new.pt")
+        assert "\n" not in str(caught.value)
