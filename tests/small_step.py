@@ -7,6 +7,9 @@ import torch
 
 from mopro_fast.config import MoProConfig, OptimConfig, RunConfig, TrainConfig
 from mopro_fast.data.pipeline import Batch
+from mopro_fast.models.baseline import CrossEntropy
+from mopro_fast.models.classifier import Classifier
+from mopro_fast.models.method import Method
 from mopro_fast.models.mopro import MoPro
 from mopro_fast.models.resnet import ResNet
 from mopro_fast.training.step import Shuffle, TrainStep
@@ -23,15 +26,22 @@ def small_model() -> MoPro:
     return MoPro(encoder, copy.deepcopy(encoder), config).train()
 
 
-def train_step(model: MoPro, rows: int = ROWS, device: str = "cpu", sgd: str = "fused", **run) -> TrainStep:
+def small_method(kind: str) -> Method:
+    """The other methods: ce, finetune, retrain (whose encoder is frozen)."""
+    encoder = small_model().encoder_q
+    return (CrossEntropy(encoder) if kind == "ce" else Classifier(encoder, freeze=kind == "retrain")).train()
+
+
+def train_step(model: Method, rows: int = ROWS, device: str = "cpu", sgd: str = "fused", **run) -> TrainStep:
     optim = OptimConfig(batch_size=rows, momentum=SGD["momentum"], weight_decay=SGD["weight_decay"], sgd=sgd)
-    config = TrainConfig(mopro=model.config, optim=optim, run=RunConfig(**run))
+    mopro = getattr(model, "config", MoProConfig())
+    config = TrainConfig(mopro=mopro, optim=optim, run=RunConfig(**run))
     return TrainStep(config, model, rows, torch.device(device))
 
 
 def run_steps(step: TrainStep, per_phase: int, around=contextlib.nullcontext) -> list[torch.Tensor]:
     """Steps through all phases on fixed random images, each inside ``around()``; -> the loss of each."""
-    losses, shuffle = [], Shuffle(0, ROWS)
+    losses, shuffle = [], Shuffle(0, ROWS) if isinstance(step.model, MoPro) else with_mixup(step.model)
     for i in range(per_phase * len(PHASES)):
         g = torch.Generator().manual_seed(i)
         view_q, view_k = torch.randint(256, (2, ROWS, SIZE, SIZE, 3), dtype=torch.uint8, generator=g)
@@ -41,3 +51,14 @@ def run_steps(step: TrainStep, per_phase: int, around=contextlib.nullcontext) ->
             ((batch, place),) = shuffle([batch], i)
             losses.append(step(batch, place, PHASES[i // per_phase], i, SGD["lr"]).loss.clone())
     return losses
+
+
+def with_mixup(model: Method):
+    """In the place of Shuffle: what is added to batches of one view, for a Classifier mixup's shares and partners."""
+
+    def batches(batches, step: int):
+        for batch in batches:
+            extra = (torch.tensor([0.9, 0.1]), torch.arange(ROWS).roll(step)) if isinstance(model, Classifier) else ()
+            yield batch._replace(view_k=None), tuple(x.to(batch.labels.device) for x in extra)
+
+    return batches

@@ -28,6 +28,7 @@ def test_the_readme_example_runs():
         ("docs/kernels.md", 4),
         ("docs/scaling.md", 2),
         ("docs/data.md", 1),
+        ("docs/transfer.md", 1),
         ("docs/method.md", 12),
     ],
 )

@@ -17,8 +17,8 @@ from mopro_fast.downstream import clean as cleaning
 from mopro_fast.downstream import image_map, probe
 from mopro_fast.downstream.clean import OFFICIAL, TABLE, Clean, clean
 from mopro_fast.downstream.features import EncoderConfig, Frozen
-from mopro_fast.downstream.retrain import Retrain, with_cleaned_labels
-from mopro_fast.downstream.supervised import Supervised
+from mopro_fast.downstream.retrain import Retrain, RetrainTask
+from mopro_fast.training.loop import Trainer
 
 pytestmark = [pytest.mark.ranks, pytest.mark.medium]
 
@@ -82,7 +82,7 @@ def work(rank: int, ranks: int, folder: Path, out: Path) -> None:
     c.data.path, c.data.num_classes, c.data.image_size, c.data.eval_resize = str(folder / "data"), len(CLASSES), 16, 16
     c.data.threads, c.optim.epochs, c.optim.batch_size, c.optim.lr = 1, 2, 8, 0.1
     c.run.out, c.run.device, c.run.tensorboard = str(out / "retrain"), "cpu", False
-    assert Supervised(c, load_weights(folder / "c.pt"), with_cleaned_labels).run() == 0
+    assert Trainer(RetrainTask(c, load_weights(folder / "c.pt"))).run() == 0
 
     fit = probe.fit
 

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from small_step import ROWS, SIZE, run_steps, small_model, train_step
+from small_step import ROWS, SIZE, run_steps, small_method, small_model, train_step
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -95,6 +95,22 @@ def test_replayed_through_all_phases_it_is_the_eager_step(tapes, precision: str,
     step.close()
     assert step._call._graph is None
     assert [tape.replays for tape in tapes] == [3, 3, 4]  # one per phase, after two eager steps in each
+
+
+@pytest.mark.parametrize("kind", ["ce", "finetune", "retrain"])
+def test_the_other_methods_are_replayed_too(tapes, kind: str) -> None:
+    """With two groups of parameters, mixup, and a learning rate that changes."""
+    states = []
+    for graphed in (False, True):
+        step = train_step(small_method(kind), precision="bf16")
+        if graphed:
+            for group in step.optimizer.param_groups:
+                group["lr"] = torch.zeros(1)
+            step._call = Graphed(step._run, 2)
+        losses = run_steps(step, 2)
+        states.append([*losses, *step.model.state_dict().values(), step.sums, step.assigned])
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+    assert [tape.replays for tape in tapes] == [4]
 
 
 @pytest.mark.usefixtures("tapes")

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from small_step import CLASSES, PHASES, ROWS, SGD, SIZE, run_steps, small_model, train_step
+from small_step import CLASSES, PHASES, ROWS, SGD, SIZE, run_steps, small_method, small_model, train_step
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,6 +29,25 @@ def test_weights_kept_in_bf16_change_no_bit(device, monkeypatch) -> None:
             for p, low in zip(model.encoder_q.parameters(), step.query.parameters(), strict=True):
                 assert torch.equal(p.to(low.dtype), low)
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["ce", "finetune", "retrain"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_other_methods_too(kind, device, monkeypatch) -> None:
+    """In bf16, with copies and with casts; on a GPU replayed from a graph and not."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    states = []
+    for kept, graphed in ((True, True), (False, True), (True, False)):
+        model = small_method(kind).to(device)
+        with torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else contextlib.nullcontext():
+            step = train_step(model, device=device, precision="bf16", bf16_weights=kept, cuda_graph=graphed)
+            states.append([*run_steps(step, 2), *model.state_dict().values(), step.sums, step.assigned])
+    for other in states[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(states[0], other, strict=True))
+    before = small_method(kind).state_dict()
+    still = {name for name, t in model.state_dict().items() if torch.equal(t.cpu(), before[name])}
+    assert ("encoder_q.conv1.weight" in still) == ("encoder_q.bn1.running_mean" in still) == (kind == "retrain")
+    assert "encoder_q.classifier.weight" not in still
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -1,1 +1,1 @@
-"""What people train MoPro for: weights in and out, cleaned labels, retrained classifiers, features, evaluations."""
+"""What people train MoPro for: cleaned labels, retrained classifiers, features, evaluations, weights in and out."""

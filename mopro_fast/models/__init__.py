@@ -1,1 +1,1 @@
-"""The encoders (resnet.py), the MoPro step (mopro.py), the baseline's (baseline.py), a config's model (build.py)."""
+"""The encoders (resnet.py); methods, whose forward is a step (method.py): mopro.py, baseline.py, classifier.py."""

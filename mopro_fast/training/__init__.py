@@ -1,1 +1,1 @@
-"""The trainer: loop, schedule, checkpoints, log, and what ranks need of each other."""
+"""The trainer (loop.py), a run's folder (run.py), what differs between methods (task.py, tasks.py), the step."""
