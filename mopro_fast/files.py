@@ -51,7 +51,7 @@ def locked(path: str, busy: str) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def writing(folder: Path, hint: str) -> Iterator[None]:
+def writing(folder: Path | str, hint: str) -> Iterator[None]:
     """An OSError inside is a UserError that names the folder and ends with ``hint``, what the user can do."""
     try:
         yield

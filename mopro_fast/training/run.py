@@ -14,7 +14,7 @@ from mopro_fast.config import Settings, differences, from_dict
 from mopro_fast.data import inputs
 from mopro_fast.data.index import Index
 from mopro_fast.errors import UserError
-from mopro_fast.files import locked, replacing, write_json
+from mopro_fast.files import locked, replacing, write_json, writing
 from mopro_fast.models.method import Method
 from mopro_fast.training.task import Task
 
@@ -60,13 +60,9 @@ class RunFolder:
             with contextlib.suppress(OSError):
                 self.path.rmdir()
 
-    @contextlib.contextmanager
-    def writing(self):
+    def writing(self) -> contextlib.AbstractContextManager[None]:
         """An OSError inside becomes a UserError that names the folder."""
-        try:
-            yield
-        except OSError as error:
-            raise UserError(f"cannot write into --out {self.path}: {error.strerror}: name another folder") from None
+        return writing(f"--out {self.path}", "name another folder")
 
     def sets(self, task: Task) -> dict[str, Index]:
         """The training set, as it was when the run began, and the validation sets; all checked."""
@@ -116,12 +112,9 @@ class RunFolder:
 
     def resumed(self) -> str:
         """The line that says so."""
-        same = (
-            ""
-            if self.state.ranks == self._ranks
-            else f" (saved by {self.state.ranks} ranks, now {self._ranks}: not bit for bit)"
-        )
-        return f"resuming {self.found} at epoch {self.state.epoch + 1}, step {self.state.step}{same}"
+        then, now = self.state.ranks, self._ranks
+        note = "" if then == now else f" (saved by {then} ranks, now {now}: not bit for bit)"
+        return f"resuming {self.found} at epoch {self.state.epoch + 1}, step {self.state.step}{note}"
 
     def save(self, global_step: int, state: RunState) -> Path | None:
         """Write a checkpoint; on rank 0."""

@@ -113,10 +113,9 @@ class TrainStep:
         return dict(sorted(means.items()))
 
     def require_finite(self, epoch: int, step: int, last: str, weights: bool = False) -> None:
-        """Raise a UserError for the first step of any rank whose loss was not finite; weights: or a weight now.
+        """Raise a UserError for the first step of any rank whose loss was not finite, and last: the newest checkpoint.
 
-        All losses can be finite and the weights after the last of them not. epoch, step, last: for the message.
-
+        weights: or for weights that are not finite; all losses can be and the weights after the last of them not.
         Collective.
         """
         advice = f"{last}; try a lower --lr or some --warmup-epochs"

@@ -1,6 +1,7 @@
 """The tasks of ``mopro-fast train``: MoPro and plain cross-entropy."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator
 
 from torch import Tensor
@@ -29,9 +30,12 @@ class MoProTask(CrossEntropyTask):
     two_views = True
     free = frozenset()
 
+    @functools.cached_property
+    def _shuffle(self) -> Shuffle:  # once: it makes a process group
+        return Shuffle(self.config.run.seed, self.config.optim.batch_size)
+
     def batches(self, batches: Iterable[Batch], global_step: int) -> Iterator[tuple[Batch, tuple[Tensor, ...]]]:
-        shuffle = Shuffle(self.config.run.seed, self.config.optim.batch_size)
-        return ((batch, (place,)) for batch, place in shuffle(batches, global_step))
+        return ((batch, (place,)) for batch, place in self._shuffle(batches, global_step))
 
 
 TASKS = {"mopro": MoProTask, "ce": CrossEntropyTask}
