@@ -180,3 +180,12 @@ def test_pillow_s_warnings_do_not_reach_the_terminal(mopro_fast):
         for module in ("PIL.TiffImagePlugin", "numpy"):
             warnings.warn_explicit(module, UserWarning, "file.py", 1, module)
     assert [str(w.message) for w in shown] == ["numpy"]
+
+
+def test_settings_that_cross_entropy_does_not_read_are_named(capsys):
+    from mopro_fast.training.command import parse
+
+    words = ["demo", "--data", "images", "--out", "run", "--queue-size", "64", "--threshold", "0.5"]
+    assert parse(words).mopro.queue_size == 64 and not capsys.readouterr().err
+    parse([*words, "--method", "ce"])
+    assert capsys.readouterr().err == "note: --queue-size --threshold have no effect with --method ce\n"

@@ -368,3 +368,22 @@ def test_the_command_line(data, model, tmp_path, capsys):
     assert "set --image-size" in capsys.readouterr().err
     assert status("finetune", "--data", "x") == 2 and status("retrain", tmp_path / "no.pt") == 2
     assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_no_option_is_ignored(data, model, tmp_path, monkeypatch, opened):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: compiled.append(module))
+    c = finetune(data, tmp_path / "a")
+    c.run.compile, c.run.precision = True, "bf16"
+    trainer = opened(c, model)
+    assert compiled == [trainer.train_step.query]
+    assert next(trainer.train_step.query.parameters()).dtype == torch.bfloat16
+    c = finetune(data, tmp_path / "b")
+    c.run.recompute, c.run.precision, c.run.bf16_weights = True, "bf16", False
+    trainer = opened(c, model)
+    assert trainer.model.encoder_q.recompute
+    assert next(trainer.train_step.query.parameters()).dtype == torch.float32
+    c = finetune(data, tmp_path / "c")
+    c.optim.sgd = "apex"
+    with pytest.raises(UserError, match="--sgd apex"):
+        opened(c, model)

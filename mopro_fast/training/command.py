@@ -35,7 +35,7 @@ def parse(argv: list[str]) -> TrainConfig:
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
     )
     if config.method == "ce" and (unread := differences(vars(recipe(argv[0]).mopro), vars(config.mopro))):
-        print(f"note: {' '.join(map(flag, unread))} has no effect with --method ce", file=sys.stderr)
+        print(f"note: {' '.join(map(flag, unread))} have no effect with --method ce", file=sys.stderr)
     return config
 
 
