@@ -10,12 +10,14 @@ from mopro_fast.models.resnet import ResNet
 
 
 class _Logits(nn.Module):
-    def __init__(self, encoder: ResNet) -> None:
+    def __init__(self, encoder: ResNet, freeze: bool) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.freeze = encoder, freeze
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.encoder.classifier(self.encoder.features(images))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
+            features = self.encoder.features(images)
+        return self.encoder.classifier(features)
 
 
 class Classifier(Method):
@@ -28,11 +30,12 @@ class Classifier(Method):
         encoder_q.classifier.requires_grad_(True)
         encoder_q.fc1.requires_grad_(False)
         encoder_q.fc2.requires_grad_(False)
-        self.compute_with(_Logits(encoder_q))
+        self.compute_with(_Logits(encoder_q, freeze))
 
     def train(self, mode: bool = True) -> "Classifier":
         super().train(mode)
-        self.query.train(mode and not self.freeze)
+        for module in (self.encoder_q, self.query):
+            module.train(mode and not self.freeze)
         return self
 
     def trained(self) -> list[list[nn.Parameter]]:
