@@ -242,7 +242,7 @@ def head_state(shape: Shape, device: str) -> SimpleNamespace:
         # the other ranks' rows, as gathered
         more=low(unit(m - n)), more_keys=low(unit(m - n)),
         more_labels=more_labels,
-        more_kept=more_kept, more_used=torch.where(more_kept, more_labels, -1),
+        more_kept=more_kept,
         weight=torch.full((n,), 1 / n, device=device), kept_weight=kept / kept.sum(), threshold=shape.threshold,
     )  # fmt: skip
 

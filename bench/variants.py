@@ -161,7 +161,8 @@ def head(loss: Callable, enqueue: Callable, update: Callable, s: SimpleNamespace
             enqueue(s.queue, s.cursor, keys)
         else:
             enqueue(s.queue_master, s.cursor, keys, s.queue)
-        update(s, rows, out, gathered)
+        labels, kept = gathered(out.labels, s.more_labels), gathered(out.kept, s.more_kept)
+        update(s.prototypes, rows, labels, kept, PROTO_MOMENTUM)
         queues = {"queue": s.queue} | ({} if s.queue_master is None else {"queue_master": s.queue_master})
         return found | queues | {"cursor": s.cursor, "prototypes": s.prototypes}
 
@@ -176,20 +177,10 @@ def _ours_loss(
     new, kept = ops.correct_labels(
         logits, q, prototypes, labels, alpha=alpha, threshold=threshold, temperature=temperature
     )
-    used = torch.where(kept, new, -1)
     loss, _ = ops.mopro_loss(
-        logits, q, k, queue, prototypes, used, temperature=temperature, w_proto=w_proto, w_inst=w_inst
+        logits, q, k, queue, prototypes, new, kept, temperature=temperature, w_proto=w_proto, w_inst=w_inst
     )
-    return SimpleNamespace(loss=loss, labels=new, kept=kept, used=used)
-
-
-def _ours_update(s: SimpleNamespace, rows: Tensor, out: SimpleNamespace, gathered: Callable) -> None:
-    ops.prototype_update_(s.prototypes, rows, gathered(out.used, s.more_used), None, PROTO_MOMENTUM)
-
-
-def _official_update(s: SimpleNamespace, rows: Tensor, out: SimpleNamespace, gathered: Callable) -> None:
-    labels, kept = gathered(out.labels, s.more_labels), gathered(out.kept, s.more_kept)
-    official.prototype_update_(s.prototypes, rows, labels, kept, PROTO_MOMENTUM)
+    return SimpleNamespace(loss=loss, labels=new, kept=kept)
 
 
 def ema_update_(function: Callable, s: SimpleNamespace) -> Call:
@@ -384,8 +375,10 @@ OPS = {
     ),
     "two_views": replace(_plain(two_views, "two_views"), compiled="the loop over images would be unrolled"),
     "head": Op(
-        ours=lambda s: head(_ours_loss, ops.queue_enqueue_, _ours_update, s),
-        official=lambda s: head(official.corrected_loss, official.queue_enqueue_, _official_update, s),
-        compiled=lambda s: head(compiled(official.corrected_loss), official.queue_enqueue_, _official_update, s),
+        ours=lambda s: head(_ours_loss, ops.queue_enqueue_, ops.prototype_update_, s),
+        official=lambda s: head(official.corrected_loss, official.queue_enqueue_, official.prototype_update_, s),
+        compiled=lambda s: head(
+            compiled(official.corrected_loss), official.queue_enqueue_, official.prototype_update_, s
+        ),
     ),
 }

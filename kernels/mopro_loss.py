@@ -2,8 +2,9 @@
 
     loss = Σ_kept CE(logits, y)/R + w_proto·Σ_kept CE(q·prototypesᵀ/T, y)/R + w_inst·Σ InfoNCE/N
 
-kept: the R rows whose label y is a class. One pass over the queue, one over the prototypes with the logits beside them
-(kernels/similarity.py). Five launches forward (two for the queue, the prototypes, rows, sums), one backward.
+kept: the R rows that are said to be and whose label y is a class. One pass over the queue, one over the prototypes
+with the logits beside them (kernels/similarity.py). Five launches forward (two for the queue, the prototypes, rows,
+sums), one backward.
 Traffic beyond those passes: (D + 2)·4 bytes per row and split; backward reads the logits and writes their gradient.
 """
 
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mopro_fast.kernels.info_nce import info_nce
-from mopro_fast.kernels.prototype_contrast import contrast_row
+from mopro_fast.kernels.prototype_contrast import contrast_row, label_of
 from mopro_fast.kernels.similarity import LN_2, LOG2_E, block_of, combine_splits, row_options, similarity
 
 SUM_ROWS = 1024  # rows that mopro_loss_sum_kernel adds at a time
@@ -21,15 +22,14 @@ SUM_ROWS = 1024  # rows that mopro_loss_sum_kernel adds at a time
 
 @triton.jit
 def mopro_loss_fwd_kernel(
-    logits_ptr, q_ptr, prototypes_ptr, labels_ptr, m_ptr, z_ptr, e_ptr, logits_m_ptr, logits_z_ptr,
+    logits_ptr, q_ptr, prototypes_ptr, labels_ptr, kept_ptr, m_ptr, z_ptr, e_ptr, logits_m_ptr, logits_z_ptr,
     cls_ptr, hit_ptr, log_z_ptr, proto_ptr, grad_ptr,
     n_rows, classes, splits, dim, scale,
-    CONTRAST: tl.constexpr, BLOCK_D: tl.constexpr,
+    CONTRAST: tl.constexpr, WITH_KEPT: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Grid (N): both losses of the label, and the prototype loss's gradient to q."""
     row = tl.program_id(0).to(tl.int64)
-    label = tl.load(labels_ptr + row)
-    kept = (label >= 0) & (label < classes)
+    label, kept = label_of(labels_ptr, kept_ptr, row, row < n_rows, classes, WITH_KEPT)
 
     # 1. The classifier's cross-entropy, and whether no class scores higher.
     one = row + tl.arange(0, 1)  # a block of one row, to share what correct_labels does for a block of rows
@@ -49,9 +49,9 @@ def mopro_loss_fwd_kernel(
 
 @triton.jit
 def mopro_loss_sum_kernel(
-    labels_ptr, cls_ptr, hit_ptr, proto_ptr, inst_ptr, inst_hit_ptr, loss_ptr, metrics_ptr, rows_ptr,
+    labels_ptr, kept_ptr, cls_ptr, hit_ptr, proto_ptr, inst_ptr, inst_hit_ptr, loss_ptr, metrics_ptr, rows_ptr,
     n_rows, n, classes, w_proto, w_inst,
-    CONTRAST: tl.constexpr, BLOCK_N: tl.constexpr,
+    CONTRAST: tl.constexpr, WITH_KEPT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: sums over the rows in a fixed order. n: the rows as a float, at least 1."""
     cls = tl.zeros([BLOCK_N], tl.float32)
@@ -69,8 +69,8 @@ def mopro_loss_sum_kernel(
             proto += tl.load(proto_ptr + rows, ok, 0.0)
         inst += tl.load(inst_ptr + rows, ok, 0.0)
         inst_hit += tl.load(inst_hit_ptr + rows, ok, 0).to(tl.float32)
-        labels = tl.load(labels_ptr + rows, ok, -1)
-        kept += ((labels >= 0) & (labels < classes)).to(tl.float32)
+        _, use = label_of(labels_ptr, kept_ptr, rows, ok, classes, WITH_KEPT)
+        kept += use.to(tl.float32)
 
     count = tl.maximum(tl.sum(kept, 0), 1.0)
     cls_mean = tl.sum(cls, 0) / count
@@ -90,17 +90,16 @@ def mopro_loss_sum_kernel(
 
 @triton.jit
 def mopro_loss_bwd_kernel(
-    loss_grad_ptr, logits_ptr, labels_ptr, log_z_ptr, rows_ptr, inst_grad_ptr, proto_grad_ptr,
+    loss_grad_ptr, logits_ptr, labels_ptr, kept_ptr, log_z_ptr, rows_ptr, inst_grad_ptr, proto_grad_ptr,
     logits_grad_ptr, q_grad_ptr,
     n_rows, classes, dim, w_proto, w_inst,
-    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    WITH_KEPT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Grid (N, blocks of classes): (softmax − one-hot)/R where kept; the first block of a row also scales q's."""
     row = tl.program_id(0).to(tl.int64)
     loss_grad = tl.load(loss_grad_ptr).to(tl.float32)
     per_row = loss_grad / tl.load(rows_ptr)
-    label = tl.load(labels_ptr + row)
-    kept = (label >= 0) & (label < classes)
+    label, kept = label_of(labels_ptr, kept_ptr, row, row < n_rows, classes, WITH_KEPT)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     x = tl.load(logits_ptr + row * classes + c, (c < classes) & kept, 0.0).to(tl.float32) * LOG2_E
     softmax = tl.exp2(x - tl.load(log_z_ptr + row))
@@ -116,12 +115,13 @@ def mopro_loss_bwd_kernel(
 
 
 def mopro_loss(
-    logits: Tensor, q: Tensor, k: Tensor, queue: Tensor, prototypes: Tensor, labels: Tensor,
+    logits: Tensor, q: Tensor, k: Tensor, queue: Tensor, prototypes: Tensor, labels: Tensor, kept: Tensor | None,
     temperature: float, w_proto: float, w_inst: float, contrast: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """-> loss f32 [], metrics f32 [7]; for the backward pass inst_grad, proto_grad, log_z, rows."""
     logits, q, prototypes, labels = (x.contiguous() for x in (logits, q, prototypes, labels))
-    (n, dim), classes = q.shape, len(prototypes)
+    (n, dim), classes, with_kept = q.shape, len(prototypes), kept is not None
+    kept = kept.contiguous() if with_kept else labels
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)
@@ -133,22 +133,22 @@ def mopro_loss(
     if n:
         p = similarity(q, prototypes, temperature, logits, with_e=contrast)
         mopro_loss_fwd_kernel[(n,)](
-            logits, q, prototypes, labels, p.m, p.z, p.e, p.logits_m, p.logits_z,
+            logits, q, prototypes, labels, kept, p.m, p.z, p.e, p.logits_m, p.logits_z,
             cls, hit, log_z, proto, proto_grad,
             n, classes, p.splits, dim, LOG2_E.value / temperature,
-            CONTRAST=contrast, **row_options(dim),
+            CONTRAST=contrast, WITH_KEPT=with_kept, **row_options(dim),
         )  # fmt: skip
     mopro_loss_sum_kernel[(1,)](
-        labels, cls, hit, proto, inst, inst_hit, loss, metrics, rows,
+        labels, kept, cls, hit, proto, inst, inst_hit, loss, metrics, rows,
         n, float(max(1, n)), classes, w_proto, w_inst,
-        CONTRAST=contrast, BLOCK_N=SUM_ROWS,
+        CONTRAST=contrast, WITH_KEPT=with_kept, BLOCK_N=SUM_ROWS,
     )  # fmt: skip
     return loss, metrics, inst_grad, proto_grad, log_z, rows
 
 
 def mopro_loss_backward(
-    loss_grad: Tensor, logits: Tensor, labels: Tensor, inst_grad: Tensor, proto_grad: Tensor, log_z: Tensor,
-    rows: Tensor, w_proto: float, w_inst: float, q_dtype: torch.dtype,
+    loss_grad: Tensor, logits: Tensor, labels: Tensor, kept: Tensor | None, inst_grad: Tensor, proto_grad: Tensor,
+    log_z: Tensor, rows: Tensor, w_proto: float, w_inst: float, q_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """-> gradients of logits [N, C] and q [N, D], in their types"""
     logits, labels = logits.contiguous(), labels.contiguous()
@@ -156,8 +156,9 @@ def mopro_loss_backward(
     logits_grad, q_grad = torch.empty_like(logits), torch.empty_like(inst_grad, dtype=q_dtype)
     if n:
         mopro_loss_bwd_kernel[(n, triton.cdiv(classes, block_c))](
-            loss_grad, logits, labels, log_z, rows, inst_grad, proto_grad, logits_grad, q_grad,
+            loss_grad, logits, labels, labels if kept is None else kept.contiguous(), log_z, rows,
+            inst_grad, proto_grad, logits_grad, q_grad,
             n, classes, dim, w_proto, w_inst,
-            BLOCK_C=block_c, BLOCK_D=block_of(dim),
+            WITH_KEPT=kept is not None, BLOCK_C=block_c, BLOCK_D=block_of(dim),
         )  # fmt: skip
     return logits_grad, q_grad

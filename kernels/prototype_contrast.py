@@ -21,14 +21,21 @@ def prototype_contrast_fwd_kernel(
 ):  # fmt: skip
     """Grid (N). scale: log2(e)/T."""
     row = tl.program_id(0).to(tl.int64)
-    label = tl.load(labels_ptr + row)
-    use = (label >= 0) & (label < classes)
-    if WITH_KEPT:
-        use = use & (tl.load(kept_ptr + row) != 0)
+    label, use = label_of(labels_ptr, kept_ptr, row, row < n_rows, classes, WITH_KEPT)
     contrast_row(
         q_ptr, prototypes_ptr, m_ptr, z_ptr, e_ptr, loss_ptr, grad_ptr,
         row, label, use, n_rows, splits, dim, scale, BLOCK_D,
     )  # fmt: skip
+
+
+@triton.jit
+def label_of(labels_ptr, kept_ptr, rows, ok, classes, WITH_KEPT: tl.constexpr):
+    """The rows' labels, and whether the rows count."""
+    label = tl.load(labels_ptr + rows, ok, -1)
+    use = (label >= 0) & (label < classes)
+    if WITH_KEPT:
+        use = use & (tl.load(kept_ptr + rows, ok, 0) != 0)
+    return label, use
 
 
 @triton.jit

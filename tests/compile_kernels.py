@@ -99,13 +99,13 @@ def calls():
         yield kernels.prototype_contrast, (q, bank, labels, None, 0.1)
         yield kernels.prototype_contrast, (q, bank, labels, kept, 0.1)
         for contrast in (True, False):
-            yield kernels.mopro_loss, (logits, q, q, bank, bank, labels, 0.1, 1.0, 1.0, contrast)
+            yield kernels.mopro_loss, (logits, q, q, bank, bank, labels, kept, 0.1, 1.0, 1.0, contrast)
         if q_type == f32:  # as under autocast
             half = logits.bfloat16()
-            yield kernels.mopro_loss, (half, q, q, bank, bank, labels, 0.1, 1.0, 1.0, True)
+            yield kernels.mopro_loss, (half, q, q, bank, bank, labels, None, 0.1, 1.0, 1.0, True)
         wide = q.float()
         yield kernels.mopro_loss_backward, (
-            wide[0, 0], logits, labels, wide, wide, wide[:, 0].contiguous(), wide[0, :1], 1.0, 1.0, q_type
+            wide[0, 0], logits, labels, kept, wide, wide, wide[:, 0].contiguous(), wide[0, :1], 1.0, 1.0, q_type
         )  # fmt: skip
     for size, operations, views in [(224, 4, 2), (112, 4, 2), (32, 4, 2), (7, 4, 2), (32, 1, 2), (1, 0, 1)]:
         images, boxes = torch.empty(8, 3, dtype=torch.int64), torch.empty(8, views, 4, dtype=torch.int64)

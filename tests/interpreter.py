@@ -1,6 +1,6 @@
 """Triton's interpreter, faster: what it works out for every call and every value is worked out once.
 
-Sixteen cases of mopro_loss took 17 s without this and 11 s with it, start of PyTorch included, on two CPU cores.
+Eight cases of mopro_loss took 6.5 s without this and 5.3 s with it, start of PyTorch included, on two CPU cores.
 """
 
 import functools

@@ -312,9 +312,13 @@ def check_mopro_loss(backend, n, classes, slots, d, contrast, types, logits_type
     q, k = unit_rows(n, d, 1, q_type, "cpu"), unit_rows(n, d, 2, q_type, "cpu")
     queue, prototypes = unit_rows(slots, d, 3, bank_type, "cpu"), unit_rows(classes, d, 4, bank_type, "cpu")
     labels = torch.randint(-1, classes, (n,), generator=g)
+    kept = torch.rand(n, generator=g) < 0.8
     ours = [x.to(DEVICE, copy=True) for x in (logits, q, k, queue, prototypes, labels)]
     ours[0].requires_grad_(), ours[1].requires_grad_()
-    out = ops.mopro_loss(*ours, **c)
+    if n % 2:
+        out, labels = ops.mopro_loss(*ours, kept.to(DEVICE), **c), torch.where(kept, labels, -1)
+    else:
+        out = ops.mopro_loss(*ours, **c)
     (3 * out.loss).backward()
 
     logits, q, k, queue, prototypes = (x.double() for x in (logits, q, k, queue, prototypes))
@@ -424,7 +428,7 @@ def test_nothing_as_large_as_rows_by_bank_is_allocated():
             module.info_nce(q, k, queue, 0.1)
             module.prototype_contrast(q, queue, labels, None, 0.1)
             module.correct_labels(logits, q, queue, labels, 0.5, 0.8, 0.1)
-            module.mopro_loss(logits, q, k, queue, queue, labels, 0.1, 1.0, 1.0, True)
+            module.mopro_loss(logits, q, k, queue, queue, labels, None, 0.1, 1.0, 1.0, True)
         largest[module] = seen.bytes
     programs = similarity.programs(torch.device(DEVICE))
     assert 0 < largest[kernels] <= 2 * 4 * programs * 64 * d
@@ -451,10 +455,10 @@ def test_gradcheck():
         x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
         for x in some_arguments()["mopro_loss"]
     ]
-    logits, q, k, queue, prototypes, labels = (x.detach() for x in wide[:6])
+    logits, q, k, queue, prototypes, labels, kept = (x.detach() for x in wide[:7])
 
     def everything(logits, q):
-        loss = ops.mopro_loss(logits, q, k, queue, prototypes, labels, temperature=0.5).loss
+        loss = ops.mopro_loss(logits, q, k, queue, prototypes, labels, kept, temperature=0.5).loss
         return loss, ops.info_nce(q, k, queue, 0.5)[0], ops.prototype_contrast(q, prototypes, labels, None, 0.5)
 
     assert torch.autograd.gradcheck(everything, (logits.requires_grad_(), q.requires_grad_()))
@@ -554,7 +558,7 @@ def some_arguments() -> dict[str, tuple]:
     kept = torch.tensor([True, True, True, False, True, True], device=DEVICE)
     logits = torch.randn(6, 11, generator=torch.Generator().manual_seed(5)).to(DEVICE).requires_grad_()
     cursor = torch.tensor([9], device=DEVICE)
-    loss = (logits, q, k, bank, bank, labels, 0.1, 1.0, 1.0, True)
+    loss = (logits, q, k, bank, bank, labels, kept, 0.1, 1.0, 1.0, True)
     found = [x.detach() for x in torch.ops.mopro_fast.mopro_loss(*loss)]
     pixels = torch.arange(6 * 5 * 4 * 3, device=DEVICE).to(torch.uint8)
     images = torch.tensor([[60 * i, 5, 4] for i in range(6)], device=DEVICE)
@@ -571,7 +575,7 @@ def some_arguments() -> dict[str, tuple]:
         "info_nce": (q, k, bank, 0.1),
         "correct_labels": (logits.detach(), q.detach(), bank, labels, 0.5, 0.8, 0.1),
         "mopro_loss": loss,
-        "mopro_loss_backward": (found[0], logits.detach(), labels, *found[2:], 1.0, 1.0, F32),
+        "mopro_loss_backward": (found[0], logits.detach(), labels, kept, *found[2:], 1.0, 1.0, F32),
         "prototype_contrast": (q, bank, labels, kept, 0.1),
         "prototype_update_": (bank.clone(), k, labels, kept, 0.9),
         "queue_enqueue_": (bank.clone(), cursor, k),
@@ -606,7 +610,7 @@ def test_a_whole_step_compiles_without_graph_breaks_and_repeats_bit_for_bit():
     def step(q, k, queue, cursor, prototypes, logits, labels, master, buffer):
         inst, hit = ops.info_nce(q, k, queue, 0.1)
         labels, kept = ops.correct_labels(logits, q, prototypes, labels, alpha=0.5, threshold=0.3, temperature=0.1)
-        out = ops.mopro_loss(logits, q, k, queue, prototypes, torch.where(kept, labels, -1), temperature=0.1)
+        out = ops.mopro_loss(logits, q, k, queue, prototypes, labels, kept, temperature=0.1)
         ops.queue_enqueue_(queue, cursor, k)
         proto = ops.prototype_contrast(q, prototypes, labels, kept, 0.1)
         ops.prototype_update_(prototypes, q, labels, kept, 0.9)

@@ -215,6 +215,8 @@ def test_the_page_has_what_the_run_has(run):
     (losses,) = [c["lines"] for c in contents["charts"] if c["title"] == "Losses"]
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     train = [e for e in log if e["split"] == "train"]
+    lines = [line["name"] for chart in contents["charts"] for line in chart["lines"]]
+    assert lines.count("relabelled") == 1  # among the shares, not among other values too
     assert losses[0]["y"] == [pytest.approx(e["loss"], rel=1e-3) for e in train]
     assert losses[0]["x"] == [pytest.approx(e["epoch"] + e["step"] / 3, abs=1e-4) for e in train]
     assert contents["files"]["left_out"]["count"] == 1

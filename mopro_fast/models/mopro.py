@@ -50,27 +50,26 @@ class MoPro(Method):
         with torch.no_grad():
             _, k = self.key(ops.normalize(view_k))  # [N, D]
 
-        # Step 6: labels are corrected by the prototypes of earlier steps. used: −1 where a row does not count.
+        # Step 6: labels are corrected by the prototypes of earlier steps.
         new, kept = labels, labels >= 0
         if epoch >= c.start_clean:
             new, kept = ops.correct_labels(
                 logits, q, self.prototypes, labels, alpha=c.alpha, threshold=c.threshold, temperature=c.temperature
             )
-        used = torch.where(kept, new, -1)
 
         # The step's one exchange between ranks.
-        all_q, all_k, all_used = gather_together(q, k, used)  # [W·N, D], [W·N, D], [W·N]
+        all_q, all_k, all_new, all_kept = gather_together(q, k, new, kept)  # [W·N, …]
         all_k = all_k[place]
 
         # Steps 3, 5 and 8: the losses, against the queue and the prototypes of earlier steps.
         loss = ops.mopro_loss(
-            logits, q, all_k[mine], self.queue, self.prototypes, used, temperature=c.temperature,
+            logits, q, all_k[mine], self.queue, self.prototypes, new, kept, temperature=c.temperature,
             w_proto=c.w_proto, w_inst=c.w_inst, contrast=epoch >= 1,
         )  # fmt: skip
 
         # Steps 4 and 7: queue and prototypes move on.
         ops.queue_enqueue_(self.queue, self.queue_ptr, all_k)
-        ops.prototype_update_(self.prototypes, all_q, all_used, None, c.proto_momentum)
+        ops.prototype_update_(self.prototypes, all_q, all_new, all_kept, c.proto_momentum)
 
         metrics = dict(zip(ops.METRICS, loss.metrics.unbind(), strict=True))
         metrics["relabelled"] = (new != labels).float().mean()

@@ -32,33 +32,34 @@ def _fake(logits, q, k, queue, prototypes, labels, *_):
 
 
 def _setup(ctx, inputs, output) -> None:
-    logits, q, _, _, _, labels, _, w_proto, w_inst, _ = inputs
+    logits, q, _, _, _, labels, kept, _, w_proto, w_inst, _ = inputs
     _, _, inst_grad, proto_grad, log_z, rows = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # else zeros are made for the outputs that have none
-    ctx.save_for_backward(logits, labels, inst_grad, proto_grad, log_z, rows)
+    ctx.save_for_backward(logits, labels, kept, inst_grad, proto_grad, log_z, rows)
     ctx.weights, ctx.q_dtype = (w_proto, w_inst), q.dtype
 
 
 def _backward(ctx, loss_grad: Tensor, *_):
     if loss_grad is None:
-        return (None,) * 10
+        return (None,) * 11
     grads = torch.ops.mopro_fast.mopro_loss_backward(loss_grad, *ctx.saved_tensors, *ctx.weights, ctx.q_dtype)
-    return (*grads, *[None] * 8)
+    return (*grads, *[None] * 9)
 
 
 backends.define(
-    "mopro_loss(Tensor logits, Tensor q, Tensor k, Tensor queue, Tensor prototypes, Tensor labels, float temperature, "
-    "float w_proto, float w_inst, bool contrast) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "mopro_loss(Tensor logits, Tensor q, Tensor k, Tensor queue, Tensor prototypes, Tensor labels, Tensor? kept, "
+    "float temperature, float w_proto, float w_inst, bool contrast) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
     _backward,
     _setup,
 )
 backends.define(
-    "mopro_loss_backward(Tensor loss_grad, Tensor logits, Tensor labels, Tensor inst_grad, "
+    "mopro_loss_backward(Tensor loss_grad, Tensor logits, Tensor labels, Tensor? kept, Tensor inst_grad, "
     "Tensor proto_grad, Tensor log_z, Tensor rows, float w_proto, float w_inst, ScalarType q_dtype) "
     "-> (Tensor, Tensor)",
-    fake=lambda loss_grad, logits, labels, inst_grad, proto_grad, log_z, rows, w_proto, w_inst, q_dtype: (
+    fake=lambda loss_grad, logits, labels, kept, inst_grad, proto_grad, log_z, rows, w_proto, w_inst, q_dtype: (
         torch.empty_like(logits, memory_format=torch.contiguous_format),
         torch.empty_like(inst_grad, dtype=q_dtype),
     ),
@@ -72,6 +73,7 @@ def mopro_loss(
     queue: Tensor,
     prototypes: Tensor,
     labels: Tensor,
+    kept: Tensor | None = None,
     *,
     temperature: float,
     w_proto: float = 1.0,
@@ -81,14 +83,15 @@ def mopro_loss(
     """:func:`info_nce` and :func:`prototype_contrast` of one batch, with the classifier's loss.
 
     ``loss = Σ CE(logits, y)/R + w_proto·Σ CE(q·prototypesᵀ/T, y)/R + w_inst·mean(InfoNCE)``, the first two sums over
-    the R kept rows, those whose label y is a class; without a kept row both are 0.
+    the R kept rows with labels y; without a kept row both are 0.
 
     logits:     [N, C] of the classifier; gets a gradient.
     q:          [N, D] queries of unit length; gets a gradient.
     k:          [N, D] keys.
     queue:      [Q, D] keys of earlier batches.
     prototypes: [C, D] before this batch's update.
-    labels:     int64 [N] as corrected (:func:`correct_labels`); −1, or anything outside [0, C): the row is not kept.
+    labels:     int64 [N] as corrected (:func:`correct_labels`); a row whose label is outside [0, C) is not kept.
+    kept:       bool [N], or None for all rows.
     temperature above 0.
     contrast:   whether the prototypical loss counts (in MoPro from epoch 1).
 
@@ -100,13 +103,13 @@ def mopro_loss(
     checks.tensor("prototypes", prototypes, ("C", d), checks.FLOATS, q.device)
     checks.some_classes(prototypes)
     checks.tensor("logits", logits, (n, len(prototypes)), checks.FLOATS, q.device)
-    checks.labels_and_kept(labels, None, n, q.device)
+    checks.labels_and_kept(labels, kept, n, q.device)
     checks.positive("temperature", temperature)
     checks.number("w_proto", w_proto)
     checks.number("w_inst", w_inst)
     return MoProLoss(
         *torch.ops.mopro_fast.mopro_loss(
-            logits, q, k.detach(), queue.detach(), prototypes.detach(), labels,
+            logits, q, k.detach(), queue.detach(), prototypes.detach(), labels, kept,
             temperature, w_proto, w_inst, contrast,
         )[:2]
     )  # fmt: skip

@@ -106,19 +106,19 @@ def prototype_contrast(
 
 
 def mopro_loss(
-    logits: Tensor, q: Tensor, k: Tensor, queue: Tensor, prototypes: Tensor, labels: Tensor,
+    logits: Tensor, q: Tensor, k: Tensor, queue: Tensor, prototypes: Tensor, labels: Tensor, kept: Tensor | None,
     temperature: float, w_proto: float, w_inst: float, contrast: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """-> loss, metrics; for the backward pass d inst/dq, d proto/dq, log Σ exp(logits), R [1]."""
     inst, inst_hit, inst_grad = info_nce(q, k, queue, temperature)
-    kept, target = _used_rows(labels, None, len(prototypes))
+    kept, target = _used_rows(labels, kept, len(prototypes))
     (z,) = wide(logits)
     log_z, score = z.logsumexp(1), z.gather(1, target[:, None])[:, 0]
     cls = torch.where(kept, log_z - score, 0)
     hit = kept & (score >= z.amax(1))
     proto, proto_grad = torch.zeros_like(inst), torch.zeros_like(inst_grad)
     if contrast:
-        proto, proto_grad = prototype_contrast(q, prototypes, labels, None, temperature)
+        proto, proto_grad = prototype_contrast(q, prototypes, labels, kept, temperature)
         proto_grad = proto_grad.to(inst_grad.dtype)
 
     rows = kept.sum().clamp(min=1).float()
@@ -131,12 +131,12 @@ def mopro_loss(
 
 
 def mopro_loss_backward(
-    loss_grad: Tensor, logits: Tensor, labels: Tensor, inst_grad: Tensor, proto_grad: Tensor, log_z: Tensor,
-    rows: Tensor, w_proto: float, w_inst: float, q_dtype: torch.dtype,
+    loss_grad: Tensor, logits: Tensor, labels: Tensor, kept: Tensor | None, inst_grad: Tensor, proto_grad: Tensor,
+    log_z: Tensor, rows: Tensor, w_proto: float, w_inst: float, q_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """-> gradients of logits (softmax − one-hot)/R where kept, and of q, in their types."""
     (z,) = wide(logits)
-    kept, target = _used_rows(labels, None, z.shape[1])
+    kept, target = _used_rows(labels, kept, z.shape[1])
     grad = (z - log_z[:, None]).exp()
     grad.scatter_(1, target[:, None], grad.gather(1, target[:, None]) - 1)
     logits_grad = torch.where(kept[:, None], grad * (loss_grad / rows), 0)
