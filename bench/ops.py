@@ -44,7 +44,7 @@ IN_PLACE = ("targets", "params", "buffers", "prototypes", "queue", "queue_master
 
 # What the ops must reach on a GPU.
 COPY_SHARE = 0.85
-HEAD_LAUNCHES, HEAD_US = 14, 100.0
+HEAD_LAUNCHES, HEAD_US = 12, 100.0
 GATHERED_RATIO = 50.0
 GROWTH = [
     ("info_nce", "Q"),

@@ -99,7 +99,7 @@ def collectives(model: MoPro, query: nn.Module, rows: int, px: int) -> list[Coll
     twice = 2 * list(buffers.values())
     return [
         Collective("view_k, a batch ahead", "all_to_all", [rows * px * px * 3], "uint8", "step"),
-        Collective("q, k and labels", "all_gather", [rows * (4 * dim + 4 * dim + 8)], "packed", ""),
+        Collective("q, k, labels and kept", "all_gather", [rows * (4 * dim + 4 * dim + 9)], "packed", ""),
         Collective("gradients", "all_reduce", [size for size, _ in buckets], ", ".join(kinds), "backward", late),
         Collective("stop flag, between CPUs", "all_reduce", [8], "int64", "step", on_cpu=True),
         Collective("buffers, twice an epoch", "broadcast", twice, "float32, int64", "", per_epoch=True),
