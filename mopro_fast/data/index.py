@@ -106,16 +106,9 @@ class Index:
 
     def take(self, rows: np.ndarray) -> "Index":
         """The index of these rows only, not checked."""
-        return Index(
-            self.root,
-            self.paths[rows],
-            self.labels[rows],
-            self.classes,
-            self.source,
-            self.list_file,
-            self.shards,
-            None if self.in_shards is None else self.in_shards[rows],
-        )
+        in_shards = None if self.in_shards is None else self.in_shards[rows]
+        own = {"paths": self.paths[rows], "labels": self.labels[rows], "in_shards": in_shards}
+        return dataclasses.replace(self, **own, checked=None, left_out=np.empty(0, np.int64))
 
     def full_path(self, i: int) -> str:
         return os.path.join(self.root, self.paths[i])
