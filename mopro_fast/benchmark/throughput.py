@@ -11,8 +11,10 @@ import itertools
 import statistics
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,7 +55,7 @@ class Case:
     arch: str = "resnet50"
     width: float = 1
     stem: str = "imagenet"
-    queue: int = 8192
+    queue_size: int = 8192
     bn_group: int = 0
     device: str = "cuda"
 
@@ -61,7 +63,7 @@ class Case:
         return TrainConfig(
             data=DataConfig(path="synthetic", num_classes=self.classes, image_size=self.image_size),
             model=ModelConfig(arch=self.arch, width=self.width, stem=self.stem, bn_group=self.bn_group),
-            mopro=MoProConfig(queue_size=max(self.queue, self.batch), start_clean=_EPOCH),
+            mopro=MoProConfig(queue_size=max(self.queue_size, self.batch), start_clean=_EPOCH),
             optim=OptimConfig(batch_size=self.batch, lr=0.01),
             run=RunConfig(out="none", **run),
         )
@@ -119,6 +121,10 @@ def plain_norms(model: Module) -> Module:
     return model
 
 
+def built_plainly(config: TrainConfig) -> Module:
+    return plain_norms(build(config))
+
+
 def ordinary_encoder(case: Case) -> Module:
     """What others train: an encoder with nothing of ours, and all rows in one BatchNorm group."""
     return plain_norms(build_encoder(replace(case, bn_group=0).config())).to(case.device)
@@ -132,46 +138,39 @@ def fused_key_convolutions(config: TrainConfig) -> MoPro:
     return model
 
 
-def encoders_alone(case: Case) -> Callable[[], Any]:
-    return ours(case, lambda c: TwoEncoders(build_encoder(c), build_encoder(c), c.mopro))
-
-
 def without_fused_ops(case: Case) -> Callable[[], Any]:
     with ops.use_backend("reference"):
         call = ours(case)
-
-    def plain() -> Any:
-        with ops.use_backend("reference"):
-            return call()
-
-    return plain
+    return ops.use_backend("reference")(call)
 
 
-def supervised(case: Case) -> Callable[[], Any]:
-    return ours(case, lambda config: build(replace(config, method="ce")))
+def sgd_step(model: Module, o: OptimConfig, loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """A step of torch.optim.SGD on ``loss()``."""
+    optimizer = torch.optim.SGD(model.parameters(), o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
+
+    def call() -> Tensor:
+        value = loss()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        return value.detach()
+
+    return call
 
 
 def supervised_plain(case: Case) -> Callable[[], Any]:
     """As torchvision's reference trains: autocast on a GPU, channels-last, torch.optim.SGD, eager."""
     torch.manual_seed(0)
     encoder = ordinary_encoder(case).to(memory_format=torch.channels_last).train()
-    config = case.config().optim
-    optimizer = torch.optim.SGD(
-        encoder.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-    )
     batch = case.images()
     view = ops.normalize(batch.view_q)
 
-    def call() -> Tensor:
+    def loss() -> Tensor:
         with torch.autocast(case.device, torch.bfloat16, enabled=case.device == "cuda"):
             logits = encoder.classifier(encoder.features(view))
-            loss = torch.nn.functional.cross_entropy(logits, batch.labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
+            return torch.nn.functional.cross_entropy(logits, batch.labels)
 
-    return call
+    return sgd_step(encoder, case.config().optim, loss)
 
 
 def official_step(case: Case, fast: bool) -> Callable[[], Any]:
@@ -203,23 +202,17 @@ def official_clone(case: Case, path: Path) -> Callable[[], Any]:
     with _cpu_for_cuda(case.device):
         model = model_code.MoPro(resnet_code.resnet50, args, width=int(case.width)).to(case.device).train()
     criterion = torch.nn.CrossEntropyLoss()
-    o = config.optim
-    optimizer = torch.optim.SGD(model.parameters(), o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
     batch = case.images()
     view_q, view_k = (ops.normalize(view).contiguous() for view in (batch.view_q, batch.view_k))
 
-    def call() -> Tensor:
+    def loss() -> Tensor:
         with _cpu_for_cuda(case.device):
             out, target, logits, instance, proto = model(
                 [view_q, batch.labels.clone(), view_k], args, is_proto=True, is_clean=True
             )
-        loss = criterion(proto, target) + criterion(out, target) + criterion(logits, instance)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
+        return criterion(proto, target) + criterion(out, target) + criterion(logits, instance)
 
-    return call
+    return sgd_step(model, config.optim, loss)
 
 
 def _module(path: Path, name: str) -> Any:
@@ -243,26 +236,27 @@ def variants(case: Case, clone: Path | None, everything: bool) -> dict[str, Call
     """By name, ours first; ``everything``: also those without one fusion, and supervised training."""
     made: dict[str, Callable[[Case], Callable[[], Any]]] = {
         OURS: ours,
-        OFFICIAL: lambda c: official_step(c, fast=False),
-        OFFICIAL_FAST[case.device]: lambda c: official_step(c, fast=True),
-        ENCODERS: encoders_alone,
+        OFFICIAL: partial(official_step, fast=False),
+        OFFICIAL_FAST[case.device]: partial(official_step, fast=True),
+        ENCODERS: partial(ours, model=lambda c: TwoEncoders(build_encoder(c), build_encoder(c), c.mopro)),
     }
     if clone:
-        made[CLONE] = lambda c: official_clone(c, clone)
+        made[CLONE] = partial(official_clone, path=clone)
     if everything:
-        made |= {SUPERVISED: supervised, SUPERVISED_PLAIN: supervised_plain}
+        made[SUPERVISED] = partial(ours, model=lambda c: build(replace(c, method="ce")))
+        made[SUPERVISED_PLAIN] = supervised_plain
         if case.device == "cuda":
             made |= {
-                "ours, no CUDA graph": lambda c: ours(c, cuda_graph=False),
-                "ours, BatchNorm in plain PyTorch": lambda c: ours(c, lambda config: plain_norms(build(config))),
-                "ours, key encoder's 1×1 convolutions with BatchNorm": lambda c: ours(c, fused_key_convolutions),
-                "ours, BatchNorm in plain PyTorch, encoders under torch.compile": lambda c: ours(
-                    c, lambda config: plain_norms(build(config)), compile=True
+                "ours, no CUDA graph": partial(ours, cuda_graph=False),
+                "ours, BatchNorm in plain PyTorch": partial(ours, model=built_plainly),
+                "ours, key encoder's 1×1 convolutions with BatchNorm": partial(ours, model=fused_key_convolutions),
+                "ours, BatchNorm in plain PyTorch, encoders under torch.compile": partial(
+                    ours, model=built_plainly, compile=True
                 ),
-                "ours, activations computed twice": lambda c: ours(c, recompute=True),
-                "ours, weights cast in every step": lambda c: ours(c, bf16_weights=False),
+                "ours, activations computed twice": partial(ours, recompute=True),
+                "ours, weights cast in every step": partial(ours, bf16_weights=False),
                 "ours, ops in plain PyTorch": without_fused_ops,
-                "ours, float32": lambda c: ours(c, precision="fp32"),
+                "ours, float32": partial(ours, precision="fp32"),
             }
     return made
 
@@ -287,18 +281,16 @@ def measure(case: Case, made: dict[str, Callable], seconds: float) -> Iterator[t
     times: dict[str, list[float]] = {}
     failed: dict[str, dict] = {}
 
-    def begin(name: str) -> dict:
+    def begin(name: str) -> None:
         calls[name], times[name] = made[name](case), []
         calls[name]()
-        return {}
 
-    def step(name: str) -> dict:
+    def step(name: str) -> None:
         start = time.perf_counter()
         calls[name]()
         times[name].append(1e3 * (time.perf_counter() - start))
-        return {}
 
-    def in_turn(act: Callable[[str], dict]) -> None:
+    def in_turn(act: Callable[[str], None]) -> None:
         for name in made:
             if name not in failed and (why := attempt(act, name)):
                 failed[name] = why
@@ -312,7 +304,7 @@ def measure(case: Case, made: dict[str, Callable], seconds: float) -> Iterator[t
         yield name, failed.get(name) or _summary(times[name], case.batch)
 
 
-def attempt(measured: Callable[..., dict], *args: Any) -> dict:
+def attempt(measured: Callable[..., Any], *args: Any) -> Any:
     """What it returns, or {"skipped": why}, {"failed": why}: the others go on. A mistake of the user ends them all."""
     try:
         return measured(*args)
@@ -377,9 +369,8 @@ def _times(call: Callable[[], Any], seconds: float) -> list[float]:
 
 
 def _summary(times: list[float], batch: int) -> dict:
-    p20, _, _, p80 = statistics.quantiles(times, n=5) if len(times) > 1 else (times[0],) * 4
-    p50 = statistics.median(times)
-    return {"step_ms": {"p20": p20, "p50": p50, "p80": p80}, "images_per_second": 1e3 * batch / p50}
+    step_ms = timing.quantiles(times)
+    return {"step_ms": step_ms, "images_per_second": 1e3 * batch / step_ms["p50"]}
 
 
 def on_images(case: Case, data: str, seconds: float) -> dict[str, float]:
@@ -395,16 +386,17 @@ def on_images(case: Case, data: str, seconds: float) -> dict[str, float]:
     model = build(config).to(device, memory_format=torch.channels_last).train()
     step = TrainStep(config, model, len(index), device)
     batches = Shuffle(0, case.batch)((b for epoch in itertools.count() for b in loader.epoch(epoch)), 0)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     for count in range(_WARM_UP_STEPS):
         step(*next(batches), _EPOCH, count, 0.01)
-    _synchronize(device)
+    synchronize()
     count, waited, began = 0, 0.0, time.perf_counter()
     while (asked := time.perf_counter()) - began < seconds:
         batch, place = next(batches)
         waited += time.perf_counter() - asked
         step(batch, place, _EPOCH, count, 0.01)
         count += 1
-    _synchronize(device)
+    synchronize()
     took = time.perf_counter() - began
     loader.close()
     return {"images_per_second": count * case.batch / took, "data_wait": waited / took}
@@ -414,11 +406,6 @@ def _free() -> None:
     """What an earlier variant has left: its graph's memory hangs on cycles of references."""
     gc.collect()
     torch.cuda.empty_cache()  # without CUDA nothing
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def parts(case: Case, steps: int) -> dict[str, float]:
@@ -444,14 +431,14 @@ def parts(case: Case, steps: int) -> dict[str, float]:
         optimize()
         marks("rest")
 
-    found: list[dict[str, float]] = []
+    found: list[Counter[str]] = []
     step.optimizer.step = optimizing
     with mock.patch.object(mopro_module, "gather_together", gathering):
         for _ in range(3 + steps):
             marks.start()
             call()
             found.append(marks.stop())
-    return {name: statistics.median(f.get(name, 0.0) for f in found[3:]) for name in (*PARTS, "rest")}
+    return {name: statistics.median(f[name] for f in found[3:]) for name in (*PARTS, "rest")}
 
 
 class _Marks:
@@ -473,12 +460,11 @@ class _Marks:
         self._marks.clear()
         self("rest")
 
-    def stop(self) -> dict[str, float]:
+    def stop(self) -> Counter[str]:
         self("end")
         if self._cuda:
             torch.cuda.synchronize()
-        total: dict[str, float] = {}
-        for (name, begin), (_, end) in zip(self._marks, self._marks[1:], strict=False):
-            took = begin.elapsed_time(end) if self._cuda else 1e3 * (end - begin)
-            total[name] = total.get(name, 0.0) + took
+        total: Counter[str] = Counter()
+        for (name, begin), (_, end) in itertools.pairwise(self._marks):
+            total[name] += begin.elapsed_time(end) if self._cuda else 1e3 * (end - begin)
         return total
