@@ -313,7 +313,8 @@ def _folders(data: str, split: Split, num_classes: int | None, keep_classes: int
     labels: list[int] = []
     for label, name in enumerate(classes):
         with os.scandir(os.path.join(data, name)) as entries:
-            images = sorted(e.name for e in entries if _is_image(e.name) and e.is_file())
+            visible = [e for e in entries if not e.name.startswith(".")]
+            images = sorted(e.name for e in visible if e.name.lower().endswith(EXTENSIONS) and e.is_file())
         if not images and subfolders(os.path.join(data, name)):
             raise UserError(f"{os.path.join(data, name)} holds folders, not images: if these are the classes, give it")
         paths += [f"{name}/{image}" for image in images]
@@ -330,10 +331,6 @@ def subfolders(folder: str) -> list[str]:
             return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
     except OSError as error:
         raise UserError(f"cannot read the folder {folder}: {error.strerror}") from None
-
-
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and name.lower().endswith(EXTENSIONS)
 
 
 def _compact(paths: list[str], source: str) -> np.ndarray:

@@ -48,7 +48,7 @@ def write_list(index: Index, path: Path) -> None:
     """For as_begun(): class folders have no list of their own."""
     if index.classes is not None and index.shards is None:
         lines = [f"{name} {label}\n" for name, label in zip(index.paths, index.labels, strict=True)]
-        with replacing(str(path)) as file:
+        with replacing(path) as file:
             file.writelines(line.encode() for line in lines)
 
 
@@ -119,7 +119,7 @@ def write_left_out(index: Index, path: Path) -> None:
     text = io.StringIO(newline="")
     csv.writer(text).writerow(("path", "reason"))
     csv.writer(text).writerows((index.paths[i], index.checked.reason[i]) for i in index.left_out)
-    with replacing(str(path)) as file:
+    with replacing(path) as file:
         file.write(text.getvalue().encode())
 
 

@@ -186,7 +186,7 @@ def _finish(out: Path, index: Index, numbers: np.ndarray, settings: dict[str, An
     schema = _SCHEMA.with_metadata({"mopro_fast.clean": json.dumps(settings)})
     totals = np.zeros(len(DECISIONS), np.int64)
     labels: list[str] = []
-    with writing(out, _HINT), replacing(str(out / TABLE)) as table, replacing(str(out / OFFICIAL)) as official:
+    with writing(out, _HINT), replacing(out / TABLE) as table, replacing(out / OFFICIAL) as official:
         official.write(b'{"images": [')
         with pq.ParquetWriter(table, schema, compression="zstd") as writer:
             for rows in _groups(len(index), settings["batch_size"]):

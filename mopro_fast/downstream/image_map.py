@@ -152,7 +152,7 @@ def _write_part(path: Path, done: list[tuple[Tensor, Tensor]]) -> None:
     name = hashlib.sha256(ids.tobytes()).hexdigest()[:16]  # other ids never replace these
     with _writing(path.parent):
         _folder(path).mkdir(exist_ok=True)
-        with files.replacing(str(_folder(path) / f"{name}.npz")) as file:
+        with files.replacing(_folder(path) / f"{name}.npz") as file:
             np.savez(file, ids=ids, values=values)
 
 
@@ -168,7 +168,7 @@ def _missing(path: Path, rows: int, batches: list[np.ndarray]) -> list[int]:
 def _join(path: Path, rows: int, width: int) -> None:
     """Write ``path`` from its parts, unless it is there, and remove them."""
     if not path.is_file():
-        with _writing(path.parent), files.replacing(str(path)) as file:
+        with _writing(path.parent), files.replacing(path) as file:
             np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (rows, width)})
             start, unread = file.tell(), np.full(width, np.nan, np.float32)
             for _ in range(rows):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mopro_fast.data.index import Index, load_index, val_layout
+from mopro_fast.data.order import place_in_class
 from mopro_fast.distributed import gather_lists, leave, world
 from mopro_fast.downstream.done import Done
 from mopro_fast.downstream.features import EncoderConfig, Frozen
@@ -152,10 +153,7 @@ def hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, n
     """-> int64 rows kept and held out, both sorted: of each class's images this share, rounded."""
     rng = np.random.default_rng([seed, _HOLDOUT])
     order = rng.permutation(len(labels))
-    order = order[np.argsort(labels[order], kind="stable")]
-    counts = np.bincount(labels)
-    place = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)  # within its class
-    held = place < np.round(share * counts)[labels[order]]
+    held = place_in_class(labels[order]) < np.round(share * np.bincount(labels))[labels[order]]
     return np.sort(order[~held]), np.sort(order[held])
 
 

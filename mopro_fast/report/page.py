@@ -4,7 +4,6 @@ import base64
 import hashlib
 import html
 import json
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -90,7 +89,7 @@ def write(contents: dict[str, Any], out: Path) -> int:
     """Write the page, all of it or nothing; -> its bytes."""
     page = render(contents).encode()
     try:
-        with replacing(os.fspath(out)) as file:
+        with replacing(out) as file:
             file.write(page)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}; name another file with --out") from None
