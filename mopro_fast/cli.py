@@ -12,7 +12,7 @@ COMMANDS = {  # name: module of this package, help
     "check": ("data.check", "read every image once: which are odd or broken, and why"),
     "pack": ("data.pack", "write the images into shards that train fast: mopro-fast pack DATA OUT"),
     "bench": ("benchmark.command", "time a training step here: ours, the official code's, plain training"),
-    "report": ("report.command", "one HTML page about a run: curves, corrected labels, images, prototypes"),
+    "report": ("report.page", "one HTML page about a run: curves, corrected labels, images, prototypes"),
     "clean": (
         "downstream.clean",
         "correct or remove every training label: mopro-fast clean CKPT --data PATH --out FOLDER",

@@ -30,7 +30,7 @@ def collect() -> dict[str, Any]:
         "driver": _driver,
         "extension": _extension,
         "views": _views,
-        "backends": _backends,
+        "backends": lambda: importlib.import_module("mopro_fast.ops.backends").describe(),
     }
     return {name: _try(part) for name, part in parts.items()}
 
@@ -129,12 +129,6 @@ def _views() -> str:
     except ImportError as error:
         return f"PyTorch, slower than C++ ({error}): install again where there is a C++ compiler"
     return "C++"
-
-
-def _backends() -> dict[str, dict[str, str]]:
-    from mopro_fast.ops import backends
-
-    return backends.describe()
 
 
 def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:

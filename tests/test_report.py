@@ -22,7 +22,7 @@ from mopro_fast.config import recipe
 from mopro_fast.downstream.retrain import Retrain
 from mopro_fast.errors import UserError
 from mopro_fast.report import figures, images, page
-from mopro_fast.report.command import Report
+from mopro_fast.report.page import Report
 from mopro_fast.training.loop import Trainer
 from mopro_fast.training.tasks import task_of
 
