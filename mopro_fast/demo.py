@@ -149,19 +149,15 @@ def table(results: dict) -> str:
     def percent(name: str) -> str:
         return f"{100 * results[name]:5.1f} %"
 
-    return "\n".join(
-        [
-            "",
-            "accuracy on clean test images, after the last epoch",
-            f"  cross-entropy                              {results['ce_top1']:5.1f} %",
-            f"  MoPro                                      {results['mopro_top1']:5.1f} %",
-            f"MoPro's label correction in the last epoch ({results['corrections']} labels changed)",
-            f"  precision: changed labels that are right   {percent('precision')}",
-            f"  recall: wrong labels that were put right   {percent('recall')}",
-            f"  out-of-distribution images removed         {percent('ood_removed')}",
-            f"  digits removed by mistake                  {percent('clean_removed')}",
-        ]
-    )
+    return f"""
+accuracy on clean test images, after the last epoch
+  cross-entropy                              {results["ce_top1"]:5.1f} %
+  MoPro                                      {results["mopro_top1"]:5.1f} %
+MoPro's label correction in the last epoch ({results["corrections"]} labels changed)
+  precision: changed labels that are right   {percent("precision")}
+  recall: wrong labels that were put right   {percent("recall")}
+  out-of-distribution images removed         {percent("ood_removed")}
+  digits removed by mistake                  {percent("clean_removed")}"""
 
 
 def draw(out: Path, path: Path) -> None:

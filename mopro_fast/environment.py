@@ -30,7 +30,7 @@ def collect() -> dict[str, Any]:
         "driver": _driver,
         "extension": _extension,
         "views": _views,
-        "backends": lambda: importlib.import_module("mopro_fast.ops.backends").describe(),
+        "backends": _backends,
     }
     return {name: _try(part) for name, part in parts.items()}
 
@@ -82,14 +82,11 @@ def _apex() -> str:
 def _gpus() -> list[dict[str, str]]:
     import torch
 
-    if not torch.cuda.is_available():
-        return []
-    gpus = []
-    for index in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(index)
-        memory = f"{gpu.total_memory / 2**30:.0f} GiB"
-        gpus.append({"name": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "memory": memory})
-    return gpus
+    gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [
+        {"name": g.name, "capability": f"{g.major}.{g.minor}", "memory": f"{g.total_memory / 2**30:.0f} GiB"}
+        for g in gpus
+    ]
 
 
 def _driver() -> str:
@@ -129,6 +126,12 @@ def _views() -> str:
     except ImportError as error:
         return f"PyTorch, slower than C++ ({error}): install again where there is a C++ compiler"
     return "C++"
+
+
+def _backends() -> dict[str, dict[str, str]]:
+    from mopro_fast.ops import backends
+
+    return backends.describe()
 
 
 def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:

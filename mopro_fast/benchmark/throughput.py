@@ -1,7 +1,8 @@
 """What a training step takes: ours, ours with one thing switched off, the official code, plain supervised training.
 
-Every variant trains the same architecture on the same synthetic images, in an epoch whose labels are corrected. On a
-CPU they take turns, so that a machine whose speed drifts drifts for all; on a GPU one is built at a time, for memory.
+Every variant is a factory from a case to the function that makes one step. All train the same architecture on the same
+synthetic images, in an epoch whose labels are corrected. On a CPU they take turns, so that a machine whose speed drifts
+drifts for all; on a GPU one is built at a time, for memory.
 """
 
 import contextlib
@@ -77,9 +78,6 @@ class Case:
         return Batch(q, k, labels, torch.arange(self.batch, device=self.device))
 
 
-# ---- variants: each is a factory from a case to the function that makes one step ----
-
-
 def ours(case: Case, model: Callable[[TrainConfig], Any] = build, **run: Any) -> Callable[[], Any]:
     """TrainStep as the trainer calls it; ``call.step`` is it."""
     torch.manual_seed(0)
@@ -88,12 +86,11 @@ def ours(case: Case, model: Callable[[TrainConfig], Any] = build, **run: Any) ->
     if isinstance(built, MoPro):  # as in the middle of a training: without prototypes nothing is corrected
         built.prototypes.copy_(torch.nn.functional.normalize(torch.randn_like(built.prototypes), dim=1))
     step = TrainStep(config, built, case.batch, device)
-    batch, shuffle, count = case.images(), Shuffle(0, case.batch), 0
+    batch, shuffle, counter = case.images(), Shuffle(0, case.batch), itertools.count(1)
     batch = batch if isinstance(built, MoPro) else batch._replace(view_k=None)
 
     def call() -> Tensor:
-        nonlocal count
-        count += 1
+        count = next(counter)
         ((shuffled, place),) = shuffle([batch], count)
         return step(shuffled, place, _EPOCH, count, 0.01).loss
 
@@ -261,9 +258,6 @@ def variants(case: Case, clone: Path | None, everything: bool) -> dict[str, Call
     return made
 
 
-# ---- measuring ----
-
-
 def measure(case: Case, made: dict[str, Callable], seconds: float) -> Iterator[tuple[str, dict]]:
     """Each variant when it is done: step_ms (p20, p50, p80), images_per_second, and on a GPU what timing.py counts.
 
@@ -273,7 +267,7 @@ def measure(case: Case, made: dict[str, Callable], seconds: float) -> Iterator[t
         broken = ""
         for name, factory in made.items():
             found = {"skipped": broken} if broken else attempt(_alone, factory, case, seconds)
-            if "failed" in found and not _cuda_works():
+            if "failed" in found and attempt(torch.cuda.synchronize):  # CUDA fails for good after an illegal access
                 broken = f"CUDA is broken in this process since {name!r}"
             yield name, found
         return
@@ -344,15 +338,6 @@ def _counts(call: Callable[[], Any], device: str) -> dict:
     }
 
 
-def _cuda_works() -> bool:
-    """Not after an illegal access: then everything in the process fails."""
-    try:
-        torch.cuda.synchronize()
-    except Exception:
-        return False
-    return True
-
-
 def _times(call: Callable[[], Any], seconds: float) -> list[float]:
     """Milliseconds per step, of five blocks of steps that the host enqueues without waiting."""
 
@@ -411,60 +396,44 @@ def _free() -> None:
 def parts(case: Case, steps: int) -> dict[str, float]:
     """Milliseconds of each of PARTS in our eager step (median): marks are set around the modules from outside."""
     _free()
-    call = ours(case, cuda_graph=False)
-    step, marks = call.step, _Marks(case.device)
-    step.query.register_forward_pre_hook(lambda *_: marks("query forward"))
-    step.query.register_forward_hook(lambda *_: marks("rest"))
-    step.key.register_forward_pre_hook(lambda *_: marks("key forward"))
-    step.key.register_forward_hook(lambda *_: marks("head"))
-    step.model.register_forward_hook(lambda *_: marks("backward"))
+    call, cuda = ours(case, cuda_graph=False), case.device == "cuda"
+    step, marks = call.step, []  # from each mark to the next belongs to the first one's name
+
+    def mark(name: str) -> None:
+        now = torch.cuda.Event(enable_timing=True) if cuda else time.perf_counter()
+        if cuda:
+            now.record()
+        marks.append((name, now))
+
+    step.query.register_forward_pre_hook(lambda *_: mark("query forward"))
+    step.query.register_forward_hook(lambda *_: mark("rest"))
+    step.key.register_forward_pre_hook(lambda *_: mark("key forward"))
+    step.key.register_forward_hook(lambda *_: mark("head"))
+    step.model.register_forward_hook(lambda *_: mark("backward"))
     gather, optimize = mopro_module.gather_together, step.optimizer.step
 
     def gathering(*tensors: Tensor) -> list[Tensor]:
-        marks("communication")
+        mark("communication")
         result = gather(*tensors)
-        marks("head")
+        mark("head")
         return result
 
     def optimizing() -> None:
-        marks("optimizer and EMA")
+        mark("optimizer and EMA")
         optimize()
-        marks("rest")
+        mark("rest")
 
     found: list[Counter[str]] = []
     step.optimizer.step = optimizing
     with mock.patch.object(mopro_module, "gather_together", gathering):
         for _ in range(3 + steps):
-            marks.start()
+            marks.clear()
+            mark("rest")
             call()
-            found.append(marks.stop())
+            mark("end")
+            if cuda:
+                torch.cuda.synchronize()
+            found.append(Counter())
+            for (name, begin), (_, end) in itertools.pairwise(marks):
+                found[-1][name] += begin.elapsed_time(end) if cuda else 1e3 * (end - begin)
     return {name: statistics.median(f[name] for f in found[3:]) for name in (*PARTS, "rest")}
-
-
-class _Marks:
-    """From each mark to the next belongs to the first one's name."""
-
-    def __init__(self, device: str) -> None:
-        self._cuda = device == "cuda"
-        self._marks: list[tuple[str, Any]] = []
-
-    def __call__(self, name: str) -> None:
-        if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append((name, event))
-        else:
-            self._marks.append((name, time.perf_counter()))
-
-    def start(self) -> None:
-        self._marks.clear()
-        self("rest")
-
-    def stop(self) -> Counter[str]:
-        self("end")
-        if self._cuda:
-            torch.cuda.synchronize()
-        total: Counter[str] = Counter()
-        for (name, begin), (_, end) in itertools.pairwise(self._marks):
-            total[name] += begin.elapsed_time(end) if self._cuda else 1e3 * (end - begin)
-        return total

@@ -18,7 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 from mopro_fast.training.graph import capturing
 
 Call = Callable[[], object]
-FLUSH = 2**27  # bytes written, and as many read, before each repetition: over twice an H200's L2 (60 MB)
+# Bytes written, and as many read, before each repetition: over twice the L2 of an H100 (50 MB) or H200 (60 MB).
+FLUSH = 2**27
 
 
 def eager(call: Call, device: str, seconds: float = 0.1) -> dict[str, float]:
