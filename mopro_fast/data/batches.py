@@ -46,12 +46,8 @@ def require_rows(images: int, batch_size: int, source: str) -> None:
 
 
 @dataclass(eq=False)
-class TrainBatches:
-    """Endless, seekable training batches: ``for batch in loader.epoch(e, start_step)``.
-
-    An image that cannot be read when its turn comes is replaced by one that the epoch leaves out, if there is any:
-    ``lost`` collects (epoch, step, Lost) until it is emptied.
-    """
+class Batches:
+    """What the loaders of training and of evaluation have in common."""
 
     index: Index
     _: KW_ONLY
@@ -59,12 +55,22 @@ class TrainBatches:
     """This rank's rows."""
     rank: int
     world_size: int
-    seed: int
     image_size: int
-    augment: AugmentConfig
-    two_views: bool = True
     device: torch.device
     threads: int
+
+
+@dataclass(eq=False, kw_only=True)
+class TrainBatches(Batches):
+    """Endless, seekable training batches: ``for batch in loader.epoch(e, start_step)``.
+
+    An image that cannot be read when its turn comes is replaced by one that the epoch leaves out, if there is any:
+    ``lost`` collects (epoch, step, Lost) until it is emptied.
+    """
+
+    seed: int
+    augment: AugmentConfig
+    two_views: bool = True
     shuffle_shards: int = 0
     """This and ``repeats``: see order.epoch_order."""
     repeats: np.ndarray | None = None
@@ -103,8 +109,8 @@ class TrainBatches:
         return draw(rng, self.batch_size, self.augment, skip=self.rank * self.batch_size)
 
 
-@dataclass(eq=False)
-class EvalBatches:
+@dataclass(eq=False, kw_only=True)
+class EvalBatches(Batches):
     """Every usable image once over all ranks (rank r has them r::W): shorter side to ``resize``, central crop.
 
     Iterate, as often as needed, over (images uint8 [n, S, S, 3], labels int64 [n], ids int64 [n]) on ``device``; the
@@ -112,22 +118,11 @@ class EvalBatches:
     out; ``lost`` has those of the latest pass.
     """
 
-    index: Index
-    _: KW_ONLY
-    batch_size: int
-    rank: int
-    world_size: int
-    image_size: int
     resize: int
-    device: torch.device
-    threads: int
 
     def __post_init__(self) -> None:
         size, resize = self.image_size, self.resize
         if resize < size:
             raise UserError(f"cannot crop {size} px from a shorter side of {resize} px: raise --eval-resize")
         self.lost: list[Lost] = []
-
-    def _rows(self) -> np.ndarray:
-        """int64: the index's rows that this rank shows."""
-        return self.index.usable[self.rank :: self.world_size]
+        self._rows = self.index.usable[self.rank :: self.world_size]  # int64: those that this rank shows

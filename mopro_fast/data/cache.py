@@ -94,11 +94,8 @@ class DeviceTrainLoader(TrainBatches):
 
     def _readable(self, epoch: int, step: int) -> np.ndarray:
         """The rows of :meth:`_rows`, those that are not there replaced."""
-        rows = self._rows(epoch, step)
-        missing = np.flatnonzero(self._images[rows, 1] == 0)
-        if missing.size:
-            rows = rows.copy()
-        for i in missing:
+        rows = self._rows(epoch, step).copy()
+        for i in np.flatnonzero(self._images[rows, 1] == 0):
             row = int(rows[i])
             others = self._others(epoch)(row)
             there = others[self._images[others, 1] > 0]
@@ -117,7 +114,7 @@ class DeviceEvalLoader(EvalBatches):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._there = self._rows()  # those of them that are in _images
+        self._there = self._rows  # those of them that are in _images
         self._images: torch.Tensor | None = self._decode()
 
     def __len__(self) -> int:
@@ -137,7 +134,7 @@ class DeviceEvalLoader(EvalBatches):
 
     def _decode(self) -> torch.Tensor:
         """uint8 [n, S, S, 3]; sets _rows and lost."""
-        wanted, size = self._rows(), self.image_size
+        wanted, size = self._rows, self.image_size
         _require_memory(3 * len(wanted) * size**2, len(wanted), self.device)
         images = torch.empty(len(wanted), size, size, 3, dtype=torch.uint8, device=self.device)
         rows, self.lost = [], []

@@ -88,13 +88,9 @@ def check(index: Index, *, workers: int, progress: bool, path: str | None = None
         if not written.equals(old):
             with replacing(path) as file:
                 pq.write_table(written, file, compression="zstd")
-        return _checked(table, path, len(todo))
-
-
-def _checked(table: pa.Table, path: str, read: int) -> Checked:
-    verdict = pc.index_in(table["verdict"], value_set=pa.array(VERDICTS)).to_numpy().astype(np.uint8)
-    numbers = [table[name].to_numpy() for name in ("bytes", "mtime_ns", "width", "height")]
-    return Checked(verdict, *numbers, table["reason"].to_pylist(), path, read)
+        verdict = pc.index_in(table["verdict"], value_set=pa.array(VERDICTS)).to_numpy().astype(np.uint8)
+        numbers = [table[name].to_numpy() for name in ("bytes", "mtime_ns", "width", "height")]
+        return Checked(verdict, *numbers, table["reason"].to_pylist(), path, len(todo))
 
 
 def default_path(index: Index) -> str:
@@ -137,9 +133,6 @@ def _state(path: str) -> tuple[int, int]:
     except OSError:
         return -1, -1
     return status.st_size, status.st_mtime_ns
-
-
-# The files.
 
 
 @contextlib.contextmanager
@@ -213,9 +206,6 @@ def _rows_of(table: pa.Table, paths: np.ndarray | pa.ChunkedArray) -> np.ndarray
     return pc.fill_null(pc.index_in(wanted, value_set=table["path"]), -1).to_numpy().astype(np.int64)
 
 
-# The command.
-
-
 @dataclass
 class Check:
     """Read every image of the data once; write an index (Parquet) and say which files are odd or broken, and why."""
@@ -238,7 +228,10 @@ def main(argv: list[str]) -> int:
     options = tyro.cli(Check, args=argv, prog="mopro-fast check")
     workers = worker_count(options.workers)
     if is_pack(options.data):
-        return _check_pack(options.data, workers)
+        wrong = verify_pack(options.data, workers)
+        again = f"{len(wrong)} files of this pack are not as they were made: run the same `mopro-fast pack` again"
+        print(*wrong, again if wrong else f"{options.data}: every file is as it was made", sep="\n")
+        return 1 if wrong else 0
     readable = 0
     for split, index in load_splits(options.data, options.layout, options.root).items():
         path = options.index and options.index + ("" if split == "train" else f".{split}")
@@ -264,17 +257,6 @@ def summary(index: Index, checked: Checked) -> str:
             detail = checked.reason[i][len(kind) + 2 :]
             lines.append(f"            {index.paths[i]}{f': {detail}' if detail else ''}")
     return "\n".join(lines)
-
-
-def _check_pack(folder: str, workers: int) -> int:
-    wrong = verify_pack(folder, workers)
-    for problem in wrong:
-        print(problem)
-    if wrong:
-        print(f"{len(wrong)} files of this pack are not as they were made: run the same `mopro-fast pack` again")
-    else:
-        print(f"{folder}: every file is as it was made")
-    return 1 if wrong else 0
 
 
 def load_splits(data: str, layout: str, root: str | None, val: str | None = None) -> dict[str, Index]:

@@ -20,7 +20,6 @@ from mopro_fast.labels import NO_LABEL
 Split = Literal["train", "val"]
 Layout = Literal["auto", "webvision", "list", "folder", "shards"]
 
-
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 WEBVISION_LISTS = {
     "train": ("info/train_filelist_google.txt", "info/train_filelist_flickr.txt"),
@@ -154,15 +153,20 @@ def load_index(
         layout = recognise(data)
     if layout == "shards":
         return _shards(data, split, num_classes, keep_classes)
+    if layout == "folder":
+        return _folders(data, split, num_classes, keep_classes)
     if layout == "webvision":
-        return _webvision(data, split, num_classes, keep_classes, missing)
-    if layout == "list":
-        if not os.path.isfile(data):
-            raise UserError(f"{data} is not a file: give the list file itself, or another --layout")
-        root = os.path.dirname(data) if root is None else os.fspath(root)
-        index = _from_lists([data], root, split, num_classes, keep_classes, missing)
-        return dataclasses.replace(index, list_file=data)
-    return _folders(data, split, num_classes, keep_classes)
+        names = WEBVISION_LISTS[split]
+        lists = [path for name in names if os.path.isfile(path := os.path.join(data, name))]
+        if not lists:
+            raise UserError(f"{data} has no {' and no '.join(names)}: unpack WebVision's info/ there")
+        root = os.path.join(data, WEBVISION_FOLDERS[split])
+        return _from_lists(lists, root, split, num_classes, keep_classes, missing)
+    if not os.path.isfile(data):
+        raise UserError(f"{data} is not a file: give the list file itself, or another --layout")
+    root = os.path.dirname(data) if root is None else os.fspath(root)
+    index = _from_lists([data], root, split, num_classes, keep_classes, missing)
+    return dataclasses.replace(index, list_file=data)
 
 
 def recognise(data: str) -> str:
@@ -204,15 +208,6 @@ def _shards(data: str, split: Split, num_classes: int | None, keep_classes: int 
         raise UserError(f"{data}: no {split} image" + (f" with a label below {keep_classes}" if keep_classes else ""))
     classes = shards.classes and shards.classes[:keep_classes]
     return Index(data, shards.paths[rows], shards.label[rows], classes, data, shards=shards, in_shards=rows)
-
-
-def _webvision(data: str, split: Split, num_classes: int | None, keep_classes: int | None, missing: bool) -> Index:
-    names = WEBVISION_LISTS[split]
-    lists = [path for name in names if os.path.isfile(path := os.path.join(data, name))]
-    if not lists:
-        raise UserError(f"{data} has no {' and no '.join(names)}: unpack WebVision's info/ there")
-    root = os.path.join(data, WEBVISION_FOLDERS[split])
-    return _from_lists(lists, root, split, num_classes, keep_classes, missing)
 
 
 def _from_lists(

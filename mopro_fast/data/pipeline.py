@@ -143,7 +143,7 @@ class EvalLoader(EvalBatches):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.batches is None:
-            mine, size = self._rows(), self.batch_size
+            mine, size = self._rows, self.batch_size
             self.batches = [mine[first : first + size] for first in range(0, len(mine), size)]
 
         def define(fn, images, shape, _numbers):

@@ -24,18 +24,9 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
+from mopro_fast.data import decode
 from mopro_fast.data import workers as processes
-from mopro_fast.data.decode import (
-    CANNOT_READ,
-    OK,
-    UNREADABLE,
-    DecodeError,
-    clean,
-    decode,
-    examine,
-    is_stored_upright,
-    suffix,
-)
+from mopro_fast.data.decode import CANNOT_READ, OK, UNREADABLE, DecodeError
 from mopro_fast.errors import UserError
 from mopro_fast.files import replacing
 
@@ -183,9 +174,6 @@ def _sha256(path: str) -> str:
     return digest.hexdigest()
 
 
-# Writing.
-
-
 class ShardJob(NamedTuple):
     """A shard to be written."""
 
@@ -234,7 +222,7 @@ def write_shard(job: ShardJob) -> Iterator[tuple[int, int | None, int | None]]:
                 if reason:
                     record["skipped"].append([number, label, path, reason])
                 else:
-                    members = [(suffix(encoded)[1:], encoded), ("cls", str(label).encode())]
+                    members = [(decode.suffix(encoded)[1:], encoded), ("cls", str(label).encode())]
                     at = [(kind, _add(tar, f"{number:09d}.{kind}", content), len(content)) for kind, content in members]
                     record["rows"].append([number, label, path, *at[0][1:]])
                     index.append(" ".join(f"{kind} {start} {n} {number:09d}.{kind}" for kind, start, n in at) + "\n")
@@ -329,15 +317,15 @@ def packed(data: bytes, size: int, quality: int) -> bytes:
     size: of the shorter side (0: as it is), reached with Pillow's antialiased bilinear filter, torchvision's Resize;
     never enlarged. Raises DecodeError.
     """
-    found = examine(data)
+    found = decode.examine(data)
     if found.verdict == UNREADABLE:
         raise DecodeError(found.reason)
     if size == 0:
-        return clean(data)
+        return decode.clean(data)
     shorter, longer = sorted((found.width, found.height))
-    if shorter <= size and found.verdict == OK and is_stored_upright(data):
+    if shorter <= size and found.verdict == OK and decode.is_stored_upright(data):
         return data
-    image = Image.fromarray(decode(data, size))
+    image = Image.fromarray(decode.decode(data, size))
     if shorter > size:
         longer = size * longer // shorter
         image = image.resize((size, longer) if found.width <= found.height else (longer, size), Image.BILINEAR)
