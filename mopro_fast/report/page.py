@@ -80,7 +80,8 @@ def collect(options: Report) -> dict[str, Any]:
     """Everything the page shows, as JSON values. Only wrong options raise; what the run lacks is in ``missing``."""
     run = Run(Path(options.run), options.data, options.root, other_data=options.table is not None)
     labels = _labels(run, options.table)
-    classes = _class_count(run, labels)
+    used = [] if labels is None else [int(a.max(initial=-1)) + 1 for a in (labels.given, labels.new)]
+    classes = max(run.config.data.num_classes if run.config else 0, *used, 0)
     names = run.class_names(options.names, classes)
     only = _class_numbers(options.only, names, classes)
     contents = {
@@ -143,11 +144,6 @@ def _labels(run: Run, table: str | None) -> Labels | None:
         run.missing["the corrected labels"] = f"there are {len(new)} labels, but {len(run.index)} images"
         return None
     return Labels(run.index.labels, new, source, run.index.paths)
-
-
-def _class_count(run: Run, labels: Labels | None) -> int:
-    used = [0] if labels is None else [int(a.max(initial=-1)) + 1 for a in (labels.given, labels.new)]
-    return max(run.config.data.num_classes if run.config else 0, *used)
 
 
 def _class_numbers(wanted: Iterable[str], names: list[str] | None, classes: int) -> np.ndarray | None:
@@ -215,7 +211,7 @@ def _charts(run: Run) -> list[dict[str, Any]]:
         return {"title": title, "about": about, "unit": "", "lines": lines, "group": "training"} | more
 
     shares = [
-        e | {"as given": e["kept"] - e["relabelled"], "out": 1 - e["kept"]}
+        e | {"kept": e["kept"] - e["relabelled"], "removed": 1 - e["kept"]}
         for e in ended
         if isinstance(e.get("kept"), (int, float)) and "relabelled" in e
     ]
@@ -242,11 +238,7 @@ def _charts(run: Run) -> list[dict[str, Any]]:
         chart(
             "Share of the training images",
             "Over each epoch: trained with the given label, with another one, or kept out of the losses.",
-            [
-                line(shares, "as given", "kept", 100),
-                line(shares, "relabelled", "relabelled", 100),
-                line(shares, "out", "removed", 100),
-            ],
+            [line(shares, verdict, verdict, 100) for verdict in figures.SHOWN],
             unit=" %",
             stacked=True,
             group="labels",
@@ -297,12 +289,12 @@ def _model(run: Run, device: str) -> tuple | None:
 
 
 def _prototypes(run: Run) -> dict[str, Any] | None:
-    prototypes = run.state.model.get("prototypes") if run.state else None
-    if prototypes is None:
-        if run.state:
-            run.missing["prototypes"] = "this model has none"
+    if run.state is None:
         return None
-    found = figures.similarity(prototypes.float().numpy())
+    if "prototypes" not in run.state.model:
+        run.missing["prototypes"] = "this model has none"
+        return None
+    found = figures.similarity(run.state.model["prototypes"].float().numpy())
     if not found["order"]:
         run.missing["prototypes"] = "they are still zeros"
         return None
