@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -67,18 +67,13 @@ class Probe:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
 
 
-@dataclass
-class Rows:
+class Rows(NamedTuple):
     """Images as a classifier sees them."""
 
     features: Tensor
     """float32 [n, F]."""
     labels: Tensor
     """int64 [n]."""
-
-    def take(self, rows: np.ndarray) -> "Rows":
-        rows = torch.from_numpy(rows).to(self.labels.device)
-        return Rows(self.features[rows], self.labels[rows])
 
 
 def main(argv: list[str]) -> int:
@@ -98,8 +93,9 @@ def main(argv: list[str]) -> int:
         values = (torch.from_numpy(x[usable]).to(frozen.device) for x in (features, index.labels))
         rows[name] = Rows(*values)
     if "val" not in rows:
-        kept, held = hold_out(rows["train"].labels.cpu().numpy(), o.holdout, o.seed)
-        rows["val"], rows["train"] = rows["train"].take(held), rows["train"].take(kept)
+        features, labels = rows["train"]
+        parts = hold_out(labels.cpu().numpy(), o.holdout, o.seed)
+        rows["train"], rows["val"] = (Rows(features[part], labels[part]) for part in parts)
     for name, of in rows.items():
         if not len(of.labels):
             raise UserError(f"no image for {name} is left: give more images, or other --val and --test")
@@ -231,9 +227,7 @@ def report(o: Probe, images: dict[str, int], classes: int, results: dict[str, li
         "images": images,
         "settings": {"steps": o.steps, "evaluate_every": o.evaluate_every, "seed": o.seed},
         "lambda": float(lam),
-        "step": by_lambda[lam]["step"],
-        "val": by_lambda[lam]["val"],
-        "test": by_lambda[lam]["test"],
+        **{name: by_lambda[lam][name] for name in ("step", "val", "test")},
         "lambdas": by_lambda,
         "diverged": [value for value in o.lambdas if not results[repr(value)]],
     }
