@@ -6,43 +6,28 @@ import warnings
 
 from mopro_fast.errors import UserError
 
-COMMANDS = {
-    "demo": ("mopro_fast.demo", "train cross-entropy and MoPro on noisy real images, about 3 minutes on 2 cores"),
-    "train": ("mopro_fast.training.command", "train a model: mopro-fast train RECIPE --data PATH --out FOLDER"),
-    "check": ("mopro_fast.data.check", "read every image once: which are odd or broken, and why"),
-    "pack": ("mopro_fast.data.pack", "write the images into shards that train fast: mopro-fast pack DATA OUT"),
-    "bench": (
-        "mopro_fast.benchmark.command",
-        "time a training step here: ours, the official code's, plain training",
-    ),
-    "report": ("mopro_fast.report.command", "one HTML page about a run: curves, corrected labels, images, prototypes"),
+COMMANDS = {  # name: module of this package, help
+    "demo": ("demo", "train cross-entropy and MoPro on noisy real images, about 3 minutes on 2 cores"),
+    "train": ("training.command", "train a model: mopro-fast train RECIPE --data PATH --out FOLDER"),
+    "check": ("data.check", "read every image once: which are odd or broken, and why"),
+    "pack": ("data.pack", "write the images into shards that train fast: mopro-fast pack DATA OUT"),
+    "bench": ("benchmark.command", "time a training step here: ours, the official code's, plain training"),
+    "report": ("report.page", "one HTML page about a run: curves, corrected labels, images, prototypes"),
     "clean": (
-        "mopro_fast.downstream.clean",
+        "downstream.clean",
         "correct or remove every training label: mopro-fast clean CKPT --data PATH --out FOLDER",
     ),
     "retrain": (
-        "mopro_fast.downstream.retrain",
+        "downstream.retrain",
         "re-train the classifier on cleaned labels: mopro-fast retrain CKPT --cleaned TABLE …",
     ),
-    "finetune": (
-        "mopro_fast.downstream.finetune",
-        "train on a share of labelled data: mopro-fast finetune CKPT --data PATH …",
-    ),
-    "import": (
-        "mopro_fast.downstream.importing",
-        "a checkpoint of the official code, torchvision or safetensors into ours",
-    ),
-    "export": (
-        "mopro_fast.downstream.export",
-        "a checkpoint for the official code, torchvision, timm, detectron2, ONNX",
-    ),
-    "eval": ("mopro_fast.downstream.evaluate", "accuracy, calibration and confusions of a checkpoint's classifier"),
-    "lowshot": (
-        "mopro_fast.downstream.lowshot",
-        "linear SVMs on frozen features, k images per class: VOC07, Places205",
-    ),
-    "probe": ("mopro_fast.downstream.probe", "a linear classifier on frozen features: OmniBenchmark's protocol"),
-    "env": ("mopro_fast.environment", "what this installation has: versions, GPU, extension, backends"),
+    "finetune": ("downstream.finetune", "train on a share of labelled data: mopro-fast finetune CKPT --data PATH …"),
+    "import": ("downstream.importing", "a checkpoint of the official code, torchvision or safetensors into ours"),
+    "export": ("downstream.export", "a checkpoint for the official code, torchvision, timm, detectron2, ONNX"),
+    "eval": ("downstream.evaluate", "accuracy, calibration and confusions of a checkpoint's classifier"),
+    "lowshot": ("downstream.lowshot", "linear SVMs on frozen features, k images per class: VOC07, Places205"),
+    "probe": ("downstream.probe", "a linear classifier on frozen features: OmniBenchmark's protocol"),
+    "env": ("environment", "what this installation has: versions, GPU, extension, backends"),
 }
 
 
@@ -79,19 +64,15 @@ def _run(argv: list[str]) -> int:
         from mopro_fast.config import nearest
 
         raise UserError(f"unknown command {name!r}{nearest(name, COMMANDS)}")
-    return import_module(COMMANDS[name][0]).main(rest) or 0
+    return import_module(f"mopro_fast.{COMMANDS[name][0]}").main(rest) or 0
 
 
 def _usage() -> str:
-    lines = [f"  {name:8s} {text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: mopro-fast COMMAND …",
-            "",
-            "Fast, trustworthy training of MoPro on noisy web images.",
-            "",
-            *lines,
-            "",
-            "`mopro-fast COMMAND --help` says more. Several GPUs: torchrun --nproc-per-node N -m mopro_fast train …",
-        ]
-    )
+    commands = "\n".join(f"  {name:8s} {text}" for name, (_, text) in COMMANDS.items())
+    return f"""usage: mopro-fast COMMAND …
+
+Fast, trustworthy training of MoPro on noisy web images.
+
+{commands}
+
+`mopro-fast COMMAND --help` says more. Several GPUs: torchrun --nproc-per-node N -m mopro_fast train …"""

@@ -149,19 +149,15 @@ def table(results: dict) -> str:
     def percent(name: str) -> str:
         return f"{100 * results[name]:5.1f} %"
 
-    return "\n".join(
-        [
-            "",
-            "accuracy on clean test images, after the last epoch",
-            f"  cross-entropy                              {results['ce_top1']:5.1f} %",
-            f"  MoPro                                      {results['mopro_top1']:5.1f} %",
-            f"MoPro's label correction in the last epoch ({results['corrections']} labels changed)",
-            f"  precision: changed labels that are right   {percent('precision')}",
-            f"  recall: wrong labels that were put right   {percent('recall')}",
-            f"  out-of-distribution images removed         {percent('ood_removed')}",
-            f"  digits removed by mistake                  {percent('clean_removed')}",
-        ]
-    )
+    return f"""
+accuracy on clean test images, after the last epoch
+  cross-entropy                              {results["ce_top1"]:5.1f} %
+  MoPro                                      {results["mopro_top1"]:5.1f} %
+MoPro's label correction in the last epoch ({results["corrections"]} labels changed)
+  precision: changed labels that are right   {percent("precision")}
+  recall: wrong labels that were put right   {percent("recall")}
+  out-of-distribution images removed         {percent("ood_removed")}
+  digits removed by mistake                  {percent("clean_removed")}"""
 
 
 def draw(out: Path, path: Path) -> None:
@@ -192,28 +188,18 @@ def draw(out: Path, path: Path) -> None:
     sample = np.random.default_rng(0).permutation
     changed = sample(np.flatnonzero((assigned >= 0) & (assigned != given)))
     removed = sample(np.flatnonzero(assigned == -1))
-    axes = bottom.subplots(4, columns)
-    for row, (title, rows) in enumerate(
-        (
-            ("corrected", changed[:columns]),
-            ("corrected", changed[columns : 2 * columns]),
-            ("removed", removed[:columns]),
-            ("removed", removed[columns : 2 * columns]),
-        )
-    ):
-        for axis in axes[row]:
+    two_rows_each = bottom.subplots(4, columns).reshape(2, -1)
+    for axes, rows in zip(two_rows_each, (changed, removed), strict=True):
+        for axis in axes:
             axis.axis("off")
-        for axis, i in zip(axes[row], rows, strict=False):
+        for axis, i in zip(axes, rows, strict=False):
             axis.imshow(Image.open(files[i]))
-            text = f"{given[i]} → {assigned[i]}" if title == "corrected" else f"{given[i]} removed"
-            axis.set_title(text, fontsize=9, color="green" if _right(true[i], assigned[i]) else "red")
+            text = f"{given[i]} removed" if assigned[i] == -1 else f"{given[i]} → {assigned[i]}"
+            right = true[i] == assigned[i]  # −1 is both "belongs to no class" and "removed"
+            axis.set_title(text, fontsize=9, color="green" if right else "red")
     bottom.suptitle("given → corrected label, and removed images (green: right, red: wrong)", fontsize=11)
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def _right(true: int, assigned: int) -> bool:
-    return true == assigned  # −1 is both "belongs to no class" and "removed"
 
 
 def _write_list(path: Path, paths: list[str], labels: np.ndarray) -> None:

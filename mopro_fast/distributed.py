@@ -65,11 +65,10 @@ def leave() -> None:
 
 def gather_rows(x: Tensor) -> Tensor:
     """The same-sized x of all ranks, one below the other in rank order: [N, …] → [W·N, …]. No gradient."""
-    _, ranks = world()
     x = x.detach().contiguous()
     if alone():
         return x
-    out = x.new_empty(ranks * len(x), *x.shape[1:])
+    out = x.new_empty(world()[1] * len(x), *x.shape[1:])
     dist.all_gather_into_tensor(out, x)
     return out
 
@@ -134,12 +133,12 @@ def data_parallel(module: nn.Module, example: Tensor) -> DistributedDataParallel
     return wrapped
 
 
-def from_rank0(value):
+def from_rank0(value, group: dist.ProcessGroup | None = None):
     """Rank 0's value (any small picklable object) on every rank."""
     if alone():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 
@@ -147,20 +146,17 @@ def by_rank0(compute: Callable[[], T]) -> T:
     """What rank 0 computes (something picklable), on every rank. The others wait for as long as it takes."""
     if alone():
         return compute()
-    rank = world()[0]
     group = _patient_group()
-    box = [compute() if rank == 0 else None]
-    dist.broadcast_object_list(box, src=0, group=group)
+    value = from_rank0(compute() if world()[0] == 0 else None, group)
     dist.destroy_process_group(group)
-    return box[0]
+    return value
 
 
 def gather_lists(mine: list, patient: bool = False) -> list:
     """The ranks' lists (of small picklable objects) joined, on every rank; patient: for as long as one needs."""
-    _, ranks = world()
     if alone():
         return mine
-    parts: list = [None] * ranks
+    parts: list = [None] * world()[1]
     group = _patient_group() if patient else None
     dist.all_gather_object(parts, mine, group=group)
     if patient:
@@ -199,10 +195,8 @@ class StopSignal:
         self.pending: tuple[dist.Work, Tensor] | None = None
 
     def __enter__(self) -> "StopSignal":
-        if threading.current_thread() is threading.main_thread():
-            self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
-        else:
-            self.before = {}
+        main = threading.current_thread() is threading.main_thread()  # others may not set handlers
+        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT) if main}
         return self
 
     def __exit__(self, *_) -> None:

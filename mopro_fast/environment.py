@@ -82,14 +82,11 @@ def _apex() -> str:
 def _gpus() -> list[dict[str, str]]:
     import torch
 
-    if not torch.cuda.is_available():
-        return []
-    gpus = []
-    for index in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(index)
-        memory = f"{gpu.total_memory / 2**30:.0f} GiB"
-        gpus.append({"name": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "memory": memory})
-    return gpus
+    gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [
+        {"name": g.name, "capability": f"{g.major}.{g.minor}", "memory": f"{g.total_memory / 2**30:.0f} GiB"}
+        for g in gpus
+    ]
 
 
 def _driver() -> str:

@@ -12,7 +12,7 @@ from mopro_fast.errors import UserError
 
 
 @contextlib.contextmanager
-def replacing(path: str, own: str = "") -> Iterator[BinaryIO]:
+def replacing(path: str | os.PathLike, own: str = "") -> Iterator[BinaryIO]:
     """A file for writing that appears as ``path`` when it is complete and on the disk, or not at all.
 
     own: told apart by this, files of several writers do not mix.
@@ -63,7 +63,7 @@ def write_json(path: Path, value: Any) -> None:
     """The whole file or none."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(os.fspath(path)) as file:
+        with replacing(path) as file:
             file.write(json.dumps(value, indent=2).encode() + b"\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None

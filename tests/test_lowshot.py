@@ -99,7 +99,8 @@ def test_interrupted_it_goes_on_from_the_svms_that_are_done(tmp_path):
     whole = svm_scores(*arguments, draws, cost=0.5)
     done = Done(tmp_path, "lowshot", {"seed": 0})
     done.add("2 0 1", [12.5, True])
-    done._append('\n["2 0 2", [1')  # a kill in the middle of a line
+    (kept,) = tmp_path.glob(".lowshot-*.jsonl")
+    kept.write_text(kept.read_text() + '\n["2 0 2", [1')  # a kill in the middle of a line
     again = Done(tmp_path, "lowshot", {"seed": 0})
     assert again.results == {"2 0 1": [12.5, True]}
     assert svm_scores(*arguments, draws, 0.5, 1, again) == whole | {(2, 0, 1): (12.5, True)}

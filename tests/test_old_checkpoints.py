@@ -24,7 +24,7 @@ def inputs(tmp_path, monkeypatch):
 
 
 def run(command: list[str]) -> None:
-    assert importlib.import_module(COMMANDS[command[0]][0]).main(command[1:]) == 0
+    assert importlib.import_module(f"mopro_fast.{COMMANDS[command[0]][0]}").main(command[1:]) == 0
 
 
 def entries(path) -> list[dict]:

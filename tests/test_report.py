@@ -21,8 +21,9 @@ from mopro_fast import cli
 from mopro_fast.config import recipe
 from mopro_fast.downstream.retrain import Retrain
 from mopro_fast.errors import UserError
+from mopro_fast.models.build import build_encoder
 from mopro_fast.report import figures, images, page
-from mopro_fast.report.command import Report
+from mopro_fast.report.page import Report
 from mopro_fast.training.loop import Trainer
 from mopro_fast.training.tasks import task_of
 
@@ -178,7 +179,7 @@ def test_scores_are_step_6_of_the_method():
     torch.manual_seed(0)
     c = recipe("demo")
     c.data.num_classes, c.model.width, c.mopro.alpha, c.mopro.threshold = 5, 0.125, 0.3, 0.3
-    encoder = images.build_encoder(c).eval()
+    encoder = build_encoder(c).eval()
     prototypes = torch.nn.functional.normalize(torch.randn(5, c.model.embed_dim), dim=1)
     pixels = torch.randint(0, 256, (32, 16, 16, 3), dtype=torch.uint8)
     given = torch.randint(-1, 5, (32,))

@@ -130,7 +130,7 @@ def whole(data, model, tmp_path_factory) -> Path:
     c = retrain(data, out)
     c.mixup = 0.2
     trainer = run(c, model)
-    assert trainer.steps == 66 // 8 and len(trainer.loader._index.usable) == 67
+    assert trainer.steps == 66 // 8 and len(trainer.loader.index.usable) == 67
     return out
 
 

@@ -21,7 +21,7 @@ from mopro_fast.errors import UserError
 from mopro_fast.models.resnet import GroupedBatchNorm2d
 
 ROOT = Path(__file__).parent.parent
-TINY = Case(8, classes=5, image_size=16, arch="resnet18", width=0.125, stem="small", queue=32, device="cpu")
+TINY = Case(8, classes=5, image_size=16, arch="resnet18", width=0.125, stem="small", queue_size=32, device="cpu")
 
 
 def test_the_official_step_computes_what_ours_does():

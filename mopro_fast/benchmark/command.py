@@ -53,16 +53,10 @@ class Bench:
     """JSON file to write."""
 
 
-_GPU = {"batch_sizes": (256, 32, 1024, 64, 128, 512), "classes": (1000, 5000), "image_size": 224, "queue_size": 8192}
-_GPU |= {"arch": "resnet50", "width": 1.0}
-_CPU = {
-    "batch_sizes": (32,),
-    "classes": (100,),
-    "image_size": 64,
-    "queue_size": 1024,
-    "arch": "resnet18",
-    "width": 0.25,
-}
+_GPU = {"batch_sizes": (256, 32, 1024, 64, 128, 512), "classes": (1000, 5000)}
+_GPU |= {"image_size": 224, "queue_size": 8192, "arch": "resnet50", "width": 1.0}
+_CPU = {"batch_sizes": (32,), "classes": (100,)}
+_CPU |= {"image_size": 64, "queue_size": 1024, "arch": "resnet18", "width": 0.25}
 _EVERYTHING = (32, 256)  # batch sizes at which every variant is timed
 
 
@@ -100,21 +94,16 @@ def run(options: Bench, keep: Callable[[dict[str, Any]], object] = lambda _: Non
     if device == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be captured
-    cases = [
-        Case(
-            batch=n, classes=c, image_size=chosen["image_size"], arch=chosen["arch"], width=chosen["width"],
-            queue=chosen["queue_size"], bn_group=options.bn_group, device=device,
-        )
-        for c in chosen["classes"] for n in chosen["batch_sizes"]
-    ]  # fmt: skip
+    batch_sizes, classes = chosen.pop("batch_sizes"), chosen.pop("classes")
+    cases = [Case(n, c, **chosen, bn_group=options.bn_group, device=device) for c in classes for n in batch_sizes]
     for case in cases:
         case.config().validate()
     known = throughput.variants(cases[0], options.official, everything=True)
     if unknown := [name for name in options.variants if name not in known]:
         there = ", ".join(f'"{name}"' for name in known)
         raise UserError(f'--variants "{unknown[0]}": no variant on this device has that name; there are {there}')
-    settings = {"device": device, **{k: v for k, v in chosen.items() if k not in ("batch_sizes", "classes")}}
-    settings |= {"bn_group": options.bn_group, "seconds": options.seconds, "variants": list(options.variants)}
+    settings = {"device": device, **chosen, "bn_group": options.bn_group}
+    settings |= {"seconds": options.seconds, "variants": list(options.variants)}
     began, results = time.perf_counter(), []
 
     def so_far() -> dict[str, Any]:
@@ -125,7 +114,7 @@ def run(options: Bench, keep: Callable[[dict[str, Any]], object] = lambda _: Non
     for i, case in enumerate(cases, 1):
         if time.perf_counter() - began > 60 * options.minutes:
             break
-        everything = device == "cpu" or (case.batch in _EVERYTHING and case.classes == chosen["classes"][0])
+        everything = device == "cpu" or (case.batch in _EVERYTHING and case.classes == classes[0])
         made = throughput.variants(case, options.official, everything or bool(options.variants))
         chosen_here = {name: made[name] for name in options.variants or made}
         found: dict[str, Any] = {"batch": case.batch, "classes": case.classes, "variants": {}}

@@ -1,7 +1,8 @@
 """What a training step takes: ours, ours with one thing switched off, the official code, plain supervised training.
 
-Every variant trains the same architecture on the same synthetic images, in an epoch whose labels are corrected. On a
-CPU they take turns, so that a machine whose speed drifts drifts for all; on a GPU one is built at a time, for memory.
+Every variant is a factory from a case to the function that makes one step. All train the same architecture on the same
+synthetic images, in an epoch whose labels are corrected. On a CPU they take turns, so that a machine whose speed drifts
+drifts for all; on a GPU one is built at a time, for memory.
 """
 
 import contextlib
@@ -11,8 +12,10 @@ import itertools
 import statistics
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,7 +56,7 @@ class Case:
     arch: str = "resnet50"
     width: float = 1
     stem: str = "imagenet"
-    queue: int = 8192
+    queue_size: int = 8192
     bn_group: int = 0
     device: str = "cuda"
 
@@ -61,7 +64,7 @@ class Case:
         return TrainConfig(
             data=DataConfig(path="synthetic", num_classes=self.classes, image_size=self.image_size),
             model=ModelConfig(arch=self.arch, width=self.width, stem=self.stem, bn_group=self.bn_group),
-            mopro=MoProConfig(queue_size=max(self.queue, self.batch), start_clean=_EPOCH),
+            mopro=MoProConfig(queue_size=max(self.queue_size, self.batch), start_clean=_EPOCH),
             optim=OptimConfig(batch_size=self.batch, lr=0.01),
             run=RunConfig(out="none", **run),
         )
@@ -75,9 +78,6 @@ class Case:
         return Batch(q, k, labels, torch.arange(self.batch, device=self.device))
 
 
-# ---- variants: each is a factory from a case to the function that makes one step ----
-
-
 def ours(case: Case, model: Callable[[TrainConfig], Any] = build, **run: Any) -> Callable[[], Any]:
     """TrainStep as the trainer calls it; ``call.step`` is it."""
     torch.manual_seed(0)
@@ -86,12 +86,11 @@ def ours(case: Case, model: Callable[[TrainConfig], Any] = build, **run: Any) ->
     if isinstance(built, MoPro):  # as in the middle of a training: without prototypes nothing is corrected
         built.prototypes.copy_(torch.nn.functional.normalize(torch.randn_like(built.prototypes), dim=1))
     step = TrainStep(config, built, case.batch, device)
-    batch, shuffle, count = case.images(), Shuffle(0, case.batch), 0
+    batch, shuffle, counter = case.images(), Shuffle(0, case.batch), itertools.count(1)
     batch = batch if isinstance(built, MoPro) else batch._replace(view_k=None)
 
     def call() -> Tensor:
-        nonlocal count
-        count += 1
+        count = next(counter)
         ((shuffled, place),) = shuffle([batch], count)
         return step(shuffled, place, _EPOCH, count, 0.01).loss
 
@@ -119,6 +118,10 @@ def plain_norms(model: Module) -> Module:
     return model
 
 
+def built_plainly(config: TrainConfig) -> Module:
+    return plain_norms(build(config))
+
+
 def ordinary_encoder(case: Case) -> Module:
     """What others train: an encoder with nothing of ours, and all rows in one BatchNorm group."""
     return plain_norms(build_encoder(replace(case, bn_group=0).config())).to(case.device)
@@ -132,46 +135,39 @@ def fused_key_convolutions(config: TrainConfig) -> MoPro:
     return model
 
 
-def encoders_alone(case: Case) -> Callable[[], Any]:
-    return ours(case, lambda c: TwoEncoders(build_encoder(c), build_encoder(c), c.mopro))
-
-
 def without_fused_ops(case: Case) -> Callable[[], Any]:
     with ops.use_backend("reference"):
         call = ours(case)
-
-    def plain() -> Any:
-        with ops.use_backend("reference"):
-            return call()
-
-    return plain
+    return ops.use_backend("reference")(call)
 
 
-def supervised(case: Case) -> Callable[[], Any]:
-    return ours(case, lambda config: build(replace(config, method="ce")))
+def sgd_step(model: Module, o: OptimConfig, loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """A step of torch.optim.SGD on ``loss()``."""
+    optimizer = torch.optim.SGD(model.parameters(), o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
+
+    def call() -> Tensor:
+        value = loss()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        return value.detach()
+
+    return call
 
 
 def supervised_plain(case: Case) -> Callable[[], Any]:
     """As torchvision's reference trains: autocast on a GPU, channels-last, torch.optim.SGD, eager."""
     torch.manual_seed(0)
     encoder = ordinary_encoder(case).to(memory_format=torch.channels_last).train()
-    config = case.config().optim
-    optimizer = torch.optim.SGD(
-        encoder.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-    )
     batch = case.images()
     view = ops.normalize(batch.view_q)
 
-    def call() -> Tensor:
+    def loss() -> Tensor:
         with torch.autocast(case.device, torch.bfloat16, enabled=case.device == "cuda"):
             logits = encoder.classifier(encoder.features(view))
-            loss = torch.nn.functional.cross_entropy(logits, batch.labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
+            return torch.nn.functional.cross_entropy(logits, batch.labels)
 
-    return call
+    return sgd_step(encoder, case.config().optim, loss)
 
 
 def official_step(case: Case, fast: bool) -> Callable[[], Any]:
@@ -203,23 +199,17 @@ def official_clone(case: Case, path: Path) -> Callable[[], Any]:
     with _cpu_for_cuda(case.device):
         model = model_code.MoPro(resnet_code.resnet50, args, width=int(case.width)).to(case.device).train()
     criterion = torch.nn.CrossEntropyLoss()
-    o = config.optim
-    optimizer = torch.optim.SGD(model.parameters(), o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
     batch = case.images()
     view_q, view_k = (ops.normalize(view).contiguous() for view in (batch.view_q, batch.view_k))
 
-    def call() -> Tensor:
+    def loss() -> Tensor:
         with _cpu_for_cuda(case.device):
             out, target, logits, instance, proto = model(
                 [view_q, batch.labels.clone(), view_k], args, is_proto=True, is_clean=True
             )
-        loss = criterion(proto, target) + criterion(out, target) + criterion(logits, instance)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
+        return criterion(proto, target) + criterion(out, target) + criterion(logits, instance)
 
-    return call
+    return sgd_step(model, config.optim, loss)
 
 
 def _module(path: Path, name: str) -> Any:
@@ -243,31 +233,29 @@ def variants(case: Case, clone: Path | None, everything: bool) -> dict[str, Call
     """By name, ours first; ``everything``: also those without one fusion, and supervised training."""
     made: dict[str, Callable[[Case], Callable[[], Any]]] = {
         OURS: ours,
-        OFFICIAL: lambda c: official_step(c, fast=False),
-        OFFICIAL_FAST[case.device]: lambda c: official_step(c, fast=True),
-        ENCODERS: encoders_alone,
+        OFFICIAL: partial(official_step, fast=False),
+        OFFICIAL_FAST[case.device]: partial(official_step, fast=True),
+        ENCODERS: partial(ours, model=lambda c: TwoEncoders(build_encoder(c), build_encoder(c), c.mopro)),
     }
     if clone:
-        made[CLONE] = lambda c: official_clone(c, clone)
+        made[CLONE] = partial(official_clone, path=clone)
     if everything:
-        made |= {SUPERVISED: supervised, SUPERVISED_PLAIN: supervised_plain}
+        made[SUPERVISED] = partial(ours, model=lambda c: build(replace(c, method="ce")))
+        made[SUPERVISED_PLAIN] = supervised_plain
         if case.device == "cuda":
             made |= {
-                "ours, no CUDA graph": lambda c: ours(c, cuda_graph=False),
-                "ours, BatchNorm in plain PyTorch": lambda c: ours(c, lambda config: plain_norms(build(config))),
-                "ours, key encoder's 1×1 convolutions with BatchNorm": lambda c: ours(c, fused_key_convolutions),
-                "ours, BatchNorm in plain PyTorch, encoders under torch.compile": lambda c: ours(
-                    c, lambda config: plain_norms(build(config)), compile=True
+                "ours, no CUDA graph": partial(ours, cuda_graph=False),
+                "ours, BatchNorm in plain PyTorch": partial(ours, model=built_plainly),
+                "ours, key encoder's 1×1 convolutions with BatchNorm": partial(ours, model=fused_key_convolutions),
+                "ours, BatchNorm in plain PyTorch, encoders under torch.compile": partial(
+                    ours, model=built_plainly, compile=True
                 ),
-                "ours, activations computed twice": lambda c: ours(c, recompute=True),
-                "ours, weights cast in every step": lambda c: ours(c, bf16_weights=False),
+                "ours, activations computed twice": partial(ours, recompute=True),
+                "ours, weights cast in every step": partial(ours, bf16_weights=False),
                 "ours, ops in plain PyTorch": without_fused_ops,
-                "ours, float32": lambda c: ours(c, precision="fp32"),
+                "ours, float32": partial(ours, precision="fp32"),
             }
     return made
-
-
-# ---- measuring ----
 
 
 def measure(case: Case, made: dict[str, Callable], seconds: float) -> Iterator[tuple[str, dict]]:
@@ -279,7 +267,7 @@ def measure(case: Case, made: dict[str, Callable], seconds: float) -> Iterator[t
         broken = ""
         for name, factory in made.items():
             found = {"skipped": broken} if broken else attempt(_alone, factory, case, seconds)
-            if "failed" in found and not _cuda_works():
+            if "failed" in found and attempt(torch.cuda.synchronize):  # CUDA fails for good after an illegal access
                 broken = f"CUDA is broken in this process since {name!r}"
             yield name, found
         return
@@ -287,18 +275,16 @@ def measure(case: Case, made: dict[str, Callable], seconds: float) -> Iterator[t
     times: dict[str, list[float]] = {}
     failed: dict[str, dict] = {}
 
-    def begin(name: str) -> dict:
+    def begin(name: str) -> None:
         calls[name], times[name] = made[name](case), []
         calls[name]()
-        return {}
 
-    def step(name: str) -> dict:
+    def step(name: str) -> None:
         start = time.perf_counter()
         calls[name]()
         times[name].append(1e3 * (time.perf_counter() - start))
-        return {}
 
-    def in_turn(act: Callable[[str], dict]) -> None:
+    def in_turn(act: Callable[[str], None]) -> None:
         for name in made:
             if name not in failed and (why := attempt(act, name)):
                 failed[name] = why
@@ -312,7 +298,7 @@ def measure(case: Case, made: dict[str, Callable], seconds: float) -> Iterator[t
         yield name, failed.get(name) or _summary(times[name], case.batch)
 
 
-def attempt(measured: Callable[..., dict], *args: Any) -> dict:
+def attempt(measured: Callable[..., Any], *args: Any) -> Any:
     """What it returns, or {"skipped": why}, {"failed": why}: the others go on. A mistake of the user ends them all."""
     try:
         return measured(*args)
@@ -352,15 +338,6 @@ def _counts(call: Callable[[], Any], device: str) -> dict:
     }
 
 
-def _cuda_works() -> bool:
-    """Not after an illegal access: then everything in the process fails."""
-    try:
-        torch.cuda.synchronize()
-    except Exception:
-        return False
-    return True
-
-
 def _times(call: Callable[[], Any], seconds: float) -> list[float]:
     """Milliseconds per step, of five blocks of steps that the host enqueues without waiting."""
 
@@ -377,9 +354,8 @@ def _times(call: Callable[[], Any], seconds: float) -> list[float]:
 
 
 def _summary(times: list[float], batch: int) -> dict:
-    p20, _, _, p80 = statistics.quantiles(times, n=5) if len(times) > 1 else (times[0],) * 4
-    p50 = statistics.median(times)
-    return {"step_ms": {"p20": p20, "p50": p50, "p80": p80}, "images_per_second": 1e3 * batch / p50}
+    step_ms = timing.quantiles(times)
+    return {"step_ms": step_ms, "images_per_second": 1e3 * batch / step_ms["p50"]}
 
 
 def on_images(case: Case, data: str, seconds: float) -> dict[str, float]:
@@ -395,16 +371,17 @@ def on_images(case: Case, data: str, seconds: float) -> dict[str, float]:
     model = build(config).to(device, memory_format=torch.channels_last).train()
     step = TrainStep(config, model, len(index), device)
     batches = Shuffle(0, case.batch)((b for epoch in itertools.count() for b in loader.epoch(epoch)), 0)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     for count in range(_WARM_UP_STEPS):
         step(*next(batches), _EPOCH, count, 0.01)
-    _synchronize(device)
+    synchronize()
     count, waited, began = 0, 0.0, time.perf_counter()
     while (asked := time.perf_counter()) - began < seconds:
         batch, place = next(batches)
         waited += time.perf_counter() - asked
         step(batch, place, _EPOCH, count, 0.01)
         count += 1
-    _synchronize(device)
+    synchronize()
     took = time.perf_counter() - began
     loader.close()
     return {"images_per_second": count * case.batch / took, "data_wait": waited / took}
@@ -416,69 +393,47 @@ def _free() -> None:
     torch.cuda.empty_cache()  # without CUDA nothing
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def parts(case: Case, steps: int) -> dict[str, float]:
     """Milliseconds of each of PARTS in our eager step (median): marks are set around the modules from outside."""
     _free()
-    call = ours(case, cuda_graph=False)
-    step, marks = call.step, _Marks(case.device)
-    step.query.register_forward_pre_hook(lambda *_: marks("query forward"))
-    step.query.register_forward_hook(lambda *_: marks("rest"))
-    step.key.register_forward_pre_hook(lambda *_: marks("key forward"))
-    step.key.register_forward_hook(lambda *_: marks("head"))
-    step.model.register_forward_hook(lambda *_: marks("backward"))
+    call, cuda = ours(case, cuda_graph=False), case.device == "cuda"
+    step, marks = call.step, []  # from each mark to the next belongs to the first one's name
+
+    def mark(name: str) -> None:
+        now = torch.cuda.Event(enable_timing=True) if cuda else time.perf_counter()
+        if cuda:
+            now.record()
+        marks.append((name, now))
+
+    step.query.register_forward_pre_hook(lambda *_: mark("query forward"))
+    step.query.register_forward_hook(lambda *_: mark("rest"))
+    step.key.register_forward_pre_hook(lambda *_: mark("key forward"))
+    step.key.register_forward_hook(lambda *_: mark("head"))
+    step.model.register_forward_hook(lambda *_: mark("backward"))
     gather, optimize = mopro_module.gather_together, step.optimizer.step
 
     def gathering(*tensors: Tensor) -> list[Tensor]:
-        marks("communication")
+        mark("communication")
         result = gather(*tensors)
-        marks("head")
+        mark("head")
         return result
 
     def optimizing() -> None:
-        marks("optimizer and EMA")
+        mark("optimizer and EMA")
         optimize()
-        marks("rest")
+        mark("rest")
 
-    found: list[dict[str, float]] = []
+    found: list[Counter[str]] = []
     step.optimizer.step = optimizing
     with mock.patch.object(mopro_module, "gather_together", gathering):
         for _ in range(3 + steps):
-            marks.start()
+            marks.clear()
+            mark("rest")
             call()
-            found.append(marks.stop())
-    return {name: statistics.median(f.get(name, 0.0) for f in found[3:]) for name in (*PARTS, "rest")}
-
-
-class _Marks:
-    """From each mark to the next belongs to the first one's name."""
-
-    def __init__(self, device: str) -> None:
-        self._cuda = device == "cuda"
-        self._marks: list[tuple[str, Any]] = []
-
-    def __call__(self, name: str) -> None:
-        if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append((name, event))
-        else:
-            self._marks.append((name, time.perf_counter()))
-
-    def start(self) -> None:
-        self._marks.clear()
-        self("rest")
-
-    def stop(self) -> dict[str, float]:
-        self("end")
-        if self._cuda:
-            torch.cuda.synchronize()
-        total: dict[str, float] = {}
-        for (name, begin), (_, end) in zip(self._marks, self._marks[1:], strict=False):
-            took = begin.elapsed_time(end) if self._cuda else 1e3 * (end - begin)
-            total[name] = total.get(name, 0.0) + took
-        return total
+            mark("end")
+            if cuda:
+                torch.cuda.synchronize()
+            found.append(Counter())
+            for (name, begin), (_, end) in itertools.pairwise(marks):
+                found[-1][name] += begin.elapsed_time(end) if cuda else 1e3 * (end - begin)
+    return {name: statistics.median(f[name] for f in found[3:]) for name in (*PARTS, "rest")}

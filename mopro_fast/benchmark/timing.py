@@ -18,9 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 from mopro_fast.training.graph import capturing
 
 Call = Callable[[], object]
-FLUSH = (
-    2**27
-)  # bytes written, and as many read, before each repetition: over twice the L2 of an H100 (50 MB) or H200 (60 MB)
+# Bytes written, and as many read, before each repetition: over twice the L2 of an H100 (50 MB) or H200 (60 MB).
+FLUSH = 2**27
 
 
 def eager(call: Call, device: str, seconds: float = 0.1) -> dict[str, float]:
@@ -191,5 +190,9 @@ def _sample(once: Callable[[], float], seconds: float) -> dict[str, float]:
     took = time.perf_counter() - began
     repeats = max(5, min(50, int(seconds / took)))
     times = [once() for _ in range(repeats)]
-    p20, _, _, p80 = statistics.quantiles(times, n=5)
-    return {"p20": p20, "p50": statistics.median(times), "p80": p80, "repeats": repeats}
+    return {**quantiles(times), "repeats": repeats}
+
+
+def quantiles(times: list[float]) -> dict[str, float]:
+    p20, _, _, p80 = statistics.quantiles(times, n=5) if len(times) > 1 else times * 4
+    return {"p20": p20, "p50": statistics.median(times), "p80": p80}

@@ -7,6 +7,7 @@ breaks during the run is another matter: see reader.py.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -44,37 +45,40 @@ def require_rows(images: int, batch_size: int, source: str) -> None:
         )
 
 
-class TrainBatches:
+@dataclass(eq=False)
+class Batches:
+    """What the loaders of training and of evaluation have in common."""
+
+    index: Index
+    _: KW_ONLY
+    batch_size: int
+    """This rank's rows."""
+    rank: int
+    world_size: int
+    image_size: int
+    device: torch.device
+    threads: int
+
+
+@dataclass(eq=False, kw_only=True)
+class TrainBatches(Batches):
     """Endless, seekable training batches: ``for batch in loader.epoch(e, start_step)``.
 
-    ``batch_size`` counts this rank's rows. An image that cannot be read when its turn comes is replaced by one that
-    the epoch leaves out, if there is any: ``lost`` collects (epoch, step, Lost) until it is emptied.
-    shuffle_shards, repeats: see order.epoch_order.
+    An image that cannot be read when its turn comes is replaced by one that the epoch leaves out, if there is any:
+    ``lost`` collects (epoch, step, Lost) until it is emptied.
     """
 
-    def __init__(
-        self,
-        index: Index,
-        *,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        image_size: int,
-        augment: AugmentConfig,
-        two_views: bool = True,
-        device: torch.device,
-        threads: int,
-        shuffle_shards: int = 0,
-        repeats: np.ndarray | None = None,
-    ) -> None:
-        require_rows(len(index.usable), batch_size * world_size, index.source)
-        self.steps_per_epoch = len(index.usable) // (batch_size * world_size)
+    seed: int
+    augment: AugmentConfig
+    two_views: bool = True
+    shuffle_shards: int = 0
+    """This and ``repeats``: see order.epoch_order."""
+    repeats: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        require_rows(len(self.index.usable), self.batch_size * self.world_size, self.index.source)
+        self.steps_per_epoch = len(self.index.usable) // (self.batch_size * self.world_size)
         self.lost: list[tuple[int, int, Lost]] = []
-        self._index, self._augment, self._two_views, self._device = index, augment, two_views, device
-        self._batch_size, self._rank, self._world_size, self._seed = batch_size, rank, world_size, seed
-        self._image_size, self._threads = image_size, threads
-        self._shuffle_shards, self._repeats = shuffle_shards, repeats
         self._latest: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))  # an epoch and its order
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
@@ -87,19 +91,38 @@ class TrainBatches:
 
     def _order(self, epoch: int) -> np.ndarray:
         if self._latest[0] != epoch:
-            self._latest = (epoch, epoch_order(self._index, self._seed, epoch, self._shuffle_shards, self._repeats))
+            self._latest = (epoch, epoch_order(self.index, self.seed, epoch, self.shuffle_shards, self.repeats))
         return self._latest[1]
 
     def _rows(self, epoch: int, step: int) -> np.ndarray:
         """int64 [N]: the index's rows that this rank shows at this step."""
-        first = (step * self._world_size + self._rank) * self._batch_size
-        return self._order(epoch)[first : first + self._batch_size]
+        first = (step * self.world_size + self.rank) * self.batch_size
+        return self._order(epoch)[first : first + self.batch_size]
 
     def _others(self, epoch: int) -> Callable[[int], np.ndarray]:
         """order.substitutes for the rows of this epoch."""
-        order, shown = self._order(epoch), self.steps_per_epoch * self._batch_size * self._world_size
-        return lambda row: substitutes(order, shown, self._seed, epoch, row)
+        order, shown = self._order(epoch), self.steps_per_epoch * self.batch_size * self.world_size
+        return lambda row: substitutes(order, shown, self.seed, epoch, row)
 
     def _draw(self, epoch: int, step: int) -> Views:
-        rng = np.random.Generator(np.random.PCG64((_AUGMENT, self._seed, epoch, step)))
-        return draw(rng, self._batch_size, self._augment, skip=self._rank * self._batch_size)
+        rng = np.random.Generator(np.random.PCG64((_AUGMENT, self.seed, epoch, step)))
+        return draw(rng, self.batch_size, self.augment, skip=self.rank * self.batch_size)
+
+
+@dataclass(eq=False, kw_only=True)
+class EvalBatches(Batches):
+    """Every usable image once over all ranks (rank r has them r::W): shorter side to ``resize``, central crop.
+
+    Iterate, as often as needed, over (images uint8 [n, S, S, 3], labels int64 [n], ids int64 [n]) on ``device``; the
+    last batch may be smaller, and a rank may have none. Images that cannot be read when their turn comes are left
+    out; ``lost`` has those of the latest pass.
+    """
+
+    resize: int
+
+    def __post_init__(self) -> None:
+        size, resize = self.image_size, self.resize
+        if resize < size:
+            raise UserError(f"cannot crop {size} px from a shorter side of {resize} px: raise --eval-resize")
+        self.lost: list[Lost] = []
+        self._rows = self.index.usable[self.rank :: self.world_size]  # int64: those that this rank shows

@@ -9,7 +9,6 @@ import io
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from mopro_fast import ops
 from mopro_fast.data import decode
 from mopro_fast.data.augment import crop_boxes
-from mopro_fast.data.batches import Batch, TrainBatches
+from mopro_fast.data.batches import Batch, EvalBatches, TrainBatches
 from mopro_fast.data.decode import DecodeError
 from mopro_fast.data.index import Index
 from mopro_fast.data.reader import Lost
@@ -33,13 +32,12 @@ _CHUNK = 1024  # images decoded ahead at most: what an interruption waits for, a
 class DeviceTrainLoader(TrainBatches):
     """Training batches of images on ``device``: a batch is one copy to the device and one kernel there.
 
-    ``threads`` decode the images, here, once it is known that they fit the memory: else a UserError. shared: of
-    TrainBatches.
+    ``threads`` decode the images, here, once it is known that they fit the memory: else a UserError.
     """
 
-    def __init__(self, index: Index, **shared: Any) -> None:
-        super().__init__(index, **shared)
-        self._images = np.zeros((len(index), 3), np.int64)  # offset in _pixels, height, width; zeros: not there
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._images = np.zeros((len(self.index), 3), np.int64)  # offset in _pixels, height, width; zeros: not there
         self._reasons: dict[int, str] = {}  # why those are not there that should be
         self._pixels: torch.Tensor | None = self._decode()
 
@@ -50,25 +48,25 @@ class DeviceTrainLoader(TrainBatches):
     def memory(self) -> str:
         """What the images take, for the log."""
         count = (self._images[:, 1] > 0).sum()
-        return f"{count} images on {self._device} ({3 * self._images[:, 1:].prod(1).sum() / 1e6:.0f} MB)"
+        return f"{count} images on {self.device} ({3 * self._images[:, 1:].prod(1).sum() / 1e6:.0f} MB)"
 
     def _decode(self) -> torch.Tensor:
         """All images' pixels, uint8 [bytes]; sets _images and _reasons."""
-        rows, largest = self._index.usable, largest_side(self._image_size)
-        shapes = _shapes(self._index, rows, self._threads)
+        rows, largest = self.index.usable, largest_side(self.image_size)
+        shapes = _shapes(self.index, rows, self.threads)
         if (shapes > largest).any():
             first = (shapes > largest).any(1).argmax()
             height, width = shapes[first]
             raise UserError(
-                f"{self._index.name(rows[first])} has {width}x{height} pixels, --cache device takes sides of at most "
+                f"{self.index.name(rows[first])} has {width}x{height} pixels, --cache device takes sides of at most "
                 f"{largest}: pack the data with a smaller --size, or use --cache no"
             )
         ends = 3 * shapes.prod(1).cumsum()
         needed = int(ends[-1])
-        _require_memory(needed, len(rows), self._device)
-        pixels = torch.empty(needed, dtype=torch.uint8, device=self._device)
+        _require_memory(needed, len(rows), self.device)
+        pixels = torch.empty(needed, dtype=torch.uint8, device=self.device)
         self._images[:], self._reasons = 0, {}
-        found = decoded(self._index, rows, self._threads, show=self._rank == 0)
+        found = decoded(self.index, rows, self.threads, show=self.rank == 0)
         for row, end, shape, image in zip(rows, ends, shapes, found, strict=True):
             if isinstance(image, str):
                 self._reasons[row] = image
@@ -84,29 +82,26 @@ class DeviceTrainLoader(TrainBatches):
             self._pixels = self._decode()
         rows, drawn = self._readable(epoch, step), self._draw(epoch, step)
         images, jitter = self._images[rows], drawn.jitter
-        crops = [drawn.q, drawn.k] if self._two_views else [drawn.q]
+        crops = [drawn.q, drawn.k] if self.two_views else [drawn.q]
         boxes = np.stack([crop_boxes(images[:, 1:], crop) for crop in crops], axis=1)
         flips = np.stack([crop.flip for crop in crops], axis=1)
         labels, ids, images, boxes, order, factors, flips, gray = _together(
-            [self._index.labels[rows], rows, images, boxes, jitter.order, jitter.factors, flips, jitter.gray],
-            self._device,
+            [self.index.labels[rows], rows, images, boxes, jitter.order, jitter.factors, flips, jitter.gray],
+            self.device,
         )
-        views = ops.two_views(self._pixels, images, boxes, flips, gray, factors, order, self._image_size)
-        return Batch(views[0], views[1] if self._two_views else None, labels, ids)
+        views = ops.two_views(self._pixels, images, boxes, flips, gray, factors, order, self.image_size)
+        return Batch(views[0], views[1] if self.two_views else None, labels, ids)
 
     def _readable(self, epoch: int, step: int) -> np.ndarray:
         """The rows of :meth:`_rows`, those that are not there replaced."""
-        rows = self._rows(epoch, step)
-        missing = np.flatnonzero(self._images[rows, 1] == 0)
-        if missing.size:
-            rows = rows.copy()
-        for i in missing:
+        rows = self._rows(epoch, step).copy()
+        for i in np.flatnonzero(self._images[rows, 1] == 0):
             row = int(rows[i])
             others = self._others(epoch)(row)
             there = others[self._images[others, 1] > 0]
             if not there.size:
                 raise UserError(
-                    f"cannot read {self._index.name(row)} ({self._reasons[row]}), nor any of {len(others)} images "
+                    f"cannot read {self.index.name(row)} ({self._reasons[row]}), nor any of {len(others)} images "
                     "tried in its place: is the storage still there?"
                 )
             rows[i] = there[0]
@@ -114,43 +109,24 @@ class DeviceTrainLoader(TrainBatches):
         return rows
 
 
-class DeviceEvalLoader:
-    """pipeline.EvalLoader with the images, resized and cropped by Pillow, on ``device``.
+class DeviceEvalLoader(EvalBatches):
+    """Evaluation batches of images on ``device``, resized and cropped by Pillow; ``lost`` has those not decoded."""
 
-    ``lost`` has those that could not be decoded and are left out.
-    """
-
-    def __init__(
-        self,
-        index: Index,
-        *,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        image_size: int,
-        resize: int,
-        device: torch.device,
-        threads: int,
-    ) -> None:
-        if resize < image_size:
-            raise UserError(f"cannot crop {image_size} px from a shorter side of {resize} px: raise --eval-resize")
-        self._index, self._batch_size, self._threads, self._device = index, batch_size, threads, device
-        self._image_size, self._resize, self._show = image_size, resize, rank == 0
-        self._wanted = index.usable[rank::world_size]
-        self.lost: list[Lost] = []
-        self._rows = self._wanted
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._there = self._rows  # those of them that are in _images
         self._images: torch.Tensor | None = self._decode()
 
     def __len__(self) -> int:
-        return -(-len(self._rows) // self._batch_size)
+        return -(-len(self._there) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         if self._images is None:
             self._images = self._decode()
-        for first in range(0, len(self._rows), self._batch_size):
-            rows = self._rows[first : first + self._batch_size]
-            labels, ids = _together([self._index.labels[rows], rows], self._device)
-            yield self._images[first : first + self._batch_size], labels, ids
+        for first in range(0, len(self._there), self.batch_size):
+            rows = self._there[first : first + self.batch_size]
+            labels, ids = _together([self.index.labels[rows], rows], self.device)
+            yield self._images[first : first + self.batch_size], labels, ids
 
     def close(self) -> None:
         """Free the images' memory. The loader decodes again when iterated over."""
@@ -158,22 +134,22 @@ class DeviceEvalLoader:
 
     def _decode(self) -> torch.Tensor:
         """uint8 [n, S, S, 3]; sets _rows and lost."""
-        n, size = len(self._wanted), self._image_size
-        _require_memory(3 * n * size**2, n, self._device)
-        images = torch.empty(n, size, size, 3, dtype=torch.uint8, device=self._device)
+        wanted, size = self._rows, self.image_size
+        _require_memory(3 * len(wanted) * size**2, len(wanted), self.device)
+        images = torch.empty(len(wanted), size, size, 3, dtype=torch.uint8, device=self.device)
         rows, self.lost = [], []
 
         def crop(image: np.ndarray) -> np.ndarray:
-            return central_crop(image, self._resize, size)
+            return central_crop(image, self.resize, size)
 
-        found = decoded(self._index, self._wanted, self._threads, self._show, crop)
-        for row, image in zip(self._wanted.tolist(), found, strict=True):
+        found = decoded(self.index, wanted, self.threads, self.rank == 0, crop)
+        for row, image in zip(wanted.tolist(), found, strict=True):
             if isinstance(image, str):
                 self.lost.append(Lost(row, -1, image))
             else:
                 images[len(rows)] = torch.from_numpy(image)
                 rows.append(row)
-        self._rows = np.array(rows, np.int64)
+        self._there = np.array(rows, np.int64)
         return images[: len(rows)]
 
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from mopro_fast.data import workers as processes
 from mopro_fast.data.decode import CANNOT_READ, CONVERTED, OK, UNREADABLE, VERDICTS, examine_files
-from mopro_fast.data.index import Checked, Index, Split, load_index, val_layout
+from mopro_fast.data.index import Checked, Index, load_index, val_layout
 from mopro_fast.data.shards import is_pack, verify_pack
 from mopro_fast.errors import UserError
 from mopro_fast.files import locked, replacing
@@ -60,44 +60,37 @@ def check(index: Index, *, workers: int, progress: bool, path: str | None = None
     the data should not. Raises UserError where neither ``path`` nor the user's cache folder can be written.
     """
     with _open_partial(path or default_path(index)) as (path, partial):
-        return _check(index, workers, progress, path, partial, forget)
-
-
-def _check(index: Index, workers: int, progress: bool, path: str, partial: IO[bytes], forget: bool) -> Checked:
-    # 1. What is known, and which of it still holds.
-    old = _read(path)
-    known = pa.concat_tables([_read_partial(partial), old.select(_FOUND.names)])
-    rows = _rows_of(known, index.paths)
-    size, mtime = _stat(index)
-    present = rows >= 0
-    columns = {
-        name: known[name].to_numpy()[rows] if len(known) else np.zeros(len(rows)) for name in ("bytes", "mtime_ns")
-    }
-    holds = present & (columns["bytes"] == size) & (columns["mtime_ns"] == mtime)
-    failed = pc.starts_with(known["reason"], CANNOT_READ).to_numpy(zero_copy_only=False)
-    holds[present] &= ~failed[rows[present]]  # permissions, network or memory may be better now
-    # 2. Read the others.
-    todo = np.flatnonzero(~holds)
-    new = []
-    with tqdm(total=len(todo), desc="check", unit=" images", disable=not progress or not len(todo)) as bar:
-        for result in _examine_all(index, todo, workers):
-            partial.write(json.dumps(result).encode() + b"\n")
-            new.append(result)
-            bar.update()
-    # 3. Write all, if anything is new.
-    known = pa.concat_tables([_table(new), known])
-    table = known.take(_rows_of(known, index.paths)).add_column(1, _SCHEMA.field("label"), [index.labels])
-    others = old.take(np.flatnonzero(_rows_of(table, old["path"]) < 0)) if not forget else old.slice(0, 0)
-    written = pa.concat_tables([table, others]).combine_chunks().replace_schema_metadata(_SCHEMA.metadata)
-    if not written.equals(old):
-        _write(written, path)
-    return _checked(table, path, len(todo))
-
-
-def _checked(table: pa.Table, path: str, read: int) -> Checked:
-    verdict = pc.index_in(table["verdict"], value_set=pa.array(VERDICTS)).to_numpy().astype(np.uint8)
-    numbers = [table[name].to_numpy() for name in ("bytes", "mtime_ns", "width", "height")]
-    return Checked(verdict, *numbers, table["reason"].to_pylist(), path, read)
+        # 1. What is known, and which of it still holds.
+        old = _read(path)
+        known = pa.concat_tables([_read_partial(partial), old.select(_FOUND.names)])
+        rows = _rows_of(known, index.paths)
+        size, mtime = _stat(index)
+        present = rows >= 0
+        columns = {
+            name: known[name].to_numpy()[rows] if len(known) else np.zeros(len(rows)) for name in ("bytes", "mtime_ns")
+        }
+        holds = present & (columns["bytes"] == size) & (columns["mtime_ns"] == mtime)
+        failed = pc.starts_with(known["reason"], CANNOT_READ).to_numpy(zero_copy_only=False)
+        holds[present] &= ~failed[rows[present]]  # permissions, network or memory may be better now
+        # 2. Read the others.
+        todo = np.flatnonzero(~holds)
+        new = []
+        with tqdm(total=len(todo), desc="check", unit=" images", disable=not progress or not len(todo)) as bar:
+            for result in _examine_all(index, todo, workers):
+                partial.write(json.dumps(result).encode() + b"\n")
+                new.append(result)
+                bar.update()
+        # 3. Write all, if anything is new.
+        known = pa.concat_tables([_table(new), known])
+        table = known.take(_rows_of(known, index.paths)).add_column(1, _SCHEMA.field("label"), [index.labels])
+        others = old.take(np.flatnonzero(_rows_of(table, old["path"]) < 0)) if not forget else old.slice(0, 0)
+        written = pa.concat_tables([table, others]).combine_chunks().replace_schema_metadata(_SCHEMA.metadata)
+        if not written.equals(old):
+            with replacing(path) as file:
+                pq.write_table(written, file, compression="zstd")
+        verdict = pc.index_in(table["verdict"], value_set=pa.array(VERDICTS)).to_numpy().astype(np.uint8)
+        numbers = [table[name].to_numpy() for name in ("bytes", "mtime_ns", "width", "height")]
+        return Checked(verdict, *numbers, table["reason"].to_pylist(), path, len(todo))
 
 
 def default_path(index: Index) -> str:
@@ -128,12 +121,9 @@ def _examine_all(index: Index, rows: np.ndarray, workers: int) -> Iterator[tuple
 
 def _stat(index: Index) -> tuple[np.ndarray, np.ndarray]:
     """int64 [n]: sizes and times of change now; -1 where there is no file."""
-
-    def one(path: str) -> tuple[int, int]:
-        return _state(os.path.join(index.root, path))
-
     with ThreadPoolExecutor(_STAT_THREADS) as pool:
-        states = np.fromiter(pool.map(one, index.paths, chunksize=1000), np.dtype((np.int64, 2)), len(index))
+        found = pool.map(lambda i: _state(index.full_path(i)), range(len(index)))
+        states = np.fromiter(found, np.dtype((np.int64, 2)), len(index))
     return states[:, 0], states[:, 1]
 
 
@@ -143,9 +133,6 @@ def _state(path: str) -> tuple[int, int]:
     except OSError:
         return -1, -1
     return status.st_size, status.st_mtime_ns
-
-
-# The files.
 
 
 @contextlib.contextmanager
@@ -219,14 +206,6 @@ def _rows_of(table: pa.Table, paths: np.ndarray | pa.ChunkedArray) -> np.ndarray
     return pc.fill_null(pc.index_in(wanted, value_set=table["path"]), -1).to_numpy().astype(np.int64)
 
 
-def _write(table: pa.Table, path: str) -> None:
-    with replacing(path) as file:
-        pq.write_table(table, file, compression="zstd")
-
-
-# The command.
-
-
 @dataclass
 class Check:
     """Read every image of the data once; write an index (Parquet) and say which files are odd or broken, and why."""
@@ -249,7 +228,10 @@ def main(argv: list[str]) -> int:
     options = tyro.cli(Check, args=argv, prog="mopro-fast check")
     workers = worker_count(options.workers)
     if is_pack(options.data):
-        return _check_pack(options.data, workers)
+        wrong = verify_pack(options.data, workers)
+        again = f"{len(wrong)} files of this pack are not as they were made: run the same `mopro-fast pack` again"
+        print(*wrong, again if wrong else f"{options.data}: every file is as it was made", sep="\n")
+        return 1 if wrong else 0
     readable = 0
     for split, index in load_splits(options.data, options.layout, options.root).items():
         path = options.index and options.index + ("" if split == "train" else f".{split}")
@@ -277,24 +259,17 @@ def summary(index: Index, checked: Checked) -> str:
     return "\n".join(lines)
 
 
-def _check_pack(folder: str, workers: int) -> int:
-    wrong = verify_pack(folder, workers)
-    for problem in wrong:
-        print(problem)
-    if wrong:
-        print(f"{len(wrong)} files of this pack are not as they were made: run the same `mopro-fast pack` again")
-    else:
-        print(f"{folder}: every file is as it was made")
-    return 1 if wrong else 0
-
-
 def load_splits(data: str, layout: str, root: str | None, val: str | None = None) -> dict[str, Index]:
-    """By name the splits that the data has ("train", "val"), with whatever labels; val: other data for the second."""
-    splits = {"train": _load(data, "train", layout, root)}
+    """By name the splits that the data has ("train", "val"); val: other data for the second.
+
+    Whatever the labels and however many classes; images of lists may be missing.
+    """
+    anything = {"num_classes": None, "missing": True}
+    splits = {"train": load_index(data, "train", layout=layout, root=root, **anything)}
     if val:
-        splits["val"] = _load(val, "val", "auto", root)
+        splits["val"] = load_index(val, "val", root=root, **anything)
     elif own := val_layout(data, layout):
-        splits["val"] = _load(data, "val", own, None)
+        splits["val"] = load_index(data, "val", layout=own, **anything)
     return splits
 
 
@@ -302,8 +277,3 @@ def worker_count(given: int) -> int:
     if given < 0:
         raise UserError(f"--workers must be at least 0, got {given}")
     return given or len(os.sched_getaffinity(0))
-
-
-def _load(data: str, split: Split, layout: str, root: str | None) -> Index:
-    """Whatever the labels and however many classes; images of lists may be missing."""
-    return load_index(data, split, num_classes=None, layout=layout, root=root, missing=True)

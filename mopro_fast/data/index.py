@@ -20,7 +20,6 @@ from mopro_fast.labels import NO_LABEL
 Split = Literal["train", "val"]
 Layout = Literal["auto", "webvision", "list", "folder", "shards"]
 
-
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 WEBVISION_LISTS = {
     "train": ("info/train_filelist_google.txt", "info/train_filelist_flickr.txt"),
@@ -106,16 +105,9 @@ class Index:
 
     def take(self, rows: np.ndarray) -> "Index":
         """The index of these rows only, not checked."""
-        return Index(
-            self.root,
-            self.paths[rows],
-            self.labels[rows],
-            self.classes,
-            self.source,
-            self.list_file,
-            self.shards,
-            None if self.in_shards is None else self.in_shards[rows],
-        )
+        in_shards = None if self.in_shards is None else self.in_shards[rows]
+        own = {"paths": self.paths[rows], "labels": self.labels[rows], "in_shards": in_shards}
+        return dataclasses.replace(self, **own, checked=None, left_out=np.empty(0, np.int64))
 
     def full_path(self, i: int) -> str:
         return os.path.join(self.root, self.paths[i])
@@ -161,15 +153,20 @@ def load_index(
         layout = recognise(data)
     if layout == "shards":
         return _shards(data, split, num_classes, keep_classes)
+    if layout == "folder":
+        return _folders(data, split, num_classes, keep_classes)
     if layout == "webvision":
-        return _webvision(data, split, num_classes, keep_classes, missing)
-    if layout == "list":
-        if not os.path.isfile(data):
-            raise UserError(f"{data} is not a file: give the list file itself, or another --layout")
-        root = os.path.dirname(data) if root is None else os.fspath(root)
-        index = _from_lists([data], root, split, num_classes, keep_classes, missing)
-        return dataclasses.replace(index, list_file=data)
-    return _folders(data, split, num_classes, keep_classes)
+        names = WEBVISION_LISTS[split]
+        lists = [path for name in names if os.path.isfile(path := os.path.join(data, name))]
+        if not lists:
+            raise UserError(f"{data} has no {' and no '.join(names)}: unpack WebVision's info/ there")
+        root = os.path.join(data, WEBVISION_FOLDERS[split])
+        return _from_lists(lists, root, split, num_classes, keep_classes, missing)
+    if not os.path.isfile(data):
+        raise UserError(f"{data} is not a file: give the list file itself, or another --layout")
+    root = os.path.dirname(data) if root is None else os.fspath(root)
+    index = _from_lists([data], root, split, num_classes, keep_classes, missing)
+    return dataclasses.replace(index, list_file=data)
 
 
 def recognise(data: str) -> str:
@@ -211,15 +208,6 @@ def _shards(data: str, split: Split, num_classes: int | None, keep_classes: int 
         raise UserError(f"{data}: no {split} image" + (f" with a label below {keep_classes}" if keep_classes else ""))
     classes = shards.classes and shards.classes[:keep_classes]
     return Index(data, shards.paths[rows], shards.label[rows], classes, data, shards=shards, in_shards=rows)
-
-
-def _webvision(data: str, split: Split, num_classes: int | None, keep_classes: int | None, missing: bool) -> Index:
-    names = WEBVISION_LISTS[split]
-    lists = [path for name in names if os.path.isfile(path := os.path.join(data, name))]
-    if not lists:
-        raise UserError(f"{data} has no {' and no '.join(names)}: unpack WebVision's info/ there")
-    root = os.path.join(data, WEBVISION_FOLDERS[split])
-    return _from_lists(lists, root, split, num_classes, keep_classes, missing)
 
 
 def _from_lists(
@@ -320,7 +308,8 @@ def _folders(data: str, split: Split, num_classes: int | None, keep_classes: int
     labels: list[int] = []
     for label, name in enumerate(classes):
         with os.scandir(os.path.join(data, name)) as entries:
-            images = sorted(e.name for e in entries if _is_image(e.name) and e.is_file())
+            visible = [e for e in entries if not e.name.startswith(".")]
+            images = sorted(e.name for e in visible if e.name.lower().endswith(EXTENSIONS) and e.is_file())
         if not images and subfolders(os.path.join(data, name)):
             raise UserError(f"{os.path.join(data, name)} holds folders, not images: if these are the classes, give it")
         paths += [f"{name}/{image}" for image in images]
@@ -337,10 +326,6 @@ def subfolders(folder: str) -> list[str]:
             return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
     except OSError as error:
         raise UserError(f"cannot read the folder {folder}: {error.strerror}") from None
-
-
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and name.lower().endswith(EXTENSIONS)
 
 
 def _compact(paths: list[str], source: str) -> np.ndarray:

@@ -6,12 +6,13 @@ import io
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from mopro_fast.config import DataConfig, Settings
-from mopro_fast.data.batches import TrainBatches, require_rows
+from mopro_fast.data.batches import EvalBatches, TrainBatches, require_rows
 from mopro_fast.data.cache import DeviceEvalLoader, DeviceTrainLoader
 from mopro_fast.data.check import check
 from mopro_fast.data.decode import UNREADABLE, VERDICTS
@@ -47,7 +48,7 @@ def write_list(index: Index, path: Path) -> None:
     """For as_begun(): class folders have no list of their own."""
     if index.classes is not None and index.shards is None:
         lines = [f"{name} {label}\n" for name, label in zip(index.paths, index.labels, strict=True)]
-        with replacing(str(path)) as file:
+        with replacing(path) as file:
             file.writelines(line.encode() for line in lines)
 
 
@@ -86,40 +87,25 @@ def train_loader(
     c: Settings, index: Index, device: torch.device, two_views: bool, repeats: np.ndarray | None = None
 ) -> TrainBatches:
     """repeats: see order.epoch_order."""
-    rank, ranks = world()
-    options = dict(
-        batch_size=c.optim.batch_size // ranks,
-        rank=rank,
-        world_size=ranks,
-        seed=c.run.seed,
-        image_size=c.data.image_size,
-        augment=c.data.augment,
-        two_views=two_views,
-        device=device,
-        threads=threads(c.data),
-        shuffle_shards=c.data.shuffle_shards,
-        repeats=repeats,
-    )
-    if c.data.cache == "device":
-        return DeviceTrainLoader(index, **options)
-    return TrainLoader(index, **options, hw_decoder_load=c.data.hw_decoder_load)
+    d = c.data
+    options = {"seed": c.run.seed, "augment": d.augment, "two_views": two_views, "repeats": repeats}
+    options |= {"shuffle_shards": d.shuffle_shards, **_shared(c, device)}
+    return DeviceTrainLoader(index, **options) if d.cache == "device" else TrainLoader(index, **options)
 
 
-def eval_loader(c: Settings, index: Index, device: torch.device) -> EvalLoader | DeviceEvalLoader:
+def eval_loader(c: Settings, index: Index, device: torch.device) -> EvalBatches:
+    d = c.data
+    options = {"resize": d.eval_resize or round(d.image_size * 256 / 224), **_shared(c, device)}
+    return DeviceEvalLoader(index, **options) if d.cache == "device" else EvalLoader(index, **options)
+
+
+def _shared(c: Settings, device: torch.device) -> dict[str, Any]:
+    """The arguments of every loader."""
     rank, ranks = world()
     d = c.data
-    options = dict(
-        batch_size=c.optim.batch_size // ranks,
-        rank=rank,
-        world_size=ranks,
-        image_size=d.image_size,
-        resize=d.eval_resize or round(d.image_size * 256 / 224),
-        device=device,
-        threads=threads(d),
-    )
-    if d.cache == "device":
-        return DeviceEvalLoader(index, **options)
-    return EvalLoader(index, **options, hw_decoder_load=d.hw_decoder_load)
+    options = {"batch_size": c.optim.batch_size // ranks, "rank": rank, "world_size": ranks}
+    options |= {"image_size": d.image_size, "device": device, "threads": threads(d)}
+    return options if d.cache == "device" else options | {"hw_decoder_load": d.hw_decoder_load}
 
 
 def threads(d: DataConfig) -> int:
@@ -133,7 +119,7 @@ def write_left_out(index: Index, path: Path) -> None:
     text = io.StringIO(newline="")
     csv.writer(text).writerow(("path", "reason"))
     csv.writer(text).writerows((index.paths[i], index.checked.reason[i]) for i in index.left_out)
-    with replacing(str(path)) as file:
+    with replacing(path) as file:
         file.write(text.getvalue().encode())
 
 

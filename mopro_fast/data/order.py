@@ -57,3 +57,11 @@ def substitutes(order: np.ndarray, shown: int, seed: int, epoch: int, row: int) 
     rng = np.random.default_rng((_SUBSTITUTE, seed, epoch, row))
     left_out = rng.permutation(order[shown:])[:_CANDIDATES]
     return np.concatenate([left_out, order[rng.integers(len(order), size=_CANDIDATES)]])
+
+
+def place_in_class(labels: np.ndarray) -> np.ndarray:
+    """int64 [n]: how many of the same label come earlier."""
+    order = np.argsort(labels, kind="stable")
+    place = np.empty(len(labels), np.int64)
+    place[order] = np.arange(len(labels)) - np.searchsorted(labels[order], labels[order])
+    return place

@@ -23,22 +23,12 @@ import pyarrow.parquet as pq
 import tyro
 from tqdm import tqdm
 
+from mopro_fast.data import shards
 from mopro_fast.data import workers as processes
 from mopro_fast.data.check import load_splits, worker_count
 from mopro_fast.data.decode import CANNOT_READ
 from mopro_fast.data.index import Index
-from mopro_fast.data.shards import (
-    FORMAT,
-    MANIFEST,
-    RECORDS,
-    STATE,
-    VERSION,
-    ShardJob,
-    is_pack,
-    read_manifest,
-    read_record,
-    write_shard,
-)
+from mopro_fast.data.shards import MANIFEST, STATE, ShardJob, is_pack, read_manifest, write_shard
 from mopro_fast.errors import UserError
 from mopro_fast.files import locked, replacing
 
@@ -117,19 +107,14 @@ def pack(splits: dict[str, Index], options: Pack, workers: int) -> str:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([("split", "id", "label", "path", "reason"), *skipped])
         _write(options.out, SKIPPED, text.getvalue().encode())
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            **made_of,
-            "classes": splits["train"].classes,
-            "splits": listed,
-        }
+        manifest = {"format": shards.FORMAT, "version": shards.VERSION, **made_of}
+        manifest |= {"classes": splits["train"].classes, "splits": listed}
         _write(options.out, MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
-    shards = [shard for split in listed.values() for shard in split["shards"]]
-    before, after = (sum(shard[name] for shard in shards) for name in ("bytes_before", "bytes"))
+    entries = [shard for split in listed.values() for shard in split["shards"]]
+    before, after = (sum(entry[name] for entry in entries) for name in ("bytes_before", "bytes"))
     speed = f", {new / seconds:.0f} images/s" if new else "; all was there already, and is as it was made"
     images = sum(split["images"] for split in listed.values())
-    done = f"{images} images in {len(shards)} shards in {options.out}: {_gb(before)} before, {_gb(after)} now{speed}"
+    done = f"{images} images in {len(entries)} shards in {options.out}: {_gb(before)} before, {_gb(after)} now{speed}"
     where = os.path.join(options.out, SKIPPED)
     return done + (f"\n{len(skipped)} images cannot be read and are left out; named in {where}" if skipped else "")
 
@@ -194,12 +179,12 @@ def _write_shards(jobs: list[ShardJob], workers: int) -> int:
 
 def _write_table(out: str, split: str, names: list[str]) -> tuple[dict, list[list]]:
     """Write the split's table; -> its entry in the manifest, and the images left out: [id, label, path, reason]."""
-    shards, tables, skipped = [], [], []
+    entries, tables, skipped = [], [], []
     for number, name in enumerate(names):
-        record = read_record(out, name)
+        record = shards.read_record(out, name)
         skipped += record.pop("skipped")
         rows = record.pop("rows")
-        shards.append({**record, "images": len(rows)})
+        entries.append({**record, "images": len(rows)})
         columns = [*(zip(*rows, strict=True) if rows else [[]] * 5), [number] * len(rows)]
         arrays = [pa.array(column, f.type) for column, f in zip(columns, _TABLE, strict=True)]
         tables.append(pa.table(arrays, schema=_TABLE))
@@ -207,7 +192,7 @@ def _write_table(out: str, split: str, names: list[str]) -> tuple[dict, list[lis
     pq.write_table(pa.concat_tables(tables).combine_chunks(), table, compression="zstd")
     _write(out, f"{split}.parquet", table.getvalue())
     listed = {"name": f"{split}.parquet", "sha256": hashlib.sha256(table.getvalue()).hexdigest()}
-    return {"images": sum(map(len, tables)), "skipped": len(skipped), "table": listed, "shards": shards}, skipped
+    return {"images": sum(map(len, tables)), "skipped": len(skipped), "table": listed, "shards": entries}, skipped
 
 
 @contextmanager
@@ -221,7 +206,7 @@ def _state(out: str, made_of: dict[str, Any]) -> Iterator[None]:
         if present and not {MANIFEST, STATE} & set(present):
             raise UserError(f"{out} is not empty and holds no pack: name an empty folder")
         open(os.path.join(out, STATE), "ab").close()  # first: it marks the folder as ours
-        os.makedirs(os.path.join(out, RECORDS), exist_ok=True)
+        os.makedirs(os.path.join(out, shards.RECORDS), exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}: name another folder") from None
     busy = f"another process packs into {out}: wait for it, or name another folder"

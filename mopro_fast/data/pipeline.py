@@ -5,58 +5,53 @@ bilinear filter. On a GPU DALI resizes the training crops too, and its filter se
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from mopro_fast.data.augment import ATTEMPTS, WIDEST, Crops
-from mopro_fast.data.batches import Batch, TrainBatches
-from mopro_fast.data.index import Index
-from mopro_fast.data.reader import Lost, Reader, reading_threads
+from mopro_fast.data.batches import Batch, EvalBatches, TrainBatches
+from mopro_fast.data.reader import Reader, reading_threads
 from mopro_fast.data.stream import READ_AHEAD, Decoder, Job, Stream
 from mopro_fast.data.views import Cropper
-from mopro_fast.errors import UserError
 from mopro_fast.ops.colour import color_jitter
 from mopro_fast.transfer import to_device
 
 _EVAL_AHEAD = 2  # batches that an evaluation decodes ahead
 
 
+@dataclass(eq=False, kw_only=True)
 class TrainLoader(TrainBatches):
     """Training batches from files or shards, by DALI.
 
     It works ahead, also across the end of an epoch: on ``prefetch`` batches in DALI (on a CPU, where these are whole
     images: one) and two more that are being read. Asking for another position than the next one drops what it has
     prepared.
-
-    shared: of TrainBatches. hw_decoder_load: share of the JPEGs for a GPU's own decoder. crop_in_dali: by default on
-    a GPU only.
     """
 
-    def __init__(
-        self,
-        index: Index,
-        *,
-        prefetch: int = 2,
-        hw_decoder_load: float = 0.65,
-        crop_in_dali: bool | None = None,
-        **shared: Any,
-    ) -> None:
-        super().__init__(index, **shared)
-        image_size, device, threads = self._image_size, self._device, self._threads
-        in_dali = device.type == "cuda" if crop_in_dali is None else crop_in_dali
-        self._cropper = None if in_dali else Cropper(image_size, threads)
-        views = 2 if self._two_views else 1
+    prefetch: int = 2
+    hw_decoder_load: float = 0.65
+    """Share of the JPEGs for a GPU's own decoder."""
+    crop_in_dali: bool | None = None
+    """By default on a GPU only."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        in_dali = self.device.type == "cuda" if self.crop_in_dali is None else self.crop_in_dali
+        self._cropper = None if in_dali else Cropper(self.image_size, self.threads)
+        views = 2 if self.two_views else 1
 
         def define(fn, images, shape, numbers):
             if not in_dali:
                 return [images]
             boxes = _crops(fn, shape(), numbers(), views)
-            return [fn.resize(images, size=[image_size] * 2, roi_start=a, roi_end=b) for a, b in boxes]
+            return [fn.resize(images, size=[self.image_size] * 2, roi_start=a, roi_end=b) for a, b in boxes]
 
-        decoder = Decoder(define, self._batch_size, threads, device, hw_decoder_load)
-        self._stream = Stream(Reader(index, reading_threads(threads)), decoder, 1 + prefetch if in_dali else 2)
+        decoder = Decoder(define, self.batch_size, self.threads, self.device, self.hw_decoder_load)
+        depth = 1 + self.prefetch if in_dali else 2
+        self._stream = Stream(Reader(self.index, reading_threads(self.threads)), decoder, depth)
         self._next: tuple[int, int] | None = None  # the position that the stream stands at
         self._cropping: tuple[Job, Callable[[], list[torch.Tensor]]] | None = None
 
@@ -69,16 +64,16 @@ class TrainLoader(TrainBatches):
 
     def memory(self) -> str:
         """How far the loader works ahead and what that takes, for the log."""
-        view = self._batch_size * (2 if self._two_views else 1) * self._image_size**2 * 3
-        decoding, checked, shards = self._stream.depth, self._index.checked, self._index.shards
+        view = self.batch_size * (2 if self.two_views else 1) * self.image_size**2 * 3
+        decoding, checked, shards = self._stream.depth, self.index.checked, self.index.shards
         parts = {f"{decoding if self._cropper is None else 2} batches of views": view * decoding}
-        usable = self._index.usable
+        usable = self.index.usable
         if checked is not None and self._cropper is not None:
             pixels = np.mean(checked.width[usable].astype(np.int64) * checked.height[usable])
-            parts[f"{decoding} of whole images"] = decoding * self._batch_size * 3 * pixels
-        sizes = checked.size[usable] if checked is not None else shards and shards.size[self._index.in_shards]
+            parts[f"{decoding} of whole images"] = decoding * self.batch_size * 3 * pixels
+        sizes = checked.size[usable] if checked is not None else shards and shards.size[self.index.in_shards]
         if sizes is not None:
-            files = (decoding + READ_AHEAD) * self._batch_size
+            files = (decoding + READ_AHEAD) * self.batch_size
             parts[f"{decoding + READ_AHEAD} of files"] = files * sizes.mean()
         return "read and decoded ahead: " + ", ".join(f"{name} ({size / 1e6:.0f} MB)" for name, size in parts.items())
 
@@ -92,13 +87,13 @@ class TrainLoader(TrainBatches):
         self._next = self._after(position)
         self.lost += [(*position, lost) for lost in job.read.lost]
         rows = job.read.rows
-        labels, ids = to_device(np.stack([self._index.labels[rows], rows]), self._device)
-        return Batch(views[0], views[1] if self._two_views else None, labels, ids)
+        labels, ids = to_device(np.stack([self.index.labels[rows], rows]), self.device)
+        return Batch(views[0], views[1] if self.two_views else None, labels, ids)
 
     def _resized_by_dali(self) -> tuple[Job, list[torch.Tensor]]:
         job = self._stream.next()
         views = self._stream.decoder.copies()
-        if self._two_views:
+        if self.two_views:
             views[1] = color_jitter(views[1], job.drawn.jitter)
         return job, views
 
@@ -113,7 +108,7 @@ class TrainLoader(TrainBatches):
 
     def _start_cropping(self) -> tuple[Job, Callable[[], list[torch.Tensor]]]:
         job = self._stream.next()
-        return job, self._cropper.start(self._stream.decoder.images(), job.drawn, self._two_views)
+        return job, self._cropper.start(self._stream.decoder.images(), job.drawn, self.two_views)
 
     def _drop(self) -> None:
         if self._cropping:
@@ -129,68 +124,52 @@ class TrainLoader(TrainBatches):
     def _jobs(self, position: tuple[int, int]) -> Iterator[Job]:
         while True:
             drawn = self._draw(*position)
-            numbers = None if self._cropper else _pack([drawn.q, drawn.k] if self._two_views else [drawn.q])
+            numbers = None if self._cropper else _pack([drawn.q, drawn.k] if self.two_views else [drawn.q])
             yield Job(self._rows(*position), self._others(position[0]), numbers, drawn)
             position = self._after(position)
 
 
-class EvalLoader:
-    """Every usable image once over all ranks (rank r has them r::W): shorter side to ``resize``, central crop.
+@dataclass(eq=False, kw_only=True)
+class EvalLoader(EvalBatches):
+    """Evaluation batches from files or shards, by DALI."""
 
-    Iterate, as often as needed, over (images uint8 [n, S, S, 3], labels int64 [n], ids int64 [n]) on ``device``; the
-    last batch may be smaller, and a rank may have none. Images that cannot be read when their turn comes are left
-    out; ``lost`` has those of the latest pass. filter: of resizing, antialiased.
-    """
+    hw_decoder_load: float = 0.65
+    """Share of the JPEGs for a GPU's own decoder."""
+    batches: list[np.ndarray] | None = None
+    """What this rank shows instead, int64 rows of the index, at most batch_size each."""
+    filter: Literal["linear", "cubic"] = "linear"
+    """Of resizing, antialiased."""
 
-    def __init__(
-        self,
-        index: Index,
-        *,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        image_size: int,
-        resize: int,
-        device: torch.device,
-        threads: int,
-        hw_decoder_load: float = 0.65,
-        batches: list[np.ndarray] | None = None,
-        filter: Literal["linear", "cubic"] = "linear",
-    ) -> None:
-        """batches: what this rank shows instead, int64 rows of the index, at most batch_size each."""
-        if resize < image_size:
-            raise UserError(f"cannot crop {image_size} px from a shorter side of {resize} px: raise --eval-resize")
-        self._index, self._device = index, device
-        if batches is None:
-            mine = index.usable[rank::world_size]
-            batches = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
-        self._batches = batches
-        self.lost: list[Lost] = []
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batches is None:
+            mine, size = self._rows, self.batch_size
+            self.batches = [mine[first : first + size] for first in range(0, len(mine), size)]
 
         def define(fn, images, shape, _numbers):
             from nvidia.dali import types
 
-            start, end = _central(fn, shape(), resize, image_size)
-            kind = {"linear": types.INTERP_LINEAR, "cubic": types.INTERP_CUBIC}[filter]
-            return [fn.resize(images, size=[image_size] * 2, roi_start=start, roi_end=end, interp_type=kind)]
+            start, end = _central(fn, shape(), self.resize, self.image_size)
+            kind = {"linear": types.INTERP_LINEAR, "cubic": types.INTERP_CUBIC}[self.filter]
+            return [fn.resize(images, size=[self.image_size] * 2, roi_start=start, roi_end=end, interp_type=kind)]
 
-        decoder = Decoder(define, batch_size, threads, device, hw_decoder_load)
-        self._stream = Stream(Reader(index, reading_threads(threads)), decoder, 1 + _EVAL_AHEAD)
+        decoder = Decoder(define, self.batch_size, self.threads, self.device, self.hw_decoder_load)
+        self._stream = Stream(Reader(self.index, reading_threads(self.threads)), decoder, 1 + _EVAL_AHEAD)
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         self._stream.drop()  # what an abandoned pass has left
         self.lost = []
-        self._stream.restart(Job(rows, None) for rows in self._batches)
-        for _ in self._batches:
+        self._stream.restart(Job(rows, None) for rows in self.batches)
+        for _ in self.batches:
             job = self._stream.next()
             self.lost += job.read.lost
             rows = job.read.rows
             if len(rows):
                 (images,) = self._stream.decoder.copies()
-                labels, ids = to_device(np.stack([self._index.labels[rows], rows]), self._device)
+                labels, ids = to_device(np.stack([self.index.labels[rows], rows]), self.device)
                 yield images, labels, ids
 
     def close(self) -> None:

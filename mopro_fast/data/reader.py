@@ -53,7 +53,7 @@ class Reader:
         self._index, self._threads = index, threads
         self._pool: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
-        self._cleaned: dict[int, tuple[tuple[int, int], np.ndarray]] = {}
+        self._cleaned: dict[int, tuple[list[int], np.ndarray]] = {}  # with the state of the file
         self._room = _CLEANED_BYTES
         self._refusals: dict[int, str] = {}  # why a row is UNREADABLE or _REFUSED
         n = len(index)
@@ -142,11 +142,10 @@ class Reader:
             raise _Broken(self._refusals[row])
         if verdict == OK:
             return np.frombuffer(data, np.uint8)
-        key = (state[0], state[1])
         kept = self._cleaned.get(row)
-        if kept is None or kept[0] != key:
+        if kept is None or kept[0] != state:
             try:
-                kept = key, np.frombuffer(decode.clean(data), np.uint8)
+                kept = state, np.frombuffer(decode.clean(data), np.uint8)
             except DecodeError as error:
                 raise _Broken(str(error)) from None
             with self._lock:

@@ -24,18 +24,9 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
+from mopro_fast.data import decode
 from mopro_fast.data import workers as processes
-from mopro_fast.data.decode import (
-    CANNOT_READ,
-    OK,
-    UNREADABLE,
-    DecodeError,
-    clean,
-    decode,
-    examine,
-    is_stored_upright,
-    suffix,
-)
+from mopro_fast.data.decode import CANNOT_READ, OK, UNREADABLE, DecodeError
 from mopro_fast.errors import UserError
 from mopro_fast.files import replacing
 
@@ -45,7 +36,6 @@ STATE = ".packing.json"  # what a pack that is not complete is made of
 VERSION = 1
 FORMAT = "mopro_fast pack"
 _OPEN = 512  # files kept open per set: many systems allow a process 1024
-_BLOCK, _RECORD = 512, 10240  # of tar
 _PIECE = 1 << 22  # bytes hashed at a time
 
 
@@ -134,23 +124,18 @@ def open_shards(folder: str | os.PathLike, split: str = "train") -> ShardSet:
     if split not in manifest["splits"]:
         raise UserError(f"{folder} holds no {split} images: it was packed from data without them")
     listed = manifest["splits"][split]
-    for shard in listed["shards"]:
-        path = os.path.join(folder, shard["name"])
-        try:
-            size = os.path.getsize(path)
-        except OSError as error:
-            raise UserError(f"cannot read {path} ({error.strerror}): run the same `mopro-fast pack` again") from None
-        if size != shard["bytes"]:
-            raise UserError(
-                f"{path} has {size} bytes, its manifest says {shard['bytes']}: run the same `mopro-fast pack` again"
-            )
-    path = os.path.join(folder, listed["table"]["name"])
+    again = "run the same `mopro-fast pack` again"
     try:
+        for shard in listed["shards"]:
+            path = os.path.join(folder, shard["name"])
+            if (size := os.path.getsize(path)) != shard["bytes"]:
+                raise UserError(f"{path} has {size} bytes, its manifest says {shard['bytes']}: {again}")
+        path = os.path.join(folder, listed["table"]["name"])
         content = Path(path).read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): run the same `mopro-fast pack` again") from None
+        raise UserError(f"cannot read {path} ({error.strerror}): {again}") from None
     if hashlib.sha256(content).hexdigest() != listed["table"]["sha256"]:
-        raise UserError(f"{path} is not as it was made: run the same `mopro-fast pack` again")
+        raise UserError(f"{path} is not as it was made: {again}")
     table = pq.read_table(io.BytesIO(content))
     columns = {name: table[name].to_numpy() for name in ("shard", "offset", "size", "label", "id")}
     return ShardSet(
@@ -187,9 +172,6 @@ def _sha256(path: str) -> str:
         while piece := file.read(_PIECE):
             digest.update(piece)
     return digest.hexdigest()
-
-
-# Writing.
 
 
 class ShardJob(NamedTuple):
@@ -230,24 +212,25 @@ def write_shard(job: ShardJob) -> Iterator[tuple[int, int | None, int | None]]:
     record: dict[str, Any] = {"name": f"{job.name}.tar", "source": source, "bytes_before": 0, "rows": [], "skipped": []}
     index = []
     try:
-        with replacing(os.path.join(job.out, record["name"]), own) as file:
-            tar = _Tar(file)
+        with (
+            replacing(os.path.join(job.out, record["name"]), own) as file,
+            tarfile.open(fileobj=(hashing := _Hashing(file)), mode="w", format=tarfile.USTAR_FORMAT) as tar,
+        ):
             for number, label, path in job.rows():
                 before, encoded, reason = _packed_file(job, number, path)
                 record["bytes_before"] += before
                 if reason:
                     record["skipped"].append([number, label, path, reason])
                 else:
-                    members = [(suffix(encoded)[1:], encoded), ("cls", str(label).encode())]
-                    at = [(kind, tar.add(f"{number:09d}.{kind}", content), len(content)) for kind, content in members]
+                    members = [(decode.suffix(encoded)[1:], encoded), ("cls", str(label).encode())]
+                    at = [(kind, _add(tar, f"{number:09d}.{kind}", content), len(content)) for kind, content in members]
                     record["rows"].append([number, label, path, *at[0][1:]])
                     index.append(" ".join(f"{kind} {start} {n} {number:09d}.{kind}" for kind, start, n in at) + "\n")
                 yield 1, before, len(encoded)
-            tar.end()
         text = f"v1.2 {len(index)}\n{''.join(index)}".encode()
         with replacing(os.path.join(job.out, f"{job.name}.idx"), own) as file:
             file.write(text)
-        record |= {"bytes": tar.size, "sha256": tar.digest.hexdigest()}
+        record |= {"bytes": hashing.size, "sha256": hashing.digest.hexdigest()}
         record["index"] = {"name": f"{job.name}.idx", "sha256": hashlib.sha256(text).hexdigest()}
         with replacing(_record_path(job.out, job.name), own) as file:
             file.write(gzip.compress(json.dumps(record).encode(), mtime=0))
@@ -257,27 +240,28 @@ def write_shard(job: ShardJob) -> Iterator[tuple[int, int | None, int | None]]:
         ) from None
 
 
-class _Tar:
-    """Writes members without times and owners, as WebDataset's readers and DALI expect them."""
+class _Hashing:
+    """A file for writing that counts and hashes its bytes."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.size, self.digest = file, 0, hashlib.sha256()
 
-    def add(self, name: str, content: bytes) -> int:
-        """-> the offset of the content."""
-        info = tarfile.TarInfo(name)
-        info.size = len(content)
-        start = self.size + _BLOCK
-        self._write(info.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % _BLOCK))
-        return start
+    def tell(self) -> int:
+        return self.size
 
-    def end(self) -> None:
-        self._write(bytes(2 * _BLOCK + -(self.size + 2 * _BLOCK) % _RECORD))
-
-    def _write(self, block: bytes) -> None:
+    def write(self, block: bytes) -> None:
         self._file.write(block)
         self.digest.update(block)
         self.size += len(block)
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> int:
+    """Add a member without times and owners, as WebDataset's readers and DALI expect; -> the content's offset."""
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    start = tar.offset + tarfile.BLOCKSIZE
+    tar.addfile(info, io.BytesIO(content))
+    return start
 
 
 def read_record(out: str, name: str) -> dict[str, Any]:
@@ -333,15 +317,15 @@ def packed(data: bytes, size: int, quality: int) -> bytes:
     size: of the shorter side (0: as it is), reached with Pillow's antialiased bilinear filter, torchvision's Resize;
     never enlarged. Raises DecodeError.
     """
-    found = examine(data)
+    found = decode.examine(data)
     if found.verdict == UNREADABLE:
         raise DecodeError(found.reason)
     if size == 0:
-        return clean(data)
+        return decode.clean(data)
     shorter, longer = sorted((found.width, found.height))
-    if shorter <= size and found.verdict == OK and is_stored_upright(data):
+    if shorter <= size and found.verdict == OK and decode.is_stored_upright(data):
         return data
-    image = Image.fromarray(decode(data, size))
+    image = Image.fromarray(decode.decode(data, size))
     if shorter > size:
         longer = size * longer // shorter
         image = image.resize((size, longer) if found.width <= found.height else (longer, size), Image.BILINEAR)

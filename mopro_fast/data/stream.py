@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from types import ModuleType
 from typing import Any
@@ -32,23 +32,19 @@ class Job:
     read: Read | None = None
 
 
+@dataclass(eq=False)
 class Decoder:
-    """A DALI pipeline from encoded images and numbers to outputs: submit() any number ahead, take() in that order.
+    """A DALI pipeline from encoded images and numbers to outputs: submit() any number ahead, take() in that order."""
 
-    define(fn, images, shape, numbers) gives the outputs from the decoded images; shape() is their int64 (H, W, C) and
-    numbers() the submitted float64 numbers; ``fn`` is nvidia.dali.fn.
-    """
+    define: Callable[..., list]
+    """define(fn, images, shape, numbers) gives the outputs from the decoded images; shape() is their int64 (H, W, C)
+    and numbers() the submitted float64 numbers; ``fn`` is nvidia.dali.fn."""
+    batch_size: int
+    threads: int
+    device: torch.device
+    hw_decoder_load: float
 
-    def __init__(
-        self,
-        define: Callable[..., list],
-        batch_size: int,
-        threads: int,
-        device: torch.device,
-        hw_decoder_load: float,
-    ) -> None:
-        self._define, self._batch_size, self._threads, self._device = define, batch_size, threads, device
-        self._hw_decoder_load = hw_decoder_load
+    def __post_init__(self) -> None:
         self._dali = _import_dali()
         self._pipeline: Any = None
         self._submitted = 0  # batches not taken yet
@@ -67,7 +63,7 @@ class Decoder:
 
     def take(self) -> None:
         """Wait for the oldest batch submitted. Bytes that DALI cannot decode raise a RuntimeError and end it."""
-        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         self._submitted -= 1
         self._outputs = self._pipeline.share_outputs(cuda_stream=stream)
 
@@ -77,11 +73,11 @@ class Decoder:
 
     def copies(self) -> list[torch.Tensor]:
         """The batch taken, as uint8 tensors on the device, in the order of its current stream. Releases it."""
-        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         tensors = []
         for output in self._outputs:
             output = output.as_tensor()
-            copy = torch.empty(output.shape(), dtype=torch.uint8, device=self._device)
+            copy = torch.empty(output.shape(), dtype=torch.uint8, device=self.device)
             tensors.append(self._dali.plugin.pytorch.feed_ndarray(output, copy, cuda_stream=stream))
         self.release()
         return tensors
@@ -108,9 +104,7 @@ class Decoder:
 
     def refused(self, data: list[np.ndarray]) -> dict[int, str]:
         """Which of these images DALI cannot decode, and why. Its message for a batch does not say."""
-        single = Decoder(
-            lambda _fn, images, shape, _: [images, shape()], 1, self._threads, self._device, self._hw_decoder_load
-        )
+        single = replace(self, define=lambda _fn, images, shape, _: [images, shape()], batch_size=1)
         reasons = {}
         for i, encoded in enumerate(data):
             try:
@@ -124,21 +118,21 @@ class Decoder:
         return reasons
 
     def _build(self) -> Any:
-        fn, types, device = self._dali.fn, self._dali.types, self._device
+        fn, types, device = self._dali.fn, self._dali.types, self.device
         gpu = device.type == "cuda"
         device_id = torch.cuda.current_device() if gpu and device.index is None else device.index
         # Depth 1: then each schedule_run runs one batch; the executor works ahead on all that are scheduled anyway.
         pipeline = self._dali.Pipeline(
-            batch_size=self._batch_size,
-            num_threads=self._threads,
+            batch_size=self.batch_size,
+            num_threads=self.threads,
             device_id=device_id if gpu else None,
             prefetch_queue_depth=1,
         )
-        place = {"device": "mixed", "hw_decoder_load": self._hw_decoder_load} if gpu else {"device": "cpu"}
+        place = {"device": "mixed", "hw_decoder_load": self.hw_decoder_load} if gpu else {"device": "cpu"}
         with pipeline:
             encoded = fn.external_source(name="encoded")
             images = fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=True, **place)
-            outputs = self._define(
+            outputs = self.define(
                 fn,
                 images,
                 lambda: fn.peek_image_shape(encoded, adjust_orientation=True),

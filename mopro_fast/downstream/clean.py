@@ -117,7 +117,8 @@ def clean(o: Clean) -> dict[str, int]:
         if totals is None:
             index = inputs.readable(index, "train", options["threads"])
             size = o.encoder.batch_size
-            groups = [np.setdiff1d(np.array(rows), index.left_out) for rows in _groups(len(index), size)]
+            ends = np.searchsorted(index.usable, range(_BATCHES * size, len(index), _BATCHES * size))
+            groups = np.split(index.usable, ends)
             batches = [rows[first : first + size] for rows in groups for first in range(0, len(rows), size)]
             prototypes = weights.state["prototypes"].to(frozen.device)
 
@@ -165,11 +166,6 @@ def _begin(out: Path, settings: dict[str, Any]) -> dict[str, int] | None:
     return None
 
 
-def _groups(images: int, batch_size: int) -> list[range]:
-    rows = _BATCHES * batch_size
-    return [range(first, min(first + rows, images)) for first in range(0, images, rows)]
-
-
 def score(frozen: Frozen, prototypes: Tensor, images: Tensor, labels: Tensor, o: Clean) -> Tensor:
     """-> float32 [n, 8]: the label after cleaning, the best class, SCORES; step 6 of the method."""
     logits, q = frozen.run(frozen.encoder, images)
@@ -186,16 +182,17 @@ def _finish(out: Path, index: Index, numbers: np.ndarray, settings: dict[str, An
     schema = _SCHEMA.with_metadata({"mopro_fast.clean": json.dumps(settings)})
     totals = np.zeros(len(DECISIONS), np.int64)
     labels: list[str] = []
-    with writing(out, _HINT), replacing(str(out / TABLE)) as table, replacing(str(out / OFFICIAL)) as official:
+    with writing(out, _HINT), replacing(out / TABLE) as table, replacing(out / OFFICIAL) as official:
         official.write(b'{"images": [')
         with pq.ParquetWriter(table, schema, compression="zstd") as writer:
-            for rows in _groups(len(index), settings["batch_size"]):
-                part = slice(rows.start, rows.stop)
+            rows = _BATCHES * settings["batch_size"]
+            for first in range(0, len(index), rows):
+                part = slice(first, first + rows)
                 paths, given, scores = index.paths[part], index.labels[part], numbers[part, 2:]
                 read = ~np.isnan(numbers[part, 1])
                 label, best = (np.where(read, column, REMOVED).astype(np.int32) for column in numbers[part, :2].T)
                 verdict = np.select([~read, label == REMOVED, label != given], [3, 2, 1], 0)  # of DECISIONS
-                columns = [np.array(rows), paths.tolist(), given, label, np.array(DECISIONS)[verdict], best, *scores.T]
+                columns = [index.ids[part], paths.tolist(), given, label, np.array(DECISIONS)[verdict], best, *scores.T]
                 arrays = [pa.array(c, f.type, from_pandas=True) for c, f in zip(columns, schema, strict=True)]
                 writer.write_table(pa.table(arrays, schema=schema))
                 totals += np.bincount(verdict, minlength=len(DECISIONS))

@@ -1,5 +1,6 @@
 """What a long command has finished, so that the same command, interrupted, goes on."""
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -17,35 +18,28 @@ class Done:
 
     def __init__(self, folder: Path, name: str, settings: dict[str, Any]) -> None:
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-        self._folder, self._name = folder, f".{name}-{digest}"
+        self._folder, self._pattern = folder, f".{name}-{digest}.*.jsonl"
+        self._own = folder / f".{name}-{digest}.{world()[0]}.jsonl"
         self.results: dict[str, Any] = by_rank0(self._read)
         with writing(folder, "name another --out"):
             folder.mkdir(parents=True, exist_ok=True)
-            self._append("")
+            self._own.touch()
 
     def add(self, key: str, result: Any) -> None:
         self.results[key] = result
-        self._append(f"\n{json.dumps([key, result])}\n")
+        with self._own.open("a") as file:
+            file.write(f"\n{json.dumps([key, result])}\n")
 
     def remove(self) -> None:
         """When all is finished and written elsewhere; on one rank."""
-        for path in self._files():
+        for path in self._folder.glob(self._pattern):
             path.unlink()
-
-    def _append(self, text: str) -> None:
-        with (self._folder / f"{self._name}.{world()[0]}.jsonl").open("a") as file:
-            file.write(text)
-
-    def _files(self) -> list[Path]:
-        return sorted(self._folder.glob(f"{self._name}.*.jsonl"))
 
     def _read(self) -> dict[str, Any]:
         found = {}
-        for path in self._files():
+        for path in sorted(self._folder.glob(self._pattern)):
             for line in path.read_text().splitlines():
-                try:
+                with contextlib.suppress(ValueError):  # of a line that a kill cut off, or an empty one
                     key, result = json.loads(line)
-                except ValueError:  # a line that a kill cut off, or none
-                    continue
-                found[key] = result
+                    found[key] = result
         return found

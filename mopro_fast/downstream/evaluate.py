@@ -116,10 +116,9 @@ def _read_names(path: str) -> list[str]:
         return subfolders(path)
     try:
         with open(path, encoding="utf-8-sig") as file:
-            names = [line.split()[0] for line in file if line.strip()]
+            return [line.split()[0] for line in file if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the class names {path}: {error}") from None
-    return names
 
 
 def to_model(index: Index, names: list[str] | None, classes: int, given: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -177,6 +176,11 @@ def summary(found: np.ndarray, labels: np.ndarray, names: list[str]) -> dict:
     images = np.bincount(labels, minlength=len(names))
     right = np.bincount(labels[correct], minlength=len(names))
     of_class = 100 * right / np.maximum(images, 1)
+    calibration = {
+        "rms": rms_calibration(confidence, correct, last_bin=False),
+        "rms_all_bins": rms_calibration(confidence, correct),
+        "ece": expected_calibration(confidence, correct),
+    }
     pairs, counts = np.unique(np.stack([labels, first])[:, ~correct], axis=1, return_counts=True)
     order = np.argsort(-counts, kind="stable")[:_CONFUSIONS]
     return {
@@ -185,11 +189,7 @@ def summary(found: np.ndarray, labels: np.ndarray, names: list[str]) -> dict:
         "top1": 100 * correct.mean(),
         "top5": 100 * hits.any(1).mean(),
         "mean_per_class": of_class[images > 0].mean(),
-        "calibration": {
-            "rms": _percent(rms_calibration(confidence, correct, last_bin=False)),
-            "rms_all_bins": _percent(rms_calibration(confidence, correct)),
-            "ece": 100 * expected_calibration(confidence, correct),
-        },
+        "calibration": {name: None if share is None else 100 * share for name, share in calibration.items()},
         "per_class": [
             {"class": names[c], "images": int(images[c]), "top1": of_class[c]} for c in np.flatnonzero(images)
         ],
@@ -222,10 +222,6 @@ def expected_calibration(confidence: np.ndarray, correct: np.ndarray) -> float:
     bins = np.ceil(confidence * ECE_BINS).astype(int).clip(1, ECE_BINS) - 1
     gaps = np.bincount(bins, confidence - correct, ECE_BINS)
     return float(np.abs(gaps).sum() / len(confidence))
-
-
-def _percent(share: float | None) -> float | None:
-    return None if share is None else 100 * share
 
 
 def table(results: dict[str, dict], top: int) -> str:

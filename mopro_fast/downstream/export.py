@@ -72,7 +72,7 @@ def new_file(out: Path) -> Iterator[BinaryIO]:
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"cannot write {out}: name a file in a folder that exists")
     try:
-        with replacing(str(out)) as file:
+        with replacing(out) as file:
             yield file
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from None
@@ -127,14 +127,11 @@ def onnx(weights: Weights, classifier: bool) -> bytes:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter warns of what it lacks and of Python's own deprecations."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+    finally:
+        logging.disable(before)

@@ -47,9 +47,6 @@ class Frozen:
     UserError for options that cannot be right.
     """
 
-    loader_options: dict[str, Any]
-    """Of EvalLoader; what the user left open is filled in."""
-
     def __init__(
         self,
         checkpoint: str,
@@ -70,7 +67,7 @@ class Frozen:
         if size is None:
             raise UserError(f"{checkpoint} does not say at what size its images were seen: set --image-size")
         own_resize = self.weights.eval_resize if size == self.weights.image_size and margin is None else None
-        self.loader_options = {
+        self.loader_options: dict[str, Any] = {  # of EvalLoader; what the user left open is filled in
             "batch_size": config.batch_size,
             "image_size": size,
             "resize": config.eval_resize or own_resize or round(size * (margin or 256 / 224)),
@@ -106,8 +103,4 @@ class Frozen:
         if index.checked is not None:
             parts.append(hashlib.sha256(index.checked.size.tobytes()).hexdigest())
         path = self.folder / f"{name}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.npy"
-
-        def step(images: Tensor, _labels: Tensor) -> Tensor:
-            return self.run(function, images).float()
-
-        return compute(index, path, step, width, o)
+        return compute(index, path, lambda images, _: self.run(function, images).float(), width, o)

@@ -8,6 +8,7 @@ import numpy as np
 
 from mopro_fast.config import AugmentConfig, DataConfig
 from mopro_fast.data.index import Index
+from mopro_fast.data.order import place_in_class
 from mopro_fast.downstream import supervised
 from mopro_fast.downstream.supervised import SupervisedConfig, SupervisedOptim, SupervisedTask
 from mopro_fast.errors import UserError
@@ -67,10 +68,8 @@ def choose(labels: np.ndarray, share: float, balanced: bool, seed: int) -> np.nd
     rows = np.random.default_rng((CHOICE, seed)).permutation(np.flatnonzero(labels >= 0))
     if not balanced:
         return rows[: max(1, int(share * len(rows)))]
-    rows = rows[np.argsort(labels[rows], kind="stable")]
-    sizes = np.unique(labels[rows], return_counts=True)[1]
-    place = np.arange(len(rows)) - np.repeat(sizes.cumsum() - sizes, sizes)  # in its class
-    return rows[place < np.repeat(np.maximum(1, np.round(share * sizes)), sizes)]
+    _, inverse, sizes = np.unique(labels[rows], return_inverse=True, return_counts=True)
+    return rows[place_in_class(labels[rows]) < np.maximum(1, np.round(share * sizes))[inverse]]
 
 
 def _named(path: str, index: Index) -> np.ndarray:

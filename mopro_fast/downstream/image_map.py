@@ -5,6 +5,7 @@ result has the same bytes whatever the number of ranks and interruptions.
 """
 
 import contextlib
+import functools
 import hashlib
 import shutil
 import sys
@@ -29,19 +30,22 @@ _SAVE_EVERY = 60.0  # seconds of work that a kill may cost
 _PART = 1 << 28  # bytes at which a part is written before that
 _NAMED = 3  # lost images named in the message
 
+_writing = functools.partial(files.writing, hint="make room there, or name another folder")
+
 T = TypeVar("T")
+Step = Callable[[Tensor, Tensor], Tensor]  # images uint8 [N, S, S, 3], labels int64 [N] -> [N, width]
 
 
 def compute(
     index: Index,
     path: Path,
-    step: Callable[[Tensor, Tensor], Tensor],
+    step: Step,
     width: int,
     loader_options: dict[str, Any],
     batches: list[np.ndarray] | None = None,
     again: Path | None = None,
 ) -> np.ndarray:
-    """Write step(images uint8 [N, S, S, 3], labels int64 [N]) -> [N, width] of every image to ``path``, a .npy file.
+    """Write step(images, labels) of every image to ``path``, a .npy file.
 
     Returns it memory-mapped: float32 [n, width], NaN where an image cannot be read; such images are named. Finished
     parts lie beside it until it is whole. Raises UserError while another process computes it.
@@ -110,13 +114,7 @@ def in_order(function: Callable[..., T], batches: Iterable[tuple], device: torch
             torch.set_num_threads(threads)  # new threads ask for the number set last, by any thread
 
 
-def _work(
-    index: Index,
-    batches: list[np.ndarray],
-    path: Path,
-    step: Callable[[Tensor, Tensor], Tensor],
-    loader_options: dict[str, Any],
-) -> list[int]:
+def _work(index: Index, batches: list[np.ndarray], path: Path, step: Step, loader_options: dict[str, Any]) -> list[int]:
     """Compute these batches of rows and write them into parts; -> the rows that could not be read."""
     rank, ranks = world()
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
@@ -152,7 +150,7 @@ def _write_part(path: Path, done: list[tuple[Tensor, Tensor]]) -> None:
     name = hashlib.sha256(ids.tobytes()).hexdigest()[:16]  # other ids never replace these
     with _writing(path.parent):
         _folder(path).mkdir(exist_ok=True)
-        with files.replacing(str(_folder(path) / f"{name}.npz")) as file:
+        with files.replacing(_folder(path) / f"{name}.npz") as file:
             np.savez(file, ids=ids, values=values)
 
 
@@ -168,7 +166,7 @@ def _missing(path: Path, rows: int, batches: list[np.ndarray]) -> list[int]:
 def _join(path: Path, rows: int, width: int) -> None:
     """Write ``path`` from its parts, unless it is there, and remove them."""
     if not path.is_file():
-        with _writing(path.parent), files.replacing(str(path)) as file:
+        with _writing(path.parent), files.replacing(path) as file:
             np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (rows, width)})
             start, unread = file.tell(), np.full(width, np.nan, np.float32)
             for _ in range(rows):
@@ -189,7 +187,3 @@ def _parts(path: Path) -> list[Path]:
 
 def _folder(path: Path) -> Path:
     return path.with_suffix(".parts")
-
-
-def _writing(folder: Path) -> contextlib.AbstractContextManager[None]:
-    return files.writing(folder, "make room there, or name another folder")

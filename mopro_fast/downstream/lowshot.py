@@ -208,20 +208,16 @@ def svm_scores(
     from joblib import Parallel, delayed
 
     train, test = unit(train), unit(test)
-    columns = range(train_labels.shape[1]) if train_labels.ndim == 2 else [None]
+    several = train_labels.ndim == 2
+    labels, truth = (np.atleast_2d(x.T) for x in (train_labels, test_labels))  # a row per SVM of a draw
     found = {} if done is None else {tuple(map(int, key.split())): tuple(r) for key, r in done.results.items()}
-    todo = [
-        ((*key, column or 0), rows, train_labels[rows] if column is None else train_labels[rows, column], column)
-        for key, rows in draws.items()
-        for column in columns
-        if (*key, column or 0) not in found
-    ]
-    truth = test_labels if test_labels.ndim == 2 else test_labels[:, None]
     calls = [
-        delayed(train_and_score)(key, train, rows, labels, test, truth[:, column or 0], column is not None, cost)
-        for key, rows, labels, column in todo
+        delayed(train_and_score)((*key, c), train, rows, labels[c, rows], test, truth[c], several, cost)
+        for key, rows in draws.items()
+        for c in range(len(labels))
+        if (*key, c) not in found
     ]
-    with tqdm(total=len(todo), desc="SVMs", disable=not todo or not sys.stderr.isatty()) as bar:
+    with tqdm(total=len(calls), desc="SVMs", disable=not calls or not sys.stderr.isatty()) as bar:
         for key, score, converged in Parallel(jobs, return_as="generator_unordered")(calls):
             found[key] = (score, converged)
             if done is not None:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mopro_fast.data.index import Index, load_index, val_layout
+from mopro_fast.data.order import place_in_class
 from mopro_fast.distributed import gather_lists, leave, world
 from mopro_fast.downstream.done import Done
 from mopro_fast.downstream.features import EncoderConfig, Frozen
@@ -66,18 +67,13 @@ class Probe:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
 
 
-@dataclass
-class Rows:
+class Rows(NamedTuple):
     """Images as a classifier sees them."""
 
     features: Tensor
     """float32 [n, F]."""
     labels: Tensor
     """int64 [n]."""
-
-    def take(self, rows: np.ndarray) -> "Rows":
-        rows = torch.from_numpy(rows).to(self.labels.device)
-        return Rows(self.features[rows], self.labels[rows])
 
 
 def main(argv: list[str]) -> int:
@@ -97,8 +93,9 @@ def main(argv: list[str]) -> int:
         values = (torch.from_numpy(x[usable]).to(frozen.device) for x in (features, index.labels))
         rows[name] = Rows(*values)
     if "val" not in rows:
-        kept, held = hold_out(rows["train"].labels.cpu().numpy(), o.holdout, o.seed)
-        rows["val"], rows["train"] = rows["train"].take(held), rows["train"].take(kept)
+        features, labels = rows["train"]
+        parts = hold_out(labels.cpu().numpy(), o.holdout, o.seed)
+        rows["train"], rows["val"] = (Rows(features[part], labels[part]) for part in parts)
     for name, of in rows.items():
         if not len(of.labels):
             raise UserError(f"no image for {name} is left: give more images, or other --val and --test")
@@ -152,10 +149,7 @@ def hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, n
     """-> int64 rows kept and held out, both sorted: of each class's images this share, rounded."""
     rng = np.random.default_rng([seed, _HOLDOUT])
     order = rng.permutation(len(labels))
-    order = order[np.argsort(labels[order], kind="stable")]
-    counts = np.bincount(labels)
-    place = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)  # within its class
-    held = place < np.round(share * counts)[labels[order]]
+    held = place_in_class(labels[order]) < np.round(share * np.bincount(labels))[labels[order]]
     return np.sort(order[~held]), np.sort(order[held])
 
 
@@ -233,9 +227,7 @@ def report(o: Probe, images: dict[str, int], classes: int, results: dict[str, li
         "images": images,
         "settings": {"steps": o.steps, "evaluate_every": o.evaluate_every, "seed": o.seed},
         "lambda": float(lam),
-        "step": by_lambda[lam]["step"],
-        "val": by_lambda[lam]["val"],
-        "test": by_lambda[lam]["test"],
+        **{name: by_lambda[lam][name] for name in ("step", "val", "test")},
         "lambdas": by_lambda,
         "diverged": [value for value in o.lambdas if not results[repr(value)]],
     }

@@ -45,9 +45,7 @@ PREFERENCE = ("cuda", "triton", "reference")
 # Where each backend's implementations live, and which ops it has. Modules are imported on first use.
 MODULES = {"reference": "mopro_fast.ops.reference", "cuda": "mopro_fast.ops.cuda", "triton": "mopro_fast.kernels"}
 CUDA = ("ema_update_", "sgd_ema_update_", "queue_enqueue_", "prototype_update_")
-TRITON = ("info_nce", "correct_labels", "prototype_contrast", "mopro_loss", "mopro_loss_backward")
-TRITON += ("two_views", "normalize", "batch_norm_stats_", "batch_norm_act", "batch_norm_act_backward")
-TRITON += ("conv1x1_stats_",)
+TRITON = tuple(op for op in OPS if op not in CUDA)
 IMPLEMENTED = {"reference": OPS, "cuda": CUDA, "triton": TRITON}
 
 _choice = os.environ.get("MOPRO_FAST_BACKEND", "auto")

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from mopro_fast.data.order import place_in_class
 from mopro_fast.labels import DECISIONS, REMOVED, UNSEEN
 
 SHOWN = DECISIONS[:3]  # of an image that was shown
@@ -76,7 +77,7 @@ def sample(given: np.ndarray, new: np.ndarray, count: int, seed: int, only: np.n
     if only is not None:
         verdict[~(np.isin(given, only) | np.isin(new, only))] = -1
     wanted = [rng.permutation(np.flatnonzero(verdict == v)) for v in range(len(SHOWN))]
-    wanted = [rows[np.argsort(_turns(given[rows]), kind="stable")] for rows in wanted]
+    wanted = [rows[np.argsort(place_in_class(given[rows]), kind="stable")] for rows in wanted]
     slots = [int(count * share) for share in SHARES]
     slots[1] += count - sum(slots)
     taken = [rows[:n] for rows, n in zip(wanted, slots, strict=True)]
@@ -84,14 +85,6 @@ def sample(given: np.ndarray, new: np.ndarray, count: int, seed: int, only: np.n
         room = count - sum(map(len, taken))
         taken[v] = wanted[v][: len(taken[v]) + room]
     return np.sort(np.concatenate(taken))
-
-
-def _turns(labels: np.ndarray) -> np.ndarray:
-    """int64 [n]: how many of the same label come earlier."""
-    order = np.argsort(labels, kind="stable")
-    turns = np.empty(len(labels), np.int64)
-    turns[order] = np.arange(len(labels)) - np.searchsorted(labels[order], labels[order])
-    return turns
 
 
 def similarity(prototypes: np.ndarray, cells: int = CELLS, pairs: int = 30) -> dict[str, Any]:

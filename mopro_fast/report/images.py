@@ -2,7 +2,6 @@
 
 import base64
 import io
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
+from torch import Tensor, nn
 
 from mopro_fast import ops
 from mopro_fast.checkpoints.state import RunState
@@ -22,7 +21,7 @@ from mopro_fast.data.index import Index
 from mopro_fast.downstream.clean import TABLE
 from mopro_fast.errors import UserError
 from mopro_fast.labels import REMOVED, UNSEEN
-from mopro_fast.models.build import build_encoder
+from mopro_fast.models.build import build
 from mopro_fast.ops.reference import decide, mixed_scores
 from mopro_fast.report.figures import SHOWN
 
@@ -88,28 +87,19 @@ def rows_of(paths: list[str], index: Index, likely: np.ndarray) -> np.ndarray:
     return pc.fill_null(found, -1).to_numpy().astype(np.int64)
 
 
-def load_model(config: TrainConfig, state: RunState, device: str) -> tuple[torch.nn.Module, torch.Tensor | None]:
+def load_model(config: TrainConfig, state: RunState, device: str) -> tuple[nn.Module, Tensor | None]:
     """The query encoder, ready to evaluate, and the prototypes, None if there are none. Raises UserError."""
-    weights = state.model
-    encoder = build_encoder(config)
-    own = {f"encoder_q.{name}": w for name, w in encoder.state_dict().items()}
-    theirs = {name: w for name, w in weights.items() if name.startswith("encoder_q.")}
-    if "prototypes" in weights:
-        own["prototypes"] = torch.empty(config.data.num_classes, config.model.embed_dim)
-    check_fits(own, theirs | {n: w for n, w in weights.items() if n == "prototypes"}, "in the run's folder")
-    encoder.load_state_dict({name.partition(".")[2]: w for name, w in theirs.items()})
-    prototypes = weights.get("prototypes")
-    return encoder.to(device).eval(), None if prototypes is None else prototypes.to(device)
+    model = build(config)
+    check_fits(model.state_dict(), state.model, "in the run's folder")
+    model.load_state_dict(state.model)
+    prototypes = getattr(model, "prototypes", None)
+    return model.encoder_q.to(device).eval(), None if prototypes is None else prototypes.to(device)
 
 
 @torch.no_grad()
 def scores(
-    encoder: torch.nn.Module,
-    prototypes: torch.Tensor | None,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    c: TrainConfig,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    encoder: nn.Module, prototypes: Tensor | None, images: Tensor, labels: Tensor, c: TrainConfig
+) -> tuple[Tensor, Tensor]:
     """Step 6 of the method for images uint8 [N, S, S, 3] and labels int64 [N].
 
     -> t float32 [N, C], the classifier's alone without prototypes; int64 [N]: the label now, −1 if removed.
@@ -135,29 +125,25 @@ def cards(
     def small(pixels: np.ndarray) -> tuple[str, np.ndarray | None]:
         return thumbnail(pixels, thumb), None if model is None else central_crop(pixels, resize, d.image_size)
 
-    found, unread = [], {}
-    at = dict(zip(rows.tolist(), rows_of([labels.path(r) for r in rows], index, rows).tolist(), strict=True))
-    threads = inputs.threads(d)
-    with tqdm(total=len(rows), desc="images", unit="img", disable=None, leave=False, file=sys.stderr) as bar:
-        for first in range(0, len(rows), BATCH):
-            chunk, crops = rows[first : first + BATCH].tolist(), []
-            there = [r for r in chunk if at[r] >= 0]
-            unread |= {labels.path(r): "not in the training data" for r in chunk if at[r] < 0}
-            begin = len(found)
-            read = decoded(index, np.array([at[r] for r in there], np.int64), threads, False, small)
-            for row, result in zip(there, read, strict=True):
-                if isinstance(result, str):
-                    unread[labels.path(row)] = result
-                    continue
-                card = {"path": labels.path(row), "given": int(labels.given[row]), "new": int(labels.new[row])}
-                card |= {"jpeg": result[0], "scores": {}}
-                if model is None:
-                    card |= _of_table(labels, row)
-                found.append(card)
-                crops.append(result[1])
-            if model is not None and crops:
-                _score(found[begin:], torch.from_numpy(np.stack(crops)).to(device), model, config)
-            bar.update(len(chunk))
+    at = rows_of([labels.path(row) for row in rows], index, rows)
+    unread = {labels.path(row): "not in the training data" for row in rows[at < 0]}
+    rows, at = rows[at >= 0].tolist(), at[at >= 0]
+    found, crops = [], []
+    for row, result in zip(rows, decoded(index, at, inputs.threads(d), True, small), strict=True):
+        if isinstance(result, str):
+            unread[labels.path(row)] = result
+            continue
+        card = {"path": labels.path(row), "given": int(labels.given[row]), "new": int(labels.new[row])}
+        found.append(card | {"jpeg": result[0], "scores": {}})
+        if model is None:
+            found[-1] |= _of_table(labels, row)
+            continue
+        crops.append(result[1])
+        if len(crops) == BATCH:
+            _score(found[-BATCH:], crops, model, config, device)
+            crops = []
+    if crops:
+        _score(found[-len(crops) :], crops, model, config, device)
     return found, unread
 
 
@@ -170,11 +156,13 @@ def thumbnail(pixels: np.ndarray, side: int) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _score(found: list[dict[str, Any]], crops: torch.Tensor, model: tuple, config: TrainConfig) -> None:
+def _score(
+    found: list[dict[str, Any]], crops: list[np.ndarray], model: tuple, config: TrainConfig, device: str
+) -> None:
     """Put the scores of a batch into its cards: t of the given label and of the new one, the best, the verdict now."""
     encoder, prototypes = model
-    given = torch.tensor([card["given"] for card in found], device=crops.device)
-    t, now = scores(encoder, prototypes, crops, given, config)
+    given = torch.tensor([card["given"] for card in found], device=device)
+    t, now = scores(encoder, prototypes, torch.from_numpy(np.stack(crops)).to(device), given, config)
     best_score, best = t.max(1)
     columns = (t.cpu(), now.tolist(), best.tolist(), best_score.tolist())
     for card, own, label, guess, score in zip(found, *columns, strict=True):

@@ -1,11 +1,11 @@
-"""The page: its contents as plain values, which page.js shows, and the one HTML file around them."""
+"""``mopro-fast report RUN``: the run's page: its contents as plain values, which page.js shows, in one HTML file."""
 
 import base64
 import hashlib
 import html
 import json
-import os
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -57,19 +57,38 @@ class Report:
     """Computes the images' scores. A run in progress may need its GPU for itself."""
 
 
+def main(argv: list[str]) -> int:
+    options = tyro.cli(Report, args=argv, prog="mopro-fast report")
+    if not 0 <= options.images <= 5000:
+        raise UserError(f"--images must lie in [0, 5000], got {options.images}")
+    if not 16 <= options.thumb <= 512:
+        raise UserError(f"--thumb must lie in [16, 512] px, got {options.thumb}")
+    out = Path(options.out or Path(options.run) / "report.html")
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder: name a file")
+    contents = collect(options)
+    size = write(contents, out)
+    for name, why in contents["missing"].items():
+        print(f"not in the report: {name}: {why}", file=sys.stderr)
+    unread = f", {len(contents['unread'])} could not be read" if contents["unread"] else ""
+    print(f"{size / 1e6:.1f} MB, {len(contents['images'])} images{unread}", file=sys.stderr)
+    print(out)
+    return 0
+
+
 def collect(options: Report) -> dict[str, Any]:
     """Everything the page shows, as JSON values. Only wrong options raise; what the run lacks is in ``missing``."""
     run = Run(Path(options.run), options.data, options.root, other_data=options.table is not None)
     labels = _labels(run, options.table)
-    classes = _class_count(run, labels)
+    used = [] if labels is None else [int(a.max(initial=-1)) + 1 for a in (labels.given, labels.new)]
+    classes = max(run.config.data.num_classes if run.config else 0, *used, 0)
     names = run.class_names(options.names, classes)
     only = _class_numbers(options.only, names, classes)
-    steps = _steps_per_epoch(run)
     contents = {
         "summary": _summary(run),
         "config": _flat(run.raw_config),
         "defaults": _flat(json.loads(TrainConfig().to_json())),
-        "charts": _curves(run, steps) + _speed(run, steps),
+        "charts": _charts(run),
         "names": names,
         "labels": None if labels is None else _label_numbers(labels, classes),
         "images": [],
@@ -90,7 +109,7 @@ def write(contents: dict[str, Any], out: Path) -> int:
     """Write the page, all of it or nothing; -> its bytes."""
     page = render(contents).encode()
     try:
-        with replacing(os.fspath(out)) as file:
+        with replacing(out) as file:
             file.write(page)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}; name another file with --out") from None
@@ -125,11 +144,6 @@ def _labels(run: Run, table: str | None) -> Labels | None:
         run.missing["the corrected labels"] = f"there are {len(new)} labels, but {len(run.index)} images"
         return None
     return Labels(run.index.labels, new, source, run.index.paths)
-
-
-def _class_count(run: Run, labels: Labels | None) -> int:
-    used = [0] if labels is None else [int(a.max(initial=-1)) + 1 for a in (labels.given, labels.new)]
-    return max(run.config.data.num_classes if run.config else 0, *used)
 
 
 def _class_numbers(wanted: Iterable[str], names: list[str] | None, classes: int) -> np.ndarray | None:
@@ -178,8 +192,9 @@ def _summary(run: Run) -> dict[str, Any]:
     }
 
 
-def _curves(run: Run, steps: int) -> list[dict[str, Any]]:
-    """Charts of log.jsonl. x counts epochs: an entry of step s of epoch e (from 0) is at e + s/steps."""
+def _charts(run: Run) -> list[dict[str, Any]]:
+    """Of log.jsonl and timing.jsonl. x counts epochs: an entry of step s of epoch e (from 0) is at e + s/steps."""
+    steps = _steps_per_epoch(run)
     train = [e for e in run.log if e.get("split") == "train"]
     ended = [e for e in run.log if e.get("split") == "epoch"]
     splits = dict.fromkeys(e.get("split") for e in run.log if "top1" in e)
@@ -192,10 +207,11 @@ def _curves(run: Run, steps: int) -> list[dict[str, Any]]:
         return {"name": name} | figures.thin(x, factor * y)
 
     def chart(title: str, about: str, lines: Iterable[dict | None], **more: Any) -> dict[str, Any]:
-        return {"title": title, "about": about, "lines": [one for one in lines if one], "group": "training"} | more
+        lines = [one for one in lines if one]
+        return {"title": title, "about": about, "unit": "", "lines": lines, "group": "training"} | more
 
     shares = [
-        e | {"as given": e["kept"] - e["relabelled"], "out": 1 - e["kept"]}
+        e | {"kept": e["kept"] - e["relabelled"], "removed": 1 - e["kept"]}
         for e in ended
         if isinstance(e.get("kept"), (int, float)) and "relabelled" in e
     ]
@@ -222,33 +238,27 @@ def _curves(run: Run, steps: int) -> list[dict[str, Any]]:
         chart(
             "Share of the training images",
             "Over each epoch: trained with the given label, with another one, or kept out of the losses.",
-            [
-                line(shares, "as given", "kept", 100),
-                line(shares, "relabelled", "relabelled", 100),
-                line(shares, "out", "removed", 100),
-            ],
+            [line(shares, verdict, verdict, 100) for verdict in figures.SHOWN],
             unit=" %",
             stacked=True,
             group="labels",
         ),
         chart("Other values", "", [line(train, k, k) for k in other]),
+        chart(
+            "Images per second",
+            "Of all ranks together.",
+            [line(run.timing, "images_per_second", "images per second")],
+            group="speed",
+        ),
+        chart(
+            "Waiting for images",
+            "Share of the time in which no batch was ready.",
+            [line(run.timing, "data_wait", "waiting for images", 100)],
+            unit=" %",
+            group="speed",
+        ),
     ]
     return [c for c in charts if c["lines"]]
-
-
-def _speed(run: Run, steps: int) -> list[dict[str, Any]]:
-    """Charts of timing.jsonl."""
-    charts = []
-    for key, title, about, unit, factor in (
-        ("images_per_second", "Images per second", "Of all ranks together.", "", 1),
-        ("data_wait", "Waiting for images", "Share of the time in which no batch was ready.", " %", 100),
-    ):
-        points = [(e["epoch"] + e["step"] / steps, e[key]) for e in run.timing if isinstance(e.get(key), (int, float))]
-        if points:
-            x, y = np.array(points, np.float64).T
-            line = {"name": title.lower()} | figures.thin(x, factor * y)
-            charts.append({"title": title, "about": about, "unit": unit, "lines": [line], "group": "speed"})
-    return charts
 
 
 def _label_numbers(labels: Labels, classes: int) -> dict[str, Any]:
@@ -279,12 +289,12 @@ def _model(run: Run, device: str) -> tuple | None:
 
 
 def _prototypes(run: Run) -> dict[str, Any] | None:
-    prototypes = run.state.model.get("prototypes") if run.state else None
-    if prototypes is None:
-        if run.state:
-            run.missing["prototypes"] = "this model has none"
+    if run.state is None:
         return None
-    found = figures.similarity(prototypes.float().numpy())
+    if "prototypes" not in run.state.model:
+        run.missing["prototypes"] = "this model has none"
+        return None
+    found = figures.similarity(run.state.model["prototypes"].float().numpy())
     if not found["order"]:
         run.missing["prototypes"] = "they are still zeros"
         return None

@@ -74,9 +74,8 @@ class Run:
     @cached_property
     def timing(self) -> list[dict[str, Any]]:
         """The latest entry of every step: an interrupted run takes some steps twice."""
-        entries = self._entries("timing.jsonl", "the speed")
-        latest = {(e.get("epoch"), e.get("step")): e for e in entries}
-        return [latest[key] for key in sorted(k for k in latest if None not in k)]
+        latest = {(e["epoch"], e["step"]): e for e in self._entries("timing.jsonl", "the speed")}
+        return [latest[key] for key in sorted(latest)]
 
     @cached_property
     def state(self) -> RunState | None:
