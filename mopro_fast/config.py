@@ -52,6 +52,10 @@ class AugmentConfig:
                 raise UserError(f"augment {name} must lie in [0, {limit}], got {value}")
 
 
+VIEW_K = frozenset(f"data.augment.{name}" for name in ("grayscale", "brightness", "contrast", "saturation", "hue"))
+"""Settings that only methods of two views read."""
+
+
 @dataclass
 class DataConfig:
     """Where the images are and how they are read."""
@@ -126,6 +130,10 @@ class MoProConfig:
     """Weight of the instance contrastive loss."""
     w_proto: float = 1.0
     """Weight of the prototypical contrastive loss."""
+
+
+MOPRO = frozenset(f"mopro.{name}" for name in MoProConfig.__annotations__)
+"""Settings that only MoPro reads."""
 
 
 @dataclass

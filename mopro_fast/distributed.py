@@ -49,9 +49,9 @@ def start(device: str, deterministic: bool | None = None) -> torch.device:
     place = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(place)
+        torch.cuda.set_stream(torch.cuda.Stream())  # all work's stream: the default one cannot be captured in a graph
     if cuda and deterministic is not None:
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = not deterministic, deterministic
-        torch.cuda.set_stream(torch.cuda.Stream())  # all work's stream: the default one cannot be captured in a graph
     if {"WORLD_SIZE", "RANK", "MASTER_ADDR"} <= os.environ.keys() and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", device_id=place if cuda else None)
     return place

@@ -47,7 +47,8 @@ def locked(path: str, busy: str) -> Iterator[BinaryIO]:
         if os.fstat(file.fileno()).st_nlink == 0:  # the other one has removed it meanwhile
             raise UserError(busy)
         yield file
-        os.unlink(path)
+        with contextlib.suppress(FileNotFoundError):  # where there are no locks another one may have removed it
+            os.unlink(path)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from mopro_fast import ops
 from mopro_fast.checkpoints.weights import build_encoder, load_weights
 from mopro_fast.config import DataConfig, OptimConfig, RunConfig, TrainConfig
 from mopro_fast.models.method import Method, StepOutput
-from mopro_fast.training.loop import Trainer
+from mopro_fast.training.command import run
 from mopro_fast.training.task import Task
 
 
@@ -45,14 +45,14 @@ class LinearProbeTask(Task):
         return LinearProbe(build_encoder(self.weights))
 
 
-def trainer(weights: str, data: str, out: str) -> Trainer:
+def task(weights: str, data: str, out: str) -> Task:
     config = TrainConfig(
         data=DataConfig(data, num_classes=6, image_size=16, eval_resize=16, cache="device"),
         optim=OptimConfig(epochs=3, batch_size=8, lr=0.003),
         run=RunConfig(out, device="cpu", log_every=2, checkpoint_every=2, tensorboard=False),
     )
-    return Trainer(LinearProbeTask(config, weights))
+    return LinearProbeTask(config, weights)
 
 
 if __name__ == "__main__":
-    sys.exit(trainer(*sys.argv[1:]).run())
+    sys.exit(run(task(*sys.argv[1:])))

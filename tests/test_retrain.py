@@ -370,7 +370,7 @@ def test_the_command_line(data, model, tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 2
 
 
-def test_no_option_is_ignored(data, model, tmp_path, monkeypatch, opened):
+def test_the_options_of_train_are_honoured(data, model, tmp_path, monkeypatch, opened):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: compiled.append(module))
     c = finetune(data, tmp_path / "a")
@@ -387,3 +387,38 @@ def test_no_option_is_ignored(data, model, tmp_path, monkeypatch, opened):
     c.optim.sgd = "apex"
     with pytest.raises(UserError, match="--sgd apex"):
         opened(c, model)
+
+
+def test_settings_that_it_would_not_read_are_not_asked_for(model, capsys):
+    with pytest.raises(SystemExit):
+        cli._run(["retrain", str(model), "--help"])
+    text = capsys.readouterr().out
+    assert "--scale" in text and "--flip" in text
+    assert not any(f"--{name}" in text for name in ("hue", "grayscale", "brightness", "contrast", "saturation", "init"))
+
+
+@pytest.mark.medium
+def test_other_labels_of_class_folders_are_another_run(model, tmp_path):
+    """images.txt keeps the labels that the run began with."""
+    names = [f"{c}/{i}.png" for c in range(4) for i in range(6)]
+    for i, name in enumerate(names):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((16, 16, 3), 9 * i, np.uint8)).save(tmp_path / "data" / name)
+
+    def cleaned(shift: int) -> Retrain:
+        labels = [(int(name[0]) + shift) % 4 for name in names]
+        (tmp_path / f"{shift}.json").write_text(json.dumps({"images": names, "labels": labels}))
+        c = configure(Retrain(cleaned=str(tmp_path / f"{shift}.json")), tmp_path, tmp_path / "run", "data")
+        c.data.val = None
+        return c
+
+    run(cleaned(0), model)
+    with pytest.raises(UserError, match=r"on other data than .*choose another --out$"):
+        trainer_of(cleaned(1), model)
+    c = cleaned(0)
+    c.resample, c.cleaned = False, cleaned(1).cleaned
+    with pytest.raises(UserError, match=r"resample=True, this one has False: .*choose another --out$"):
+        trainer_of(c, model)
+    (tmp_path / "data" / names[0]).unlink()
+    with pytest.raises(UserError, match=f"it has {names[0]}, which is not there"):
+        trainer_of(cleaned(0), model)

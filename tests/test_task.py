@@ -13,6 +13,8 @@ from mopro_fast.checkpoints import state
 from mopro_fast.checkpoints.formats import digest
 from mopro_fast.config import RunConfig, TrainConfig
 from mopro_fast.errors import UserError
+from mopro_fast.training.command import run
+from mopro_fast.training.loop import Trainer
 from mopro_fast.training.run import RunFolder
 
 
@@ -26,7 +28,7 @@ def test_a_method_of_one_file_has_progress_log_resume_and_evaluation(tmp_path, c
     weights = write_checkpoint(tmp_path / "weights.pt")
     images = write_folders(tmp_path / "images", {"train": 6, "val": 2})
     whole, stopped = (str(tmp_path / name) for name in ("whole", "stopped"))
-    assert linear_probe.trainer(weights, str(images), whole).run() == 0
+    assert run(linear_probe.task(weights, str(images), whole)) == 0
     told = capfd.readouterr().err
     assert "epoch 3/3 step 4/4 | loss " in told and "epoch 3/3 val: top-1 " in told
     entries = log_of(tmp_path / "whole")
@@ -34,7 +36,7 @@ def test_a_method_of_one_file_has_progress_log_resume_and_evaluation(tmp_path, c
     losses = [e["loss"] for e in entries if e["split"] == "epoch"]
     assert losses[2] < losses[1] < losses[0]
 
-    trainer = linear_probe.trainer(weights, str(images), stopped)
+    trainer = Trainer(linear_probe.task(weights, str(images), stopped))
     step = trainer._train_step
 
     def stop(batch, extra) -> None:
@@ -44,7 +46,7 @@ def test_a_method_of_one_file_has_progress_log_resume_and_evaluation(tmp_path, c
 
     trainer._train_step = stop
     assert trainer.run() == signal.SIGTERM
-    assert linear_probe.trainer(weights, str(images), stopped).run() == 0
+    assert run(linear_probe.task(weights, str(images), stopped)) == 0
     assert "resuming" in capfd.readouterr().err
     assert log_of(tmp_path / "stopped") == entries
     last = [state.load(state.all_of(tmp_path / name / "checkpoints")[-1]).model for name in ("whole", "stopped")]
@@ -62,3 +64,8 @@ def test_a_folder_is_one_run_s_at_a_time(tmp_path):
     folder.close()
     assert not (tmp_path / "run").exists()  # nothing was written
     RunFolder(config).close()
+    (tmp_path / "run").mkdir()
+    folder = RunFolder(config)
+    (tmp_path / "run/.lock").unlink()  # as a user may who thinks that it is stale
+    folder.close()
+    assert (tmp_path / "run").exists()  # it is the user's

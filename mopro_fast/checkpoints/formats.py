@@ -63,9 +63,6 @@ def digest(tensors: dict[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-# Into this package's names.
-
-
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
     """-> the file's entries, its tensors without a prefix of DataParallel, and its kind (Weights.kind)."""
     found = _read_safetensors(path) if _is_safetensors(path) else read_torch(path)
@@ -170,9 +167,6 @@ def _updated(weights: Weights, momentum: float) -> dict[str, Tensor]:
         ops.ema_update_(keys, [state[name.replace(K, Q, 1)] for name in names], momentum)
         state |= dict(zip(names, keys, strict=True))
     return state
-
-
-# Out of them.
 
 
 def official(weights: Weights) -> dict[str, Any]:

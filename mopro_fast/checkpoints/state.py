@@ -1,7 +1,7 @@
 """What a checkpoint of this package holds: a run's state, written whole or not at all, read without executing anything.
 
-``RunState`` names every entry of the file. A file of a later ``FORMAT`` is refused; those of format 1 (no number in
-the file: commit ea549b1 and before) are read by ``_of_format_1``.
+``RunState`` names the entries of the file; beside them is ``format``. A later FORMAT is refused; those of format 1 (no
+number in the file: commit ea549b1 and before) are read by ``_of_format_1``.
 """
 
 import argparse
@@ -27,7 +27,7 @@ NAME = re.compile(r"step_(\d{9})\.pt$")
 
 @dataclass
 class RunState:
-    """A run between two steps. All tensors are on the CPU. The defaults are a model that no run can go on from."""
+    """A run between two steps; read from a file its tensors are on the CPU. With the defaults it is weights alone."""
 
     config: dict[str, Any]
     """The settings, as in config.json."""

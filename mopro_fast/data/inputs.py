@@ -53,12 +53,14 @@ def write_list(index: Index, path: Path) -> None:
 
 
 def as_begun(index: Index, path: Path, digest: str) -> Index:
-    """The index of this digest, with which a run began, if but few of its files have gone; else ``index``."""
+    """The index of this digest, with which a run began, if but few of its files have gone, and no label has
+    changed; else ``index``."""
     if index.digest() == digest or not path.is_file():
         return index
     begun = load_index(path, "train", num_classes=len(index.classes), layout="list", root=index.root, missing=True)
-    gone = len(np.setdiff1d(begun.paths, index.paths))
-    if begun.digest() != digest or gone > max(10, len(begun) // 100):
+    _, then, now = np.intersect1d(begun.paths, index.paths, return_indices=True)
+    same_labels = np.array_equal(begun.labels[then], index.labels[now])
+    if begun.digest() != digest or not same_labels or len(begun) - len(then) > max(10, len(begun) // 100):
         return index
     return dataclasses.replace(begun, classes=index.classes, source=index.source, list_file=None)
 

@@ -5,6 +5,7 @@ for every image: the same bytes whatever the number of ranks and interruptions.
 """
 
 import json
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,15 +107,19 @@ def clean(o: Clean) -> dict[str, int]:
     settings |= {"image_size": options["image_size"], "eval_resize": options["resize"]}
     settings |= {"batch_size": o.encoder.batch_size, "precision": o.encoder.precision, "device": frozen.device.type}
     settings |= {"weights": digest(weights.state), "data": index.digest(), "images": len(index)}
-    # 2. Another process, and another cleaning there, are refused.
+    # 2. A finished cleaning is told, also from a folder that cannot be written; another one there is refused.
+    if totals := distributed.by_rank0(lambda: _finished(out, settings)):
+        return totals
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: name a folder")
     with writing(out, _HINT):
         out.mkdir(parents=True, exist_ok=True)
     with image_map.locked(out / TABLE):
-        totals = distributed.by_rank0(lambda: _begin(out, settings))
+        totals = distributed.by_rank0(lambda: _finished(out, settings))  # by a process that had the lock
         # 3. Score every image. No batch reaches over the end of a group of rows.
-        if totals is None:
+        if not totals:
+            if distributed.world()[0] == 0:
+                write_json(out / "clean.json", {"settings": settings})
             index = inputs.readable(index, "train", options["threads"])
             size = o.encoder.batch_size
             ends = np.searchsorted(index.usable, range(_BATCHES * size, len(index), _BATCHES * size))
@@ -130,6 +135,7 @@ def clean(o: Clean) -> dict[str, int]:
             totals = distributed.by_rank0(lambda: _finish(out, index, numbers, settings))
         if distributed.world()[0] == 0:
             (out / _NUMBERS).unlink(missing_ok=True)
+            shutil.rmtree(out / "parts", ignore_errors=True)  # of an earlier version that was interrupted
     return totals
 
 
@@ -148,7 +154,7 @@ def _fill_in(o: Clean, weights: Weights) -> None:
         raise UserError(f"{o.checkpoint} has no prototypes to clean with: give a checkpoint of MoPro's training")
 
 
-def _begin(out: Path, settings: dict[str, Any]) -> dict[str, int] | None:
+def _finished(out: Path, settings: dict[str, Any]) -> dict[str, int] | None:
     """-> the totals of a cleaning that is finished. Its settings must be ours."""
     state = out / "clean.json"
     if state.is_file():
@@ -162,7 +168,6 @@ def _begin(out: Path, settings: dict[str, Any]) -> dict[str, int] | None:
         if "totals" in found and (out / TABLE).is_file():
             print(f"{out} is finished", file=sys.stderr)
             return found["totals"]
-    write_json(state, {"settings": settings})
     return None
 
 

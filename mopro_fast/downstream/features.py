@@ -37,7 +37,7 @@ class EncoderConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU of each local rank if there is one."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast, faster on a GPU and less exact."""
+    """bf16: autocast, faster on a GPU and less exact; scores near a threshold may fall on its other side."""
 
 
 class Frozen:

@@ -6,11 +6,10 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from mopro_fast.config import AugmentConfig, DataConfig
 from mopro_fast.data.index import Index
 from mopro_fast.data.order import place_in_class
 from mopro_fast.downstream import supervised
-from mopro_fast.downstream.supervised import SupervisedConfig, SupervisedOptim, SupervisedTask
+from mopro_fast.downstream.supervised import OneView, SupervisedConfig, SupervisedData, SupervisedOptim, SupervisedTask
 from mopro_fast.errors import UserError
 from mopro_fast.labels import NO_LABEL
 
@@ -29,7 +28,7 @@ class Finetune(SupervisedConfig):
     """Take the images that this file names, a path or a file's name per line, instead of a share."""
     freeze: bool = False
     """Train the classifier alone; the encoder stays in evaluation mode."""
-    data: DataConfig = field(default_factory=lambda: DataConfig(augment=AugmentConfig(scale=(0.08, 1.0))))
+    data: SupervisedData = field(default_factory=lambda: SupervisedData(augment=OneView(scale=(0.08, 1.0))))
     optim: SupervisedOptim = field(
         default_factory=lambda: SupervisedOptim(epochs=40, lr=0.005, milestones=(20, 30), decay=0.2, weight_decay=0.0)
     )

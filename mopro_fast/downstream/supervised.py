@@ -1,7 +1,6 @@
-"""Supervised training from a checkpoint: the task of classifier re-training (retrain.py) and fine-tuning (finetune.py).
+"""The task of classifier re-training (retrain.py) and fine-tuning (finetune.py): supervised, from a checkpoint.
 
-Mixup depends on (seed, step) alone, as the loader and the schedule do, so that an interrupted and resumed run ends
-with the same bits.
+Mixup depends on (seed, step) alone, so that an interrupted and resumed run ends with the same bits.
 """
 
 import dataclasses
@@ -17,17 +16,28 @@ from torch import Tensor, nn
 from mopro_fast import distributed
 from mopro_fast.checkpoints.formats import Weights, digest
 from mopro_fast.checkpoints.weights import build_encoder, load_weights
-from mopro_fast.config import DataConfig, OptimConfig, RunConfig, Settings
-from mopro_fast.data.batches import Batch, require_rows
+from mopro_fast.config import VIEW_K, AugmentConfig, DataConfig, OptimConfig, RunConfig, Settings
+from mopro_fast.data.batches import Batch
 from mopro_fast.data.index import Index
 from mopro_fast.data.order import balancing_repeats
 from mopro_fast.errors import UserError
 from mopro_fast.models.classifier import Classifier
-from mopro_fast.training.loop import Trainer
+from mopro_fast.training.command import run
 from mopro_fast.training.task import Task
 from mopro_fast.transfer import to_device
 
 MIXUP = 3  # first word of the generators' seeds; data/ has 0 to 2
+# The augmentations of view_q: what only view_k has keeps its value and is no option.
+_HIDDEN = [(name.rpartition(".")[2], tyro.conf.Suppress[float]) for name in VIEW_K]
+OneView = dataclasses.make_dataclass("OneView", _HIDDEN, bases=(AugmentConfig,), frozen=True)
+
+
+@dataclass
+class SupervisedData(DataConfig):
+    """Where the images are and how they are read."""
+
+    augment: OneView = field(default_factory=OneView)
+    """The view's augmentations."""
 
 
 @dataclass
@@ -49,7 +59,7 @@ class SupervisedRun(RunConfig):
 class SupervisedConfig(Settings):
     """What re-training and fine-tuning have in common."""
 
-    data: DataConfig = field(default_factory=DataConfig)
+    data: SupervisedData = field(default_factory=SupervisedData)
     optim: SupervisedOptim = field(default_factory=SupervisedOptim)
     run: SupervisedRun = field(default_factory=SupervisedRun)
     freeze: bool = True
@@ -67,6 +77,8 @@ class SupervisedConfig(Settings):
             raise UserError(f"--mixup must be at least 0, got {self.mixup}")
         if self.freeze and self.optim.encoder_lr is not None:
             raise UserError("--encoder-lr has no effect on a frozen encoder: set --freeze False as well")
+        if self.freeze and self.run.recompute:
+            raise UserError("--recompute has no effect on a frozen encoder, which keeps nothing: leave it out")
 
 
 class SupervisedTask(Task):
@@ -82,7 +94,6 @@ class SupervisedTask(Task):
         """The images with a label."""
         left_out = np.union1d(index.left_out, np.flatnonzero(index.labels < 0))
         index = dataclasses.replace(index, left_out=left_out)
-        require_rows(len(index.usable), self.config.optim.batch_size, index.source)
         return index, balancing_repeats(index.labels[index.usable]) if self.config.resample else None
 
     def build(self) -> Classifier:
@@ -127,9 +138,12 @@ def main(argv: list[str], command: str, default: SupervisedConfig, task: type[Su
         words = {word.partition("=")[0].replace("_", "-") for word in rest}
         if weights.image_size is None and not words & {"--image-size", "-h", "--help"}:
             raise UserError(f"{given} does not say for which images it is: set --image-size")
-        _as_trained(default.data, weights)
+        data = default.data  # with the checkpoint's classes and image sizes as defaults
+        data.num_classes = weights.num_classes or data.num_classes
+        data.image_size = weights.image_size or data.image_size
+        data.eval_resize = weights.eval_resize
         if command == "retrain":  # on the data of the training
-            default.data.keep_classes = (weights.config or {}).get("data", {}).get("keep_classes")
+            data.keep_classes = (weights.config or {}).get("data", {}).get("keep_classes")
     config = tyro.cli(
         type(default),
         args=rest,
@@ -138,13 +152,4 @@ def main(argv: list[str], command: str, default: SupervisedConfig, task: type[Su
         description=type(default).__doc__,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
     )
-    received = Trainer(task(config, weights)).run()
-    distributed.leave()
-    return 128 + received if received else 0
-
-
-def _as_trained(data: DataConfig, weights: Weights) -> None:
-    """The checkpoint's classes and image sizes as defaults."""
-    data.num_classes = weights.num_classes or data.num_classes
-    data.image_size = weights.image_size or data.image_size
-    data.eval_resize = weights.eval_resize
+    return run(task(config, weights))

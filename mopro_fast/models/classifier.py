@@ -44,17 +44,15 @@ class Classifier(Method):
         groups = [[p for name, p in named if name.startswith("classifier.") == own] for own in (True, False)]
         return groups[:1] if self.freeze else groups
 
-    def forward(
-        self, view_q: Tensor, _k: None, labels: Tensor, _epoch: int, shares: Tensor | None = None, partner=None
-    ) -> StepOutput:
-        """shares: float32 [2], of each image itself and of its partner. partner: int64 [N], who is mixed in."""
-        images, mixed = ops.normalize(view_q), shares is not None
-        if mixed:
-            images = images.float()
-            images = shares[0] * images + shares[1] * images[partner]
+    def forward(self, view_q: Tensor, _k: None, labels: Tensor, _epoch: int, *mixup: Tensor) -> StepOutput:
+        """mixup: none, or shares float32 [2] of each image and of its partner, and who that is, int64 [N]."""
+        images = ops.normalize(view_q)
+        if mixup:
+            shares, partner = mixup
+            images = shares[0] * images.float() + shares[1] * images[partner].float()
         logits = self.query(images).float()
         loss = F.cross_entropy(logits, labels)
-        if mixed:
+        if mixup:
             loss = shares[0] * loss + shares[1] * F.cross_entropy(logits, labels[partner])
         hits = logits.detach().argmax(1) == labels
         metrics = {"loss": loss.detach().double(), "acc_cls": hits.double().mean()}

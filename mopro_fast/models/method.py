@@ -50,9 +50,14 @@ class Method(nn.Module):
         self.__dict__ |= {"query": query, "key": key}  # not registered: the state dict has the encoders alone
 
     def phase(self, epoch: int) -> int:  # noqa: ARG002
-        """The first epoch whose steps do the same."""
+        """The first epoch whose steps do the same as this epoch's: a graph is captured for each."""
         return 0
 
     def trained(self) -> list[list[nn.Parameter]]:
         """The parameters that are trained, in groups with a learning rate each."""
         return [list(self.encoder_q.parameters())]
+
+    def followers(self) -> list[nn.Parameter]:
+        """Those of encoder_k, in the order of :meth:`trained`."""
+        names, key = {p: name for name, p in self.encoder_q.named_parameters()}, dict(self.encoder_k.named_parameters())
+        return [key[names[p]] for group in self.trained() for p in group]

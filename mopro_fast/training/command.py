@@ -1,21 +1,28 @@
 """``mopro-fast train RECIPE …``: a recipe, overridden option by option."""
 
+import os
 import sys
 
 import tyro
 
 from mopro_fast import distributed
-from mopro_fast.config import RECIPES, TrainConfig, differences, flag, recipe
+from mopro_fast.config import MOPRO, RECIPES, VIEW_K, TrainConfig, differences, flag, recipe
 from mopro_fast.errors import UserError
 
 
 def main(argv: list[str]) -> int:
     """-> 0 when the run is finished, 128 + the signal's number when a signal stopped it."""
     config = parse(argv)
-    from mopro_fast.training.loop import Trainer
     from mopro_fast.training.tasks import task_of
 
-    received = Trainer(task_of(config)).run()
+    return run(task_of(config))
+
+
+def run(task) -> int:
+    """Train a task (task.py) to its end, in one process or under torchrun; -> what :func:`main` returns."""
+    from mopro_fast.training.loop import Trainer
+
+    received = Trainer(task).run()
     distributed.leave()
     return 128 + received if received else 0
 
@@ -34,21 +41,19 @@ def parse(argv: list[str]) -> TrainConfig:
         description=f"Recipe {argv[0]}: the values shown are its own; every option overrides one.",
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
     )
-    if config.method == "ce" and (unread := differences(vars(recipe(argv[0]).mopro), vars(config.mopro))):
-        print(f"note: {' '.join(map(flag, unread))} have no effect with --method ce", file=sys.stderr)
+    if config.method == "ce" and os.environ.get("RANK", "0") == "0":
+        changed = differences(recipe(argv[0]).as_dict(), config.as_dict())
+        for name in (name for name in changed if name in MOPRO | VIEW_K):
+            print(f"note: {flag(name.rpartition('.')[2])} has no effect with --method ce", file=sys.stderr)
     return config
 
 
 def _usage() -> str:
-    lines = [f"  {name:15s} {make.__doc__.splitlines()[0]}" for name, make in RECIPES.items()]
-    return "\n".join(
-        [
-            "usage: mopro-fast train RECIPE --data PATH --out FOLDER [options]",
-            "",
-            "RECIPE is a saved config.json or one of",
-            *lines,
-            "",
-            "`mopro-fast train RECIPE --help` lists every option with the recipe's values.",
-            "The same command run again goes on where it was interrupted.",
-        ]
-    )
+    recipes = "\n".join(f"  {name:15s} {make.__doc__.splitlines()[0]}" for name, make in RECIPES.items())
+    return f"""usage: mopro-fast train RECIPE --data PATH --out FOLDER [options]
+
+RECIPE is a saved config.json or one of
+{recipes}
+
+`mopro-fast train RECIPE --help` lists every option with the recipe's values.
+The same command run again goes on where it was interrupted."""

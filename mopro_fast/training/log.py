@@ -120,10 +120,7 @@ class Progress:
         """Seconds of waiting for images since the last entry."""
         self._began, self._since = time.perf_counter(), step
 
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_) -> None:
+    def close(self) -> None:
         self._bar.close()
 
     def update(self) -> None:

@@ -6,6 +6,7 @@ A run is a function of its config and data. The loader, the shuffle across ranks
 
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -122,7 +123,7 @@ class Trainer:
         run = self.config.run
         distributed.sync_buffers(self.model)
         batches = self.task.batches(self.loader.epoch(self.epoch, self.step), self.global_step)
-        with Progress(self.log, self.epoch, self.step, self.config.optim, self.steps) as progress:
+        with closing(Progress(self.log, self.epoch, self.step, self.config.optim, self.steps)) as progress:
             while self.step < self.steps:
                 asked = time.perf_counter()
                 batch, extra = next(batches)
@@ -176,7 +177,7 @@ class Trainer:
             self.replaced.note(distributed.gather_lists(mine), self.global_step * self.config.optim.batch_size)
 
     def _check_finite(self, weights: bool = False) -> None:
-        self.train_step.require_finite(self.epoch, self.step, self.folder.last_checkpoint(), weights)
+        self.train_step.require_finite(self.epoch, self.step, self.folder.last_checkpoint, weights)
 
     def _save(self) -> Path | None:
         self._check_finite(weights=True)

@@ -1,7 +1,10 @@
 """A run's folder: its lock, the checkpoint to go on from, and whether that is of the same run."""
 
 import contextlib
+from functools import reduce
+from operator import getitem
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +13,7 @@ from mopro_fast import distributed
 from mopro_fast.checkpoints import state as checkpoints
 from mopro_fast.checkpoints.state import RunState
 from mopro_fast.checkpoints.weights import check_fits
-from mopro_fast.config import Settings, differences, from_dict
+from mopro_fast.config import VIEW_K, Settings, differences, from_dict
 from mopro_fast.data import inputs
 from mopro_fast.data.index import Index
 from mopro_fast.errors import UserError
@@ -40,7 +43,7 @@ class RunFolder:
         self._rank, self._ranks = distributed.world()
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--out {self.path} is a file: name a folder")
-        self._lock = contextlib.ExitStack()
+        self._lock, self._made = contextlib.ExitStack(), not self.path.exists()
         if self._rank == 0:
             with self.writing():
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -54,9 +57,9 @@ class RunFolder:
             raise
 
     def close(self) -> None:
-        """Give the folder free; an empty one goes."""
+        """Give the folder free; one that was made and stayed empty goes."""
         self._lock.close()
-        if self._rank == 0:
+        if self._rank == 0 and self._made:
             with contextlib.suppress(OSError):
                 self.path.rmdir()
 
@@ -73,9 +76,9 @@ class RunFolder:
         if state is not None:
             sets["train"] = inputs.as_begun(sets["train"], self.path / "images.txt", state.data_digest)
             if sets["train"].digest() != state.data_digest:
+                self._refuse(self._changed(task), task)  # that is why, if there is any
                 raise UserError(
-                    f"{self.found} was trained on other data than {data.path}: paths or labels differ; "
-                    "choose another --out (with --init for the weights alone)"
+                    f"{self.found} was trained on other data than {data.path}: paths or labels differ; {_other(task)}"
                 )
             left_out["train"] = state.left_out.numpy()
         workers = inputs.threads(data)
@@ -83,20 +86,26 @@ class RunFolder:
 
     def require_same_run(self, task: Task, model: Method) -> None:
         """Raise a UserError where ``state`` is of a run that would have had another result."""
-        theirs = from_dict(type(self.config), self.state.config, str(self.found)).as_dict()
-        ours = self.config.as_dict()
-        changed = [name for name in differences(theirs, ours) if name not in FREE | task.free]
+        changed = self._changed(task)
         if any(name.startswith("model.") or name == "data.num_classes" for name in changed):
             check_fits(model.state_dict(), self.state.model, self.found)
         if self.state.initial != task.initial:
             raise UserError(
                 f"{self.found} is of a run that began with another checkpoint: give that one, or choose another --out"
             )
-        if changed:
-            first = changed[0]
+        self._refuse(changed, task)
+
+    def _changed(self, task: Task) -> dict[str, tuple[Any, Any]]:
+        """The settings that decide the result and are others: as they were, as they are."""
+        theirs = from_dict(type(self.config), self.state.config, str(self.found)).as_dict()
+        ours, free = self.config.as_dict(), FREE | task.free | (set() if task.two_views else VIEW_K)
+        changed = [name for name in differences(theirs, ours) if name not in free]
+        return {name: tuple(reduce(getitem, name.split("."), c) for c in (theirs, ours)) for name in changed}
+
+    def _refuse(self, changed: dict[str, tuple[Any, Any]], task: Task) -> None:
+        for name, (then, now) in changed.items():
             raise UserError(
-                f"{self.found} is of a run with {first}={_at(theirs, first)}, this one has {_at(ours, first)}: "
-                "set it as it was, or choose another --out (with --init for the weights alone)"
+                f"{self.found} is of a run with {name}={then}, this one has {now}: set it as it was, or {_other(task)}"
             )
 
     def write_settings(self, index: Index) -> None:
@@ -143,7 +152,6 @@ class RunFolder:
         return distributed.from_rank0(path)
 
 
-def _at(values: dict, dotted: str):
-    for name in dotted.split("."):
-        values = values[name]
-    return values
+def _other(task: Task) -> str:
+    """What to do instead; a task that begins with a checkpoint has no --init."""
+    return "choose another --out" + ("" if task.initial else " (with --init for the weights alone)")

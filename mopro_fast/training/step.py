@@ -4,6 +4,8 @@ Nothing in it waits for the device: learning rate and step number are written th
 read when it is logged.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -49,7 +51,7 @@ class TrainStep:
         self.optimizer = build_optimizer(
             model.trained(),
             config.optim,
-            None if model.encoder_k is None else model.encoder_k.parameters(),
+            None if model.encoder_k is None else model.followers(),
             model.key_momentum,
             copies=copies,
             lr_on_device=self._graphed,
@@ -75,9 +77,10 @@ class TrainStep:
     def __call__(
         self, batch: Batch, extra: Tensor | tuple[Tensor, ...] | None, epoch: int, step: int, lr: float | list[float]
     ) -> StepOutput:
-        """The step number ``step`` of ``epoch``. extra: what the model's ``forward`` takes, for MoPro ``place``.
+        """The step number ``step`` of ``epoch``.
 
-        lr: one for each group of parameters, or one for all.
+        extra: what the model's ``forward`` takes beside the batch, as Task.batches gives it; for MoPro ``place`` alone
+        will do. lr: one for each group of parameters, or one for all.
         """
         self._step.fill_(step)
         groups = self.optimizer.param_groups
@@ -112,19 +115,21 @@ class TrainStep:
         self.counts[which] = 0
         return dict(sorted(means.items()))
 
-    def require_finite(self, epoch: int, step: int, last: str, weights: bool = False) -> None:
-        """Raise a UserError for the first step of any rank whose loss was not finite, and last: the newest checkpoint.
+    def require_finite(self, epoch: int, step: int, last: Callable[[], str], weights: bool = False) -> None:
+        """Raise a UserError for the first step of any rank whose loss was not finite, and ``last()``.
 
         weights: or for weights that are not finite; all losses can be and the weights after the last of them not.
         Collective.
         """
-        advice = f"{last}; try a lower --lr or some --warmup-epochs"
-        for rank, bad in enumerate(gather_rows(self.bad_step).tolist()):
-            if bad >= 0:
-                raise UserError(f"the loss is not finite at epoch {epoch + 1}, step {bad + 1}, rank {rank}; {advice}")
+        found = [
+            f"the loss is not finite at epoch {epoch + 1}, step {bad + 1}, rank {rank}"
+            for rank, bad in enumerate(gather_rows(self.bad_step).tolist())
+            if bad >= 0
+        ]
         if weights and not bool(torch.stack(torch._foreach_norm(list(self.model.parameters()))).isfinite().all()):
-            rank = distributed.world()[0]
-            raise UserError(f"weights are not finite at epoch {epoch + 1}, step {step}, rank {rank}; {advice}")
+            found.append(f"weights are not finite at epoch {epoch + 1}, step {step}, rank {distributed.world()[0]}")
+        if found:
+            raise UserError(f"{found[0]}; {last()}; try a lower --lr or some --warmup-epochs")
 
     def close(self) -> None:
         """Free the CUDA graph: NCCL, when it is shut down, waits until no graph has its collectives any more."""

@@ -15,8 +15,9 @@ from mopro_fast.training.optim import learning_rate
 class Task:
     """A method and its settings. A subclass has :meth:`build`; the rest is there to be overridden.
 
-    Every task gets progress, log, checkpoints, exact resume and evaluation, and honours all of ``config.data``,
-    ``config.optim`` and ``config.run``.
+    Every task gets progress, log, checkpoints of its model's state dict, exact resume, and after every epoch the top-1
+    and top-5 accuracy of its model's ``encoder_q``. It honours ``config.data`` (what view_k alone needs if
+    ``two_views``), ``config.optim`` and ``config.run``.
     """
 
     two_views = False

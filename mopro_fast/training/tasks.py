@@ -1,12 +1,11 @@
 """The tasks of ``mopro-fast train``: MoPro and plain cross-entropy."""
 
-import dataclasses
 import functools
 from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
-from mopro_fast.config import MoProConfig, TrainConfig
+from mopro_fast.config import MOPRO, TrainConfig
 from mopro_fast.data.batches import Batch
 from mopro_fast.models.build import build
 from mopro_fast.models.method import Method
@@ -18,17 +17,20 @@ class CrossEntropyTask(Task):
     """Plain cross-entropy on the given labels."""
 
     config: TrainConfig
-    free = frozenset(f"mopro.{f.name}" for f in dataclasses.fields(MoProConfig))  # read by MoPro alone
+    free = MOPRO
 
     def build(self) -> Method:
         return build(self.config)
 
 
-class MoProTask(CrossEntropyTask):
+class MoProTask(Task):
     """MoPro: view_k's rows change ranks before the step."""
 
+    config: TrainConfig
     two_views = True
-    free = frozenset()
+
+    def build(self) -> Method:
+        return build(self.config)
 
     @functools.cached_property
     def _shuffle(self) -> Shuffle:  # once: it makes a process group
