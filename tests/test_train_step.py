@@ -157,3 +157,17 @@ def test_no_step_would_wait(precision) -> None:
 def test_what_waits_is_noticed(wait) -> None:
     with NothingWaits(), NoMethodWaits(), pytest.raises(AssertionError, match="would wait"):
         wait(torch.ones(()))
+
+
+def test_the_momentum_encoder_follows_by_name(monkeypatch) -> None:
+    """Groups of parameters in another order: each of encoder_k's moves towards the one of its name."""
+    models = []
+    for grouped in (False, True):
+        model = small_model()
+        named = dict(model.encoder_q.named_parameters())
+        groups = [[p for name, p in named.items() if ("bn" in name) == own] for own in (True, False)]
+        if grouped:
+            monkeypatch.setattr(model, "trained", lambda groups=groups: groups)
+        losses = run_steps(train_step(model), 1)
+        models.append([*losses, *model.state_dict().values()])
+    assert all(torch.equal(a, b) for a, b in zip(*models, strict=True))
