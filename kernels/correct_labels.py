@@ -81,7 +81,7 @@ def correct_labels_fwd_kernel(
 
 @triton.jit
 def correct_labels_finish_kernel(
-    labels_ptr, best_ptr, guess_ptr, given_ptr, new_labels_ptr, kept_ptr,
+    labels_ptr, best_ptr, guess_ptr, given_ptr, new_labels_ptr, kept_ptr, winner_ptr, score_ptr,
     n_rows, splits, threshold, chance,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -107,14 +107,17 @@ def correct_labels_finish_kernel(
     sure = best > threshold
     tl.store(new_labels_ptr + rows, tl.where(sure, guess.to(tl.int64), label), row_ok)
     tl.store(kept_ptr + rows, sure | (given > chance), row_ok)
+    tl.store(winner_ptr + rows, tl.where(best >= 0, guess, -1).to(tl.int64), row_ok)
+    tl.store(score_ptr + rows, tl.maximum(best, 0.0), row_ok)
 
 
 def correct_labels(
     logits: Tensor, q: Tensor, prototypes: Tensor, labels: Tensor, alpha: float, threshold: float, temperature: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits, q, prototypes, labels = (x.contiguous() for x in (logits, q, prototypes, labels))
     (n, dim), classes, block_n = q.shape, len(prototypes), 32
-    new_labels, kept = torch.empty_like(labels), torch.empty_like(labels, dtype=torch.bool)
+    new_labels, winner, kept = (torch.empty_like(labels, dtype=t) for t in (torch.int64, torch.int64, torch.bool))
+    score = torch.empty_like(labels, dtype=torch.float32)
     if n:
         p, t = similarity(q, prototypes, temperature, logits, with_e=False), tiling_of(q, prototypes, with_logits=True)
         best, given, guess = torch.empty_like(p.m), torch.empty_like(p.m), torch.empty_like(p.m, dtype=torch.int32)
@@ -124,8 +127,8 @@ def correct_labels(
             **t.constants, num_warps=t.num_warps,
         )  # fmt: skip
         correct_labels_finish_kernel[(triton.cdiv(n, block_n),)](
-            labels, best, guess, given, new_labels, kept,
+            labels, best, guess, given, new_labels, kept, winner, score,
             n, t.splits, threshold, 1 / classes,
             BLOCK_N=block_n,
         )  # fmt: skip
-    return new_labels, kept
+    return new_labels, kept, winner, score

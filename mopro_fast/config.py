@@ -70,6 +70,10 @@ class DataConfig:
     """Validation data in any of the layouts (default: the validation split that comes with the data, if any)."""
     extra_val: dict[str, str] = field(default_factory=dict)
     """Further sets to evaluate on, as name path pairs (e.g. imagenet /data/imagenet/val)."""
+    holdout: str = ""
+    """Training images that are kept out of the training to choose settings by: a share of each class, such as 0.05,
+    evaluated against the labels they came with; or a list file ("path label" per line, paths as in --data) of images
+    whose labels you trust. The log tells after each epoch with how many of these labels the model agrees."""
     num_classes: int = 1000
     """C. Labels outside [0, C) are refused; -1 means no label."""
     keep_classes: int | None = None
@@ -236,7 +240,7 @@ class Settings:
             d.keep_classes is None or d.keep_classes == d.num_classes,
             f"--keep-classes {d.keep_classes} contradicts --num-classes {d.num_classes}: they must be equal",
         )
-        taken = {"train", "epoch", "val", "speed"} & d.extra_val.keys()
+        taken = {"train", "epoch", "val", "speed", "holdout", "classes", "alarm"} & d.extra_val.keys()
         _require(not taken, f"--extra-val {' '.join(taken)}: the log uses this name itself, choose another")
         _require(not (o.nesterov and o.momentum == 0), "--nesterov needs --momentum above 0")
         _require(

@@ -33,7 +33,9 @@ def entries(path) -> list[dict]:
 
 def assert_continued(log, name: str) -> None:
     """The log has the last lines of the old one: bit for bit on the kind of machine that wrote it."""
-    found, expected = entries(log), entries(old_runs.FOLDER / f"{name}.jsonl")
+    later = {"classes", "alarm"}  # entries that those versions did not write
+    found = [entry for entry in entries(log) if entry["split"] not in later]
+    expected = entries(old_runs.FOLDER / f"{name}.jsonl")
     assert 0 < len(found) < len(expected) or name == "import"
     expected = expected[-len(found) :]
     if old_runs.this_machine() == old_runs.WRITTEN_ON:

@@ -177,8 +177,9 @@ def test_info_nce_of_scores_that_are_no_numbers():
 
 
 def plain_correction(logits, q, prototypes, labels, alpha, threshold, temperature):
-    """One row at a time, float64: -> new labels, kept, and how far each row is from changing either decision."""
-    out, kept, margins = [], [], []
+    """One row at a time, float64: -> new labels, kept, the winner and its score, and how far each row is from changing
+    any decision."""
+    out, kept, winner, score, margins = [], [], [], [], []
     classes = len(prototypes)
     for z, e, y in zip(logits.double(), q.double(), labels.tolist(), strict=True):
         t = alpha * z.softmax(0) + (1 - alpha) * (prototypes.double() @ e / temperature).softmax(0)
@@ -187,10 +188,12 @@ def plain_correction(logits, q, prototypes, labels, alpha, threshold, temperatur
         given = float(t[y]) if 0 <= y < classes else None
         out.append(best if sure else y)
         kept.append(sure or (given is not None and given > 1 / classes))
+        winner.append(best)
+        score.append(float(t[best]))
         top = t.sort(descending=True).values
         gaps = [abs(float(t[best]) - threshold), float(top[0] - top[1]) if classes > 1 else 1.0]
         margins.append(min(gaps + ([abs(given - 1 / classes)] if given is not None else [])))
-    return torch.tensor(out), torch.tensor(kept), torch.tensor(margins)
+    return tuple(map(torch.tensor, (out, kept, winner, score, margins)))
 
 
 def check_correct_labels(n, classes, d, alpha, threshold, types):
@@ -200,14 +203,16 @@ def check_correct_labels(n, classes, d, alpha, threshold, types):
     q, prototypes = unit_rows(n, d, 5, q_type, "cpu"), unit_rows(classes, d, 6, bank_type, "cpu")
     labels = torch.randint(-1, classes, (n,), generator=g)
     labels[:4] = torch.tensor([-1, classes, 2**40, -(2**62)])  # none, and three that no kernel may follow
-    new, kept = ops.correct_labels(
+    *found, score = ops.correct_labels(
         logits.to(DEVICE), q.to(DEVICE), prototypes.to(DEVICE), labels.to(DEVICE),
-        alpha=alpha, threshold=threshold, temperature=0.1,
+        alpha=alpha, threshold=threshold, temperature=0.1, with_winner=True,
     )  # fmt: skip
-    want_new, want_kept, margin = plain_correction(logits, q, prototypes, labels, alpha, threshold, 0.1)
+    *expected, want_score, margin = plain_correction(logits, q, prototypes, labels, alpha, threshold, 0.1)
     sure = margin > 1e-5
     assert sure.float().mean() > 0.7
-    assert torch.equal(new.cpu()[sure], want_new[sure]) and torch.equal(kept.cpu()[sure], want_kept[sure])
+    for got, want in zip(found, expected, strict=True):
+        assert torch.equal(got.cpu()[sure], want[sure])
+    assert score.dtype == F32 and rms_error(score.cpu(), want_score) < TOLERANCE
 
 
 @on_backends("correct_labels")
@@ -240,13 +245,16 @@ def test_correct_labels_traps(types):
     q[6] = float("inf")
     logits[7] = float("-inf")
     labels = torch.tensor([2, 1, -1, 1, 5, 0, 4, 6])
-    new, kept = ops.correct_labels(
-        *(x.to(DEVICE) for x in (logits, q, prototypes, labels)), alpha=1.0, threshold=0.2, temperature=0.1
+    settings = {"alpha": 1.0, "threshold": 0.2, "temperature": 0.1}
+    new, kept, winner, score = ops.correct_labels(
+        *(x.to(DEVICE) for x in (logits, q, prototypes, labels)), **settings, with_winner=True
     )
     # a tie: the lowest class; NaN: left alone; none given: relabelled; all classes alike: 1/C is not above 1/C; +inf:
     # not finite; −inf is a probability of 0, but not for all classes; the prototypes' scores are not finite
     assert new.tolist() == [100, 1, 101, 1, 5, 0, 4, 6]
     assert kept.tolist() == [True, False, True, False, False, True, False, False]
+    assert winner.tolist() == [100, -1, 101, 0, -1, 0, -1, -1]  # −1: a score is not finite
+    assert score.tolist() == pytest.approx([0.25, 0, 1, 1 / 800, 0, 1, 0, 0], rel=1e-5)
     assert labels.tolist() == [2, 1, -1, 1, 5, 0, 4, 6]
 
 
@@ -486,7 +494,8 @@ def test_the_same_bits_twice():
         labels = torch.arange(40, device=DEVICE)
         out = ops.mopro_loss(logits, q, k, bank, bank, labels, temperature=0.1)
         out.loss.backward()
-        decided = ops.correct_labels(logits, q, bank, labels, alpha=0.5, threshold=0.1, temperature=0.1)
+        settings = {"alpha": 0.5, "threshold": 0.1, "temperature": 0.1}
+        decided = ops.correct_labels(logits, q, bank, labels, **settings, with_winner=True)
         return [*out, logits.grad, q.grad, *decided, *ops.info_nce(q, k, bank, 0.1)]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
@@ -772,7 +781,7 @@ def test_the_largest_banks_and_offsets_beyond_32_bits():
     labels = torch.arange(n, device=DEVICE) % classes
     settings = {"alpha": 0.5, "threshold": 0.1, "temperature": 0.1}
     found = ops.correct_labels(logits, q, prototypes, labels, **settings)
-    *expected, margin = plain_correction(
+    *expected, _, _, margin = plain_correction(
         *(x.cpu() for x in (logits[-50:], q[-50:], prototypes, labels[-50:])), *settings.values()
     )
     for a, b in zip(found, expected, strict=True):

@@ -21,6 +21,7 @@ from mopro_fast import cli
 from mopro_fast.config import recipe
 from mopro_fast.downstream.retrain import Retrain
 from mopro_fast.errors import UserError
+from mopro_fast.labels import REMOVED, UNSEEN, by_class, relabellings, verdicts
 from mopro_fast.models.build import build_encoder
 from mopro_fast.report import figures, images, page
 from mopro_fast.report.page import Report
@@ -62,7 +63,7 @@ def known_labels() -> np.ndarray:
     new = given_labels()
     for c in range(4):
         rows = np.flatnonzero(given_labels() == c)
-        new[rows[:2]], new[rows[2:5]], new[rows[5]] = (c + 1) % 4, figures.REMOVED, figures.UNSEEN
+        new[rows[:2]], new[rows[2:5]], new[rows[5]] = (c + 1) % 4, REMOVED, UNSEEN
     return new
 
 
@@ -86,25 +87,25 @@ def labels():
 
 def test_noise_per_class_equals_counting(labels):
     given, new = labels
-    found = figures.by_class(given, new, 9)  # of two classes there is no image
+    found = by_class(given, new, 9)  # of two classes there is no image
     for c in range(9):
-        own = [(g, n) for g, n in zip(given, new, strict=True) if g == c and n != figures.UNSEEN]
+        own = [(g, n) for g, n in zip(given, new, strict=True) if g == c and n != UNSEEN]
         assert found["images"][c] == len(own)
-        assert found["removed"][c] == sum(n == figures.REMOVED for _, n in own)
-        assert found["relabelled"][c] == sum(n not in (c, figures.REMOVED) for _, n in own)
+        assert found["removed"][c] == sum(n == REMOVED for _, n in own)
+        assert found["relabelled"][c] == sum(n not in (c, REMOVED) for _, n in own)
         assert found["joined"][c] == sum(n == c and g != c for g, n in zip(given, new, strict=True))
 
 
 def test_relabellings_equal_counting_and_come_by_frequency(labels):
     given, new = labels
-    pairs = figures.relabellings(given, new, most=5)
+    pairs = relabellings(given, new, most=5)
     counts = {}
     for g, n in zip(given.tolist(), new.tolist(), strict=True):
         if n >= 0 and n != g:
             counts[g, n] = counts.get((g, n), 0) + 1
     assert [n for *_, n in pairs] == sorted(counts.values(), reverse=True)[:5]
     assert all(counts[g, n] == count for g, n, count in pairs)
-    assert figures.relabellings(given, given) == []
+    assert relabellings(given, given) == []
 
 
 def test_the_sample_is_bounded_repeatable_and_has_every_class_and_verdict(labels):
@@ -113,21 +114,21 @@ def test_the_sample_is_bounded_repeatable_and_has_every_class_and_verdict(labels
     assert len(rows) == 100 == len(set(rows.tolist())) and (np.diff(rows) > 0).all()
     assert (rows == figures.sample(given, new, 100, seed=0)).all()
     assert (rows != figures.sample(given, new, 100, seed=1)).any()
-    verdict = figures.verdicts(given, new)[rows]
+    verdict = verdicts(given, new)[rows]
     assert np.bincount(verdict).tolist() == [15, 45, 40]
     for v in range(3):
         per_class = np.bincount(given[rows][verdict == v] + 1, minlength=8)
         assert per_class.max() - per_class[per_class > 0].min() <= 1  # in turn
-    assert (figures.sample(given, new, 10**6, seed=0) == np.flatnonzero(new != figures.UNSEEN)).all()
+    assert (figures.sample(given, new, 10**6, seed=0) == np.flatnonzero(new != UNSEEN)).all()
     assert len(figures.sample(given, new, 0, seed=0)) == 0
 
 
 def test_the_sample_fills_up_where_a_verdict_is_rare_and_keeps_to_the_classes_asked_for(labels):
     given, new = labels
-    few = np.where(new == figures.REMOVED, 6, new)
-    few[:3] = figures.REMOVED
+    few = np.where(new == REMOVED, 6, new)
+    few[:3] = REMOVED
     rows = figures.sample(given, few, 100, seed=0)
-    assert len(rows) == 100 and (few[rows] == figures.REMOVED).sum() == 3
+    assert len(rows) == 100 and (few[rows] == REMOVED).sum() == 3
     rows = figures.sample(given, new, 100, seed=0, only=np.array([3]))
     assert len(rows) == 100 and ((given[rows] == 3) | (new[rows] == 3)).all()
 
@@ -197,7 +198,7 @@ def test_scores_are_step_6_of_the_method():
     for row, label, decided in zip(expected, given.tolist(), now.tolist(), strict=True):
         sure = row.max() > 0.3
         kept = sure or (label >= 0 and row[label] > 1 / 5)
-        assert decided == (row.argmax() if sure else label if kept else figures.REMOVED)
+        assert decided == (row.argmax() if sure else label if kept else REMOVED)
     assert len(set(now.tolist())) > 1
 
 
@@ -228,7 +229,7 @@ def test_the_page_has_what_the_run_has(run):
         name = contents["names"][card["given"]]
         assert card["path"].startswith(f"{name}/") and set(card["scores"]) >= {"given", "best"}
         assert ("new" in card["scores"]) == (card["new"] >= 0)
-    assert [card["new"] for card in contents["images"]] == new[new != figures.UNSEEN][:-1].tolist()
+    assert [card["new"] for card in contents["images"]] == new[new != UNSEEN][:-1].tolist()
 
 
 class Tags(HTMLParser):

@@ -45,6 +45,8 @@ class RunState:
     """Index.digest() of the training data, whose labels are those of the run."""
     left_out: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     """int64: rows of the index that could not be read when the run began."""
+    held_out: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """int64: rows of the index that are not trained on, of ``--holdout``."""
     ranks: int = 1
     """The number of ranks."""
     log_bytes: int = 0
@@ -57,6 +59,10 @@ class RunState:
     """Of every metric the sums over those steps, float64 [ranks, 2]."""
     assigned: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
     """int32 [images]: the label each image was trained with in this epoch, or labels.REMOVED or UNSEEN."""
+    winners: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """int64 [C, 2], TrainStep.winners of all ranks."""
+    agreement: list[float] = field(default_factory=list)
+    """Of each finished epoch, the share of the held-out images whose label is the model's first guess."""
     version: str = __version__
     """The version of mopro_fast that wrote it."""
 

@@ -75,6 +75,8 @@ class Index:
     """What `mopro-fast check` found, row by row."""
     left_out: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     """int64, sorted: the rows that loaders do not show, since nobody can read them."""
+    held_out: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    """int64: the rows that loaders do not show, since the model is not to be trained on them."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -96,7 +98,7 @@ class Index:
     @functools.cached_property
     def usable(self) -> np.ndarray:
         """int64: the rows that loaders show."""
-        return np.delete(self.ids, self.left_out)
+        return np.delete(self.ids, np.union1d(self.left_out, self.held_out))
 
     @functools.cached_property
     def shard_of(self) -> np.ndarray:
@@ -107,7 +109,8 @@ class Index:
         """The index of these rows only, not checked."""
         in_shards = None if self.in_shards is None else self.in_shards[rows]
         own = {"paths": self.paths[rows], "labels": self.labels[rows], "in_shards": in_shards}
-        return dataclasses.replace(self, **own, checked=None, left_out=np.empty(0, np.int64))
+        none = np.empty(0, np.int64)
+        return dataclasses.replace(self, **own, checked=None, left_out=none, held_out=none)
 
     def full_path(self, i: int) -> str:
         return os.path.join(self.root, self.paths[i])
@@ -216,7 +219,7 @@ def _from_lists(
     all_paths: list[str] = []
     all_labels = []
     for name in lists:
-        paths, labels, lines = _read_list(name)
+        paths, labels, lines = read_list(name)
         lowest = NO_LABEL if split == "train" else 0
         bad = labels < lowest
         if keep_classes is None and num_classes is not None:
@@ -237,7 +240,7 @@ def _from_lists(
     return Index(root, _compact(all_paths, source), np.concatenate(all_labels), None, source)
 
 
-def _read_list(name: str) -> tuple[list[str], np.ndarray, np.ndarray]:
+def read_list(name: str) -> tuple[list[str], np.ndarray, np.ndarray]:
     """-> paths, labels int64 and line numbers of a list file; the label is last, so paths may hold spaces."""
     paths, labels, lines = [], array("q"), array("q")
     try:

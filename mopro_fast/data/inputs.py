@@ -16,12 +16,14 @@ from mopro_fast.data.batches import EvalBatches, TrainBatches, require_rows
 from mopro_fast.data.cache import DeviceEvalLoader, DeviceTrainLoader
 from mopro_fast.data.check import check
 from mopro_fast.data.decode import UNREADABLE, VERDICTS
-from mopro_fast.data.index import Checked, Index, load_index, val_layout
+from mopro_fast.data.index import Checked, Index, load_index, read_list, val_layout
+from mopro_fast.data.order import place_in_class
 from mopro_fast.data.pipeline import EvalLoader, TrainLoader
 from mopro_fast.distributed import by_rank0, world
 from mopro_fast.errors import UserError
 from mopro_fast.files import replacing
 
+_HOLDOUT = 4  # word of the generator's seed; order.py and batches.py have 0 to 2, supervised.py 3
 _KINDS = 3  # of unreadable images that are printed; left_out.csv has all
 
 
@@ -83,6 +85,50 @@ def readable(index: Index, name: str, workers: int, left_out: np.ndarray | None 
     if len(left_out) == len(index):
         raise UserError(f"{index.source}: none of its {len(index)} images can be read")
     return dataclasses.replace(index, checked=checked, left_out=left_out)
+
+
+def hold_out(index: Index, data: DataConfig) -> tuple[Index, Index]:
+    """-> the index without the images that ``--holdout`` names, and one of these alone, with their rows as ids.
+
+    A share takes the same images whatever ``--seed`` is, so that runs can be compared. Raises a UserError.
+    """
+    holdout, labels = data.holdout, index.labels
+    try:
+        share = float(holdout)
+    except ValueError:
+        rows, trusted = _trusted(index, holdout, data.num_classes)
+        labels = labels.copy()
+        labels[rows] = trusted
+    else:
+        if not 0 < share < 1:
+            raise UserError(f"--holdout {holdout}: a share must lie between 0 and 1")
+        order = np.random.default_rng(_HOLDOUT).permutation(len(index))
+        order = order[labels[order] >= 0]
+        of_class = labels[order]
+        rows = np.sort(order[place_in_class(of_class) < np.rint(share * np.bincount(of_class)[of_class])])
+    if not len(np.setdiff1d(rows, index.left_out)):
+        raise UserError(f"--holdout {holdout}: no image of {index.source} is held out: ask for more")
+    rest = np.union1d(np.delete(index.ids, rows), index.left_out)
+    return dataclasses.replace(index, held_out=rows), dataclasses.replace(index, labels=labels, left_out=rest)
+
+
+def _trusted(index: Index, path: str, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of the images of a list file, and its labels for them."""
+    paths, labels, lines = read_list(path)
+    place = {name: i for i, name in enumerate(index.paths)}
+    rows = np.array([place.get(name, -1) for name in paths], np.int64)
+    for wrong, what in (
+        (
+            rows < 0,
+            f"is no image of {index.source}: write its path as it stands there; for other images there is --val",
+        ),
+        ((labels < 0) | (labels >= classes), f"needs a label in [0, {classes})"),
+    ):
+        if wrong.any():
+            i = wrong.argmax()
+            raise UserError(f"--holdout {path}:{lines[i]}: {paths[i]} {what}")
+    rows, first = np.unique(rows, return_index=True)
+    return rows, labels[first]
 
 
 def train_loader(

@@ -175,7 +175,7 @@ def score(frozen: Frozen, prototypes: Tensor, images: Tensor, labels: Tensor, o:
     """-> float32 [n, 8]: the label after cleaning, the best class, SCORES; step 6 of the method."""
     logits, q = frozen.run(frozen.encoder, images)
     mixed, *parts = mixed_scores(logits, q, prototypes, o.alpha, o.temperature)  # [n, C] each
-    label, kept = decide(mixed, labels, o.threshold)
+    label, kept = decide(mixed, labels, o.threshold)[:2]
     best, given = mixed.argmax(1), labels.clamp(min=0)
     scores = torch.cat([p.gather(1, rows[:, None]) for p in (mixed, *parts) for rows in (given, best)], 1)
     scores[:, ::2].masked_fill_(labels[:, None] < 0, float("nan"))

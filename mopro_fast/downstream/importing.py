@@ -71,7 +71,10 @@ def resumable(weights: Weights, config: TrainConfig) -> RunState:
     check_fits(model.state_dict(), state.model, weights.path)
     sets = inputs.load(config, resumed=False)
     index = inputs.readable(sets["train"], "train", inputs.threads(config.data))
+    if config.data.holdout:
+        index, _ = inputs.hold_out(index, config.data)
     optimizer["state"] = weights.optimizer["state"] if weights.optimizer else {}
     state.optimizer, state.data_digest, state.left_out = optimizer, index.digest(), torch.from_numpy(index.left_out)
+    state.held_out = torch.from_numpy(index.held_out)
     state.assigned = torch.full((len(index),), UNSEEN, dtype=torch.int32)
     return state

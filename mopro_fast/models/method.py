@@ -19,6 +19,10 @@ class StepOutput:
     """int64 [N]: the labels after correction."""
     kept: Tensor
     """bool [N]: the rows that count as in-distribution, clean or corrected."""
+    winner: Tensor | None = None
+    """int64 [N]: the class that label correction prefers, −1: none; without label correction None."""
+    score: Tensor | None = None
+    """float32 [N]: what it gives this class, in [0, 1]."""
 
 
 class Method(nn.Module):
@@ -38,6 +42,8 @@ class Method(nn.Module):
     """Names of the means in the log."""
     key_momentum: float = 0.0
     """m of encoder_k's moving average."""
+    threshold: float = 1.0
+    """Label correction is sure of a class whose score exceeds this."""
 
     def __init__(self, encoder_q: ResNet, encoder_k: ResNet | None = None) -> None:
         """encoder_k: follows encoder_q as its moving average, in the optimizer's pass."""
@@ -52,6 +58,10 @@ class Method(nn.Module):
     def phase(self, epoch: int) -> int:  # noqa: ARG002
         """The first epoch whose steps do the same as this epoch's: a graph is captured for each."""
         return 0
+
+    def correct(self, logits: Tensor, q: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:  # noqa: ARG002
+        """-> (labels, kept, winner, score) of :class:`StepOutput`, for images it is not trained on; None: does not."""
+        return None
 
     def trained(self) -> list[list[nn.Parameter]]:
         """The parameters that are trained, in groups with a learning rate each."""

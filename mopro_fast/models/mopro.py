@@ -21,7 +21,7 @@ class MoPro(Method):
 
     def __init__(self, encoder_q: ResNet, encoder_k: ResNet, config: MoProConfig) -> None:
         super().__init__(encoder_q, encoder_k)
-        self.config, self.key_momentum = config, config.key_momentum
+        self.config, self.key_momentum, self.threshold = config, config.key_momentum, config.threshold
         encoder_k.load_state_dict(encoder_q.state_dict())
         encoder_k.requires_grad_(False)
         classes, dim = encoder_q.classifier.out_features, encoder_q.fc2.out_features
@@ -32,6 +32,13 @@ class MoPro(Method):
     def phase(self, epoch: int) -> int:
         """The first epoch whose steps do the same: 0, 1 or ``start_clean``."""
         return max(first for first in (0, 1, self.config.start_clean) if first <= epoch)
+
+    def correct(self, logits: Tensor, q: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        c = self.config
+        return ops.correct_labels(
+            logits, q, self.prototypes, labels,
+            alpha=c.alpha, threshold=c.threshold, temperature=c.temperature, with_winner=True,
+        )  # fmt: skip
 
     def forward(self, view_q: Tensor, view_k: Tensor, labels: Tensor, epoch: int, place: Tensor) -> StepOutput:
         """One step of the method, as docs/method.md numbers it, for this rank's rows.
@@ -51,11 +58,9 @@ class MoPro(Method):
             _, k = self.key(ops.normalize(view_k))  # [N, D]
 
         # Step 6: labels are corrected by the prototypes of earlier steps.
-        new, kept = labels, labels >= 0
+        new, kept, winner, score = labels, labels >= 0, None, None
         if epoch >= c.start_clean:
-            new, kept = ops.correct_labels(
-                logits, q, self.prototypes, labels, alpha=c.alpha, threshold=c.threshold, temperature=c.temperature
-            )
+            new, kept, winner, score = self.correct(logits, q, labels)
 
         # The step's one exchange between ranks.
         all_q, all_k, all_new, all_kept = gather_together(q, k, new, kept)  # [W·N, …]
@@ -73,4 +78,4 @@ class MoPro(Method):
 
         metrics = dict(zip(ops.METRICS, loss.metrics.unbind(), strict=True))
         metrics["relabelled"] = (new != labels).float().mean()
-        return StepOutput(loss.loss, metrics, new, kept)
+        return StepOutput(loss.loss, metrics, new, kept, winner, score)

@@ -7,17 +7,24 @@ from mopro_fast.ops import backends, checks
 
 backends.define(
     "correct_labels(Tensor logits, Tensor q, Tensor prototypes, Tensor labels, float alpha, float threshold, "
-    "float temperature) -> (Tensor, Tensor)",
-    fake=lambda logits, q, prototypes, labels, *_: (
-        torch.empty_like(labels),
-        torch.empty_like(labels, dtype=torch.bool),
+    "float temperature) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda logits, q, prototypes, labels, *_: tuple(
+        torch.empty_like(labels, dtype=dtype) for dtype in (torch.int64, torch.bool, torch.int64, torch.float32)
     ),
 )
 
 
 def correct_labels(
-    logits: Tensor, q: Tensor, prototypes: Tensor, labels: Tensor, *, alpha: float, threshold: float, temperature: float
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor,
+    q: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float,
+    threshold: float,
+    temperature: float,
+    with_winner: bool = False,
+) -> tuple[Tensor, ...]:
     """Mix the classifier's and the prototypes' opinion and decide about every label.
 
     ``t = alpha·softmax(logits) + (1−alpha)·softmax(q·prototypesᵀ/temperature)``; a row whose largest t exceeds
@@ -30,7 +37,8 @@ def correct_labels(
     labels:     int64 [N]; −1 (or anything outside [0, C)) means none: never kept by it, may be relabelled.
     alpha, threshold in [0, 1]; temperature above 0.
 
-    Returns (labels int64 [N], kept bool [N]). No gradient. Raises ValueError for a wrong argument.
+    Returns (labels int64 [N], kept bool [N]); with_winner adds (winner int64 [N], score float32 [N]), the class of the
+    largest t and this t, −1 and 0 where a score is not finite. No gradient. Raises ValueError for a wrong argument.
     """
     n, _ = checks.embeddings(q, "prototypes", prototypes)
     checks.tensor("logits", logits, (n, len(prototypes)), checks.FLOATS, q.device)
@@ -39,4 +47,5 @@ def correct_labels(
     checks.unit_interval("threshold", threshold)
     checks.positive("temperature", temperature)
     with torch.no_grad():
-        return torch.ops.mopro_fast.correct_labels(logits, q, prototypes, labels, alpha, threshold, temperature)
+        found = torch.ops.mopro_fast.correct_labels(logits, q, prototypes, labels, alpha, threshold, temperature)
+    return found if with_winner else found[:2]

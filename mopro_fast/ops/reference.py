@@ -76,20 +76,21 @@ def mixed_scores(
     return alpha * classifier + (1 - alpha) * prototype, classifier, prototype
 
 
-def decide(t: Tensor, labels: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """The rule of :func:`ops.correct_labels` for t [N, C] -> labels int64 [N], kept bool [N]."""
+def decide(t: Tensor, labels: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The rule of :func:`ops.correct_labels` for t [N, C] -> labels, kept, winner, score, each [N]."""
     classes = t.shape[1]
     finite = t.isfinite().all(1)
     given = t.gather(1, labels.clamp(0, classes - 1)[:, None])[:, 0]
     confirmed = (labels >= 0) & (labels < classes) & (given > 1 / classes)
     best, guess = t.max(1)  # ties: the lowest class
     sure = finite & (best > threshold)
-    return torch.where(sure, guess, labels), (finite & confirmed) | sure
+    winner, score = torch.where(finite, guess, -1), torch.where(finite, best, 0).float()
+    return torch.where(sure, guess, labels), (finite & confirmed) | sure, winner, score
 
 
 def correct_labels(
     logits: Tensor, q: Tensor, prototypes: Tensor, labels: Tensor, alpha: float, threshold: float, temperature: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return decide(mixed_scores(logits, q, prototypes, alpha, temperature)[0], labels, threshold)
 
 

@@ -1,4 +1,4 @@
-"""The numbers of the report: thinned curves, noise per class, relabellings, the sample, similar prototypes."""
+"""The numbers of the report: thinned curves, the sample, similar prototypes."""
 
 import base64
 import itertools
@@ -7,9 +7,7 @@ from typing import Any
 import numpy as np
 
 from mopro_fast.data.order import place_in_class
-from mopro_fast.labels import DECISIONS, REMOVED, UNSEEN
-
-SHOWN = DECISIONS[:3]  # of an image that was shown
+from mopro_fast.labels import SHOWN, verdicts
 
 SHARES = (0.15, 0.45, 0.4)  # of the sample
 POINTS = 300  # per curve
@@ -32,39 +30,6 @@ def thin(x: np.ndarray, y: np.ndarray, points: int = POINTS) -> dict[str, list]:
 def numbers(values: Any, digits: int = 4) -> list[float | None]:
     """Plain floats of so many significant digits; None where not finite."""
     return [float(f"{v:.{digits}g}") if np.isfinite(v) else None for v in values]
-
-
-def verdicts(given: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """int8 [n]: index into SHOWN, −1 where the image was not shown."""
-    verdict = np.where(new == REMOVED, 2, np.where(new == given, 0, 1)).astype(np.int8)
-    return np.where(new == UNSEEN, np.int8(-1), verdict)
-
-
-def by_class(given: np.ndarray, new: np.ndarray, classes: int) -> dict[str, np.ndarray]:
-    """Per given class, int64 [C]: images shown, relabelled and removed of them, and others' images relabelled to it.
-
-    The estimated noise rate is (relabelled + removed) / images.
-    """
-    verdict = verdicts(given, new)
-
-    def count(labels: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        return np.bincount(labels[mask & (labels >= 0)], minlength=classes)
-
-    return {
-        "images": count(given, verdict >= 0),
-        "relabelled": count(given, verdict == 1),
-        "removed": count(given, verdict == 2),
-        "joined": count(new, verdict == 1),
-    }
-
-
-def relabellings(given: np.ndarray, new: np.ndarray, most: int = 100) -> list[list[int]]:
-    """The most frequent [given, new, images]; given −1: no label was given."""
-    rows = verdicts(given, new) == 1
-    width = int(new.max(initial=0)) + 1
-    keys, counts = np.unique((given[rows] + 1) * width + new[rows], return_counts=True)
-    order = np.argsort(-counts, kind="stable")[:most]
-    return np.column_stack([keys[order] // width - 1, keys[order] % width, counts[order]]).tolist()
 
 
 def sample(given: np.ndarray, new: np.ndarray, count: int, seed: int, only: np.ndarray | None = None) -> np.ndarray:

@@ -20,10 +20,9 @@ from mopro_fast.data.cache import central_crop, decoded
 from mopro_fast.data.index import Index
 from mopro_fast.downstream.clean import TABLE
 from mopro_fast.errors import UserError
-from mopro_fast.labels import REMOVED, UNSEEN
+from mopro_fast.labels import REMOVED, SHOWN, UNSEEN
 from mopro_fast.models.build import build
 from mopro_fast.ops.reference import decide, mixed_scores
-from mopro_fast.report.figures import SHOWN
 
 BATCH = 64
 JPEG_QUALITY = 80
@@ -108,7 +107,7 @@ def scores(
     if prototypes is None:
         return logits.float().softmax(1), labels
     t, _, _ = mixed_scores(logits, q, prototypes, c.mopro.alpha, c.mopro.temperature)
-    now, kept = decide(t, labels, c.mopro.threshold)
+    now, kept = decide(t, labels, c.mopro.threshold)[:2]
     return t, torch.where(kept, now, REMOVED)
 
 

@@ -19,6 +19,7 @@ import tyro
 from mopro_fast.config import TrainConfig
 from mopro_fast.errors import UserError
 from mopro_fast.files import replacing
+from mopro_fast.labels import SHOWN, by_class, relabellings, verdicts
 from mopro_fast.models.mopro import MoPro
 from mopro_fast.report import figures
 from mopro_fast.report.images import Labels, cards, load_model, read_table
@@ -238,7 +239,7 @@ def _charts(run: Run) -> list[dict[str, Any]]:
         chart(
             "Share of the training images",
             "Over each epoch: trained with the given label, with another one, or kept out of the losses.",
-            [line(shares, verdict, verdict, 100) for verdict in figures.SHOWN],
+            [line(shares, verdict, verdict, 100) for verdict in SHOWN],
             unit=" %",
             stacked=True,
             group="labels",
@@ -262,15 +263,15 @@ def _charts(run: Run) -> list[dict[str, Any]]:
 
 
 def _label_numbers(labels: Labels, classes: int) -> dict[str, Any]:
-    verdict = figures.verdicts(labels.given, labels.new)
-    counts = np.bincount(verdict[verdict >= 0], minlength=len(figures.SHOWN)).tolist()
+    verdict = verdicts(labels.given, labels.new)
+    counts = np.bincount(verdict[verdict >= 0], minlength=len(SHOWN)).tolist()
     return {
         "source": labels.source,
-        "counts": dict(zip(figures.SHOWN, counts, strict=True)),
+        "counts": dict(zip(SHOWN, counts, strict=True)),
         "unseen": int((verdict < 0).sum()),
         "unlabelled": int((labels.given < 0).sum()),
-        "classes": {k: v.tolist() for k, v in figures.by_class(labels.given, labels.new, classes).items()},
-        "pairs": figures.relabellings(labels.given, labels.new),
+        "classes": {k: v.tolist() for k, v in by_class(labels.given, labels.new, classes).items()},
+        "pairs": relabellings(labels.given, labels.new),
     }
 
 

@@ -17,9 +17,9 @@ from mopro_fast.checkpoints.weights import initialise
 from mopro_fast.data import inputs
 from mopro_fast.data.batches import Batch
 from mopro_fast.distributed import gather_rows
-from mopro_fast.labels import UNSEEN
 from mopro_fast.ops import backends
-from mopro_fast.training.evaluate import accuracy
+from mopro_fast.training.classes import ClassWatch
+from mopro_fast.training.evaluate import accuracy, held_out
 from mopro_fast.training.log import Progress, Replaced, RunLog
 from mopro_fast.training.optim import sgd_class
 from mopro_fast.training.run import RunFolder
@@ -78,6 +78,7 @@ class Trainer:
         with self.folder.writing():
             log_bytes = 0 if state is None else state.log_bytes
             self.log = RunLog(self.out, self.rank == 0, log_bytes, self.global_step, config.run.tensorboard)
+        self.classes = ClassWatch(self.log, self.index, [] if state is None else list(state.agreement))
         self.replaced = Replaced(self.log, self.index, config.data.max_broken)
         if state is not None:
             self.replaced.counts = list(state.replaced)
@@ -153,8 +154,13 @@ class Trainer:
         values = {**self.train_step.means(1), "replaced": self.replaced.counts[0]}
         self.log.entry("epoch", self.epoch, self.step, self.global_step, values)
         distributed.sync_buffers(self.model)
+        model, device, bf16, found = self.model, self.device, self.train_step.bf16, {}
         for name, loader in self.eval_loaders.items():
-            values = accuracy(self.model.encoder_q, loader, self.device, self.train_step.bf16)
+            if name == "holdout":
+                values = held_out(model, loader, device, bf16)
+            else:
+                values = accuracy(model.encoder_q, loader, device, bf16)
+            found[name] = values
             self.log.entry(name, self.epoch, self.step, self.global_step, values)
             self.log.say(
                 f"epoch {self.epoch + 1}/{self.config.optim.epochs} {name}: "
@@ -164,8 +170,9 @@ class Trainer:
                 row, _, reason = lost[0]
                 first = self.eval_sets[name].name(row)
                 self.log.say(f"{name}: {len(lost)} images could not be read any more, such as {first} ({reason})")
-        self.folder.save_labels(self.train_step.decisions())
-        self.train_step.assigned.fill_(UNSEEN)
+        assigned, winners = self.train_step.end_epoch()
+        self.folder.save_labels(assigned)
+        self.classes.end_epoch(self.epoch, self.step, self.global_step, assigned, winners, found.get("holdout"))
         self.epoch, self.step, self.replaced.counts[0] = self.epoch + 1, 0, 0
         self._save()
 
@@ -190,9 +197,11 @@ class Trainer:
             initial=self.task.initial,
             data_digest=self.index.digest(),
             left_out=torch.from_numpy(self.index.left_out),
+            held_out=torch.from_numpy(self.index.held_out),
             ranks=self.ranks,
             log_bytes=self.log.bytes,
             replaced=list(self.replaced.counts),
+            agreement=list(self.classes.agreement),
         )
         self.train_step.save_into(state)
         return self.folder.save(self.global_step, state)

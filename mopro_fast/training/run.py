@@ -6,6 +6,7 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,7 +83,15 @@ class RunFolder:
                 )
             left_out["train"] = state.left_out.numpy()
         workers = inputs.threads(data)
-        return {name: inputs.readable(index, name, workers, left_out.get(name)) for name, index in sets.items()}
+        sets = {name: inputs.readable(index, name, workers, left_out.get(name)) for name, index in sets.items()}
+        if data.holdout:
+            sets["train"], sets["holdout"] = inputs.hold_out(sets["train"], data)
+        if state is not None and not np.array_equal(state.held_out, sets["train"].held_out):
+            raise UserError(
+                f"{self.found} is of a run that held out other images than those of --holdout {data.holdout or 'none'}: "
+                f"give what it had, or {_other(task)}"
+            )
+        return sets
 
     def require_same_run(self, task: Task, model: Method) -> None:
         """Raise a UserError where ``state`` is of a run that would have had another result."""

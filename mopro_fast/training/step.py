@@ -4,6 +4,7 @@ Nothing in it waits for the device: learning rate and step number are written th
 read when it is logged.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -70,6 +71,9 @@ class TrainStep:
         """How many steps the sums cover."""
         self.assigned = torch.full((images,), UNSEEN, dtype=torch.int32, device=device)
         """The label that each image was trained with in this epoch, REMOVED or UNSEEN."""
+        self.winners = torch.zeros(model.encoder_q.classifier.out_features, 2, dtype=torch.int64, device=device)
+        """Of each class in this epoch: how many rows label correction preferred it for, and the sum of its scores in
+        units of 2⁻²⁰: whole numbers, whose sum does not depend on the order."""
         self.bad_step = torch.full((1,), -1, dtype=torch.int64, device=device)
         """The first step whose loss was not finite; -1: none."""
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
@@ -103,9 +107,12 @@ class TrainStep:
         self.optimizer.step()  # with it the key encoder: step 2 of the method
         self.sums += torch.stack([out.metrics[name] for name in self.model.METRICS])
         self.assigned[ids] = torch.where(out.kept, out.labels, REMOVED).to(torch.int32)
+        if out.winner is not None:
+            scored = torch.stack([torch.ones_like(out.winner), (out.score * 2**20).to(torch.int64)], 1)
+            self.winners.index_add_(0, out.winner.clamp(min=0), torch.where(out.winner[:, None] >= 0, scored, 0))
         first_bad = (self.bad_step < 0) & ~out.loss.detach().isfinite()
         self.bad_step.copy_(torch.where(first_bad, self._step, self.bad_step))
-        return StepOutput(out.loss.detach(), out.metrics, out.labels, out.kept)
+        return dataclasses.replace(out, loss=out.loss.detach())
 
     def means(self, which: int) -> dict[str, float]:
         """The metrics' means over all ranks: which=0 since the last call, 1 in this epoch. Starts the sums anew."""
@@ -140,7 +147,7 @@ class TrainStep:
         """Its part of a checkpoint. Collective: every rank must call it."""
         sums = gather_rows(self.sums[None]).cpu()  # [W, 2, metrics]
         state.sums = {name: sums[:, :, i] for i, name in enumerate(self.model.METRICS)}
-        state.counts, state.assigned = list(self.counts), self.decisions()
+        state.counts, state.assigned, state.winners = list(self.counts), self.decisions(), self.preferred()
         state.optimizer = self.optimizer.state_dict()
 
     def load_from(self, state: RunState) -> None:
@@ -153,6 +160,19 @@ class TrainStep:
         self.counts = list(state.counts)
         if len(state.assigned):  # checkpoints of format 1 of re-training and fine-tuning have none
             self.assigned.copy_(state.assigned)
+        if rank == 0 and len(state.winners):  # a sum over ranks
+            self.winners.copy_(state.winners)
+
+    def end_epoch(self) -> tuple[Tensor, Tensor]:
+        """-> :meth:`decisions` and :meth:`preferred` of the epoch; both begin anew. Collective."""
+        ended = self.decisions(), self.preferred()
+        self.assigned.fill_(UNSEEN)
+        self.winners.zero_()
+        return ended
+
+    def preferred(self) -> Tensor:
+        """int64 [C, 2] on the CPU: ``winners`` of all ranks."""
+        return gather_rows(self.winners[None]).sum(0).cpu()
 
     def decisions(self) -> Tensor:
         """int32 [images] on the CPU: ``assigned`` of all ranks."""
