@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from processes import on_ranks
@@ -16,6 +17,7 @@ from mopro_fast.checkpoints import state as checkpoint
 from mopro_fast.config import OptimConfig, TrainConfig, recipe
 from mopro_fast.demo import write_images
 from mopro_fast.errors import UserError
+from mopro_fast.labels import UNSEEN
 from mopro_fast.training.loop import Trainer
 from mopro_fast.training.optim import learning_rate
 from mopro_fast.training.step import TrainStep
@@ -133,6 +135,87 @@ def test_what_a_run_leaves_behind(uninterrupted):
     labels = torch.load(uninterrupted / "labels.pt", weights_only=True)
     assert len(labels) == IMAGES and int((labels == -2).sum()) == IMAGES - STEPS * 64
     assert "images_per_second" in json.loads((uninterrupted / "timing.jsonl").read_text().splitlines()[0])
+
+
+def test_a_run_writes_the_table_of_every_epoch_that_corrects(uninterrupted):
+    entries = [json.loads(line) for line in (uninterrupted / "log.jsonl").read_text().splitlines()]
+    (found,) = [e for e in entries if e["split"] == "classes"]
+    (epoch,) = [e for e in entries if e["split"] == "epoch" and e["epoch"] == found["epoch"]]
+    shown = epoch["step"] * 64
+    assert sum(found["images"]) == sum(found["winner"]) == shown
+    assert sum(found["relabelled"]) == sum(found["joined"]) == round(epoch["relabelled"] * shown)
+    assert sum(found["removed"]) == round((1 - epoch["kept"]) * shown)
+    assert all(score is None or 0.1 <= score <= 1 for score in found["score"])
+
+
+def holding_out(digits: Path, out: Path, holdout: str) -> TrainConfig:
+    config = small_config(digits, out)
+    config.data.holdout, config.optim.epochs = holdout, 2
+    return config
+
+
+@pytest.mark.medium
+def test_held_out_images_are_judged_and_never_trained_on(digits, tmp_path):
+    config = holding_out(digits, tmp_path / "a", "0.1")
+    config.mopro.start_clean = 1
+    trainer = Trainer(task_of(config))
+    rows, given = trainer.index.held_out, trainer.index.labels
+    sizes = np.bincount(given)
+    assert np.bincount(given[rows]).tolist() == np.rint(0.1 * sizes).tolist()  # a tenth of each class
+    assert trainer.steps == (IMAGES - len(rows)) // 64
+    assert trainer.run() == 0
+    labels = torch.load(tmp_path / "a/labels.pt", weights_only=True).numpy()
+    assert (labels[rows] == UNSEEN).all() and (labels == UNSEEN).sum() == IMAGES - trainer.steps * 64
+    entries = [json.loads(line) for line in (tmp_path / "a/log.jsonl").read_text().splitlines()]
+    found = [e for e in entries if e["split"] == "holdout"]
+    assert [e["images"] for e in found] == [len(rows)] * 2
+    assert all(0 <= e[name] <= 1 for e in found for name in ("relabelled", "removed", "sure", "sure_right"))
+    last = checkpoint.load(checkpoint.all_of(tmp_path / "a/checkpoints")[-1])
+    assert last.agreement == [e["top1"] for e in found] and last.held_out.tolist() == rows.tolist()
+
+    config = holding_out(digits, tmp_path / "b", "0.1")  # another seed: the same images
+    config.run.seed = 5
+    assert np.array_equal(opened(config).index.held_out, rows)
+
+
+@pytest.mark.medium
+def test_a_list_of_trusted_images_is_held_out_with_its_labels(digits, tmp_path):
+    index = opened(small_config(digits, tmp_path / "whole")).index
+    trusted = {index.paths[i]: int(index.labels[i] + 1) % 10 for i in (3, 70, 500)}
+    (tmp_path / "trusted.txt").write_text("".join(f"{name} {label}\n" for name, label in trusted.items()))
+    config = holding_out(digits, tmp_path / "run", str(tmp_path / "trusted.txt"))
+    trainer = opened(config)
+    assert trainer.index.held_out.tolist() == [3, 70, 500]
+    assert (trainer.index.labels == index.labels).all()  # as they came
+    judged = trainer.eval_sets["holdout"]
+    assert judged.usable.tolist() == [3, 70, 500]
+    assert {judged.paths[i]: int(judged.labels[i]) for i in judged.usable} == trusted
+    assert Trainer(task_of(config)).run() == 0
+    (tmp_path / "trusted.txt").write_text(f"{index.paths[4]} 1\n")
+    with pytest.raises(UserError, match="held out other images than those of --holdout .*choose another --out"):
+        Trainer(task_of(config))
+    with pytest.raises(UserError, match="held out other images than those of --holdout ''"):
+        Trainer(task_of(holding_out(digits, tmp_path / "run", "")))
+    for text, message in (
+        ("nowhere.jpg 1\n", r"trusted\.txt:1: nowhere\.jpg is no image of .*--val"),
+        (f"# mine\n{index.paths[4]} 10\n", r"trusted\.txt:2: .* needs a label in \[0, 10\)"),
+    ):
+        (tmp_path / "trusted.txt").write_text(text)
+        with pytest.raises(UserError, match=message):
+            Trainer(task_of(holding_out(digits, tmp_path / "other", str(tmp_path / "trusted.txt"))))
+
+
+@pytest.mark.parametrize("holdout, message", [
+    ("1.5", "a share must lie between 0 and 1"),
+    ("0", "a share must lie between 0 and 1"),
+    ("0.0001", "no image of .* is held out"),
+    ("nan", "a share must lie between 0 and 1"),
+    ("nothing.txt", r"cannot read nothing\.txt"),
+])  # fmt: skip
+def test_a_wrong_holdout_is_named(digits, tmp_path, holdout, message):
+    with pytest.raises(UserError, match=message):
+        Trainer(task_of(holding_out(digits, tmp_path / "run", holdout)))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.medium

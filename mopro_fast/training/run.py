@@ -88,7 +88,7 @@ class RunFolder:
             sets["train"], sets["holdout"] = inputs.hold_out(sets["train"], data)
         if state is not None and not np.array_equal(state.held_out, sets["train"].held_out):
             raise UserError(
-                f"{self.found} is of a run that held out other images than those of --holdout {data.holdout or 'none'}: "
+                f"{self.found} is of a run that held out other images than those of --holdout {data.holdout!r}: "
                 f"give what it had, or {_other(task)}"
             )
         return sets
