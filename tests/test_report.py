@@ -22,7 +22,7 @@ from mopro_fast.config import recipe
 from mopro_fast.downstream.retrain import Retrain
 from mopro_fast.errors import UserError
 from mopro_fast.labels import REMOVED, UNSEEN, by_class, relabellings, verdicts
-from mopro_fast.models.build import build_encoder
+from mopro_fast.models.build import build
 from mopro_fast.report import figures, images, page
 from mopro_fast.report.page import Report
 from mopro_fast.training.loop import Trainer
@@ -176,15 +176,22 @@ def test_many_prototypes_are_averaged(classes):
             assert cells[i, j] == pytest.approx(np.mean(values), abs=0.005)
 
 
-def test_scores_are_step_6_of_the_method():
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_scores_are_step_6_of_the_method(calibrate):
     torch.manual_seed(0)
     c = recipe("demo")
     c.data.num_classes, c.model.width, c.mopro.alpha, c.mopro.threshold = 5, 0.125, 0.3, 0.3
-    encoder = build_encoder(c).eval()
+    c.mopro.calibrate = calibrate
+    model = build(c).eval()
+    encoder = model.encoder_q
     prototypes = torch.nn.functional.normalize(torch.randn(5, c.model.embed_dim), dim=1)
+    model.prototypes.copy_(prototypes)
+    factors = [1, 1]
+    if calibrate:
+        model.calibration.log_scale.copy_(torch.tensor(factors := [0.5, 1.7]).log())
     pixels = torch.randint(0, 256, (32, 16, 16, 3), dtype=torch.uint8)
     given = torch.randint(-1, 5, (32,))
-    t, now = images.scores(encoder, prototypes, pixels, given, c)
+    t, now = images.scores(model, pixels, given, c)
     with torch.no_grad():
         logits, q = encoder(images.ops.normalize(pixels))
 
@@ -193,7 +200,7 @@ def test_scores_are_step_6_of_the_method():
         return e / e.sum(1, keepdims=True)
 
     z, s = logits.double().numpy(), (q.double() @ prototypes.double().T).numpy() / c.mopro.temperature
-    expected = 0.3 * softmax(z) + 0.7 * softmax(s)
+    expected = 0.3 * softmax(factors[0] * z) + 0.7 * softmax(factors[1] * s)
     assert np.abs(t.numpy() - expected).max() < 1e-5
     for row, label, decided in zip(expected, given.tolist(), now.tolist(), strict=True):
         sure = row.max() > 0.3

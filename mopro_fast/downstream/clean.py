@@ -28,6 +28,7 @@ from mopro_fast.downstream.features import EncoderConfig, Frozen
 from mopro_fast.errors import UserError
 from mopro_fast.files import replacing, write_json, writing
 from mopro_fast.labels import DECISIONS, REMOVED
+from mopro_fast.models.calibration import CALIBRATION, scaled
 from mopro_fast.ops.reference import decide, mixed_scores
 
 TABLE, OFFICIAL = "cleaned.parquet", "pseudo_label.json"
@@ -125,10 +126,11 @@ def clean(o: Clean) -> dict[str, int]:
             ends = np.searchsorted(index.usable, range(_BATCHES * size, len(index), _BATCHES * size))
             groups = np.split(index.usable, ends)
             batches = [rows[first : first + size] for rows in groups for first in range(0, len(rows), size)]
-            prototypes = weights.state["prototypes"].to(frozen.device)
+            own = [weights.state.get(name) for name in ("prototypes", CALIBRATION)]
+            own = [None if t is None else t.to(frozen.device) for t in own]
 
             def step(images: Tensor, labels: Tensor) -> Tensor:
-                return score(frozen, prototypes, images, labels, o)
+                return score(frozen, *own, images, labels, o)
 
             numbers = image_map.compute(index, out / _NUMBERS, step, 2 + len(SCORES), options, batches, again=out)
             # 4. Write the result.
@@ -171,9 +173,11 @@ def _finished(out: Path, settings: dict[str, Any]) -> dict[str, int] | None:
     return None
 
 
-def score(frozen: Frozen, prototypes: Tensor, images: Tensor, labels: Tensor, o: Clean) -> Tensor:
+def score(
+    frozen: Frozen, prototypes: Tensor, log_scale: Tensor | None, images: Tensor, labels: Tensor, o: Clean
+) -> Tensor:
     """-> float32 [n, 8]: the label after cleaning, the best class, SCORES; step 6 of the method."""
-    logits, q = frozen.run(frozen.encoder, images)
+    logits, q = scaled(*frozen.run(frozen.encoder, images), log_scale)
     mixed, *parts = mixed_scores(logits, q, prototypes, o.alpha, o.temperature)  # [n, C] each
     label, kept = decide(mixed, labels, o.threshold)[:2]
     best, given = mixed.argmax(1), labels.clamp(min=0)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from mopro_fast import ops
 from mopro_fast.checkpoints.state import RunState
@@ -22,6 +22,8 @@ from mopro_fast.downstream.clean import TABLE
 from mopro_fast.errors import UserError
 from mopro_fast.labels import REMOVED, SHOWN, UNSEEN
 from mopro_fast.models.build import build
+from mopro_fast.models.method import Method
+from mopro_fast.models.mopro import MoPro
 from mopro_fast.ops.reference import decide, mixed_scores
 
 BATCH = 64
@@ -86,33 +88,32 @@ def rows_of(paths: list[str], index: Index, likely: np.ndarray) -> np.ndarray:
     return pc.fill_null(found, -1).to_numpy().astype(np.int64)
 
 
-def load_model(config: TrainConfig, state: RunState, device: str) -> tuple[nn.Module, Tensor | None]:
-    """The query encoder, ready to evaluate, and the prototypes, None if there are none. Raises UserError."""
+def load_model(config: TrainConfig, state: RunState, device: str) -> Method:
+    """The model, ready to evaluate. Raises UserError."""
     model = build(config)
     check_fits(model.state_dict(), state.model, "in the run's folder")
     model.load_state_dict(state.model)
-    prototypes = getattr(model, "prototypes", None)
-    return model.encoder_q.to(device).eval(), None if prototypes is None else prototypes.to(device)
+    return model.to(device).eval()
 
 
 @torch.no_grad()
-def scores(
-    encoder: nn.Module, prototypes: Tensor | None, images: Tensor, labels: Tensor, c: TrainConfig
-) -> tuple[Tensor, Tensor]:
+def scores(model: Method, images: Tensor, labels: Tensor, c: TrainConfig) -> tuple[Tensor, Tensor]:
     """Step 6 of the method for images uint8 [N, S, S, 3] and labels int64 [N].
 
     -> t float32 [N, C], the classifier's alone without prototypes; int64 [N]: the label now, −1 if removed.
     """
-    logits, q = encoder(ops.normalize(images))
-    if prototypes is None:
+    logits, q = model.encoder_q(ops.normalize(images))
+    if not isinstance(model, MoPro):
         return logits.float().softmax(1), labels
-    t, _, _ = mixed_scores(logits, q, prototypes, c.mopro.alpha, c.mopro.temperature)
+    if model.calibration is not None:
+        logits, q = model.calibration(logits, q)
+    t, _, _ = mixed_scores(logits, q, model.prototypes, c.mopro.alpha, c.mopro.temperature)
     now, kept = decide(t, labels, c.mopro.threshold)[:2]
     return t, torch.where(kept, now, REMOVED)
 
 
 def cards(
-    labels: Labels, rows: np.ndarray, index: Index, model: tuple | None, config: TrainConfig, thumb: int, device: str
+    labels: Labels, rows: np.ndarray, index: Index, model: Method | None, config: TrainConfig, thumb: int, device: str
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """-> for each of these rows its labels, thumbnail and scores; the paths that could not be read, and why.
 
@@ -156,12 +157,11 @@ def thumbnail(pixels: np.ndarray, side: int) -> str:
 
 
 def _score(
-    found: list[dict[str, Any]], crops: list[np.ndarray], model: tuple, config: TrainConfig, device: str
+    found: list[dict[str, Any]], crops: list[np.ndarray], model: Method, config: TrainConfig, device: str
 ) -> None:
     """Put the scores of a batch into its cards: t of the given label and of the new one, the best, the verdict now."""
-    encoder, prototypes = model
     given = torch.tensor([card["given"] for card in found], device=device)
-    t, now = scores(encoder, prototypes, torch.from_numpy(np.stack(crops)).to(device), given, config)
+    t, now = scores(model, torch.from_numpy(np.stack(crops)).to(device), given, config)
     best_score, best = t.max(1)
     columns = (t.cpu(), now.tolist(), best.tolist(), best_score.tolist())
     for card, own, label, guess, score in zip(found, *columns, strict=True):

@@ -20,6 +20,7 @@ from mopro_fast.config import TrainConfig
 from mopro_fast.errors import UserError
 from mopro_fast.files import replacing
 from mopro_fast.labels import SHOWN, by_class, relabellings, verdicts
+from mopro_fast.models.method import Method
 from mopro_fast.models.mopro import MoPro
 from mopro_fast.report import figures
 from mopro_fast.report.images import Labels, cards, load_model, read_table
@@ -275,7 +276,7 @@ def _label_numbers(labels: Labels, classes: int) -> dict[str, Any]:
     }
 
 
-def _model(run: Run, device: str) -> tuple | None:
+def _model(run: Run, device: str) -> Method | None:
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():

@@ -80,7 +80,7 @@ def alarms(
     return lines
 
 
-_LATER = "label correction feeds on itself: begin it later (--start-clean), raise --threshold, or set --align True"
+_LATER = "label correction feeds on itself: begin it later (--start-clean), raise --threshold, or set --calibrate True"
 
 
 def _fallen(agreement: list[float], images: int) -> str:
