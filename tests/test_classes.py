@@ -49,7 +49,8 @@ def test_a_class_that_empties_is_named_with_where_its_images_went(given):
     assigned[rows[:30]], assigned[rows[30:37]] = REMOVED, 0
     (line,) = judged(given, assigned, names=["ant", "bee", "cat", "dog", "elk"])
     assert line.startswith(
-        "1 of 5 classes are being lost: class 2 (cat) came with 40 images and has 3 (30 removed, 7 relabelled, 0 joined): "
+        "1 of 5 classes are being lost: "
+        "class 2 (cat) came with 40 images and has 3 (30 removed, 7 relabelled, 0 joined): "
     )
     assert "--start-clean" in line
     assert judged(given, np.where(np.arange(len(given)) == rows[0], 2, assigned)) == []  # a tenth is left

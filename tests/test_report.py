@@ -229,6 +229,17 @@ def test_the_page_has_what_the_run_has(run):
     assert lines.count("relabelled") == 1  # among the shares, not among other values too
     assert losses[0]["y"] == [pytest.approx(e["loss"], rel=1e-3) for e in train]
     assert losses[0]["x"] == [pytest.approx(e["epoch"] + e["step"] / 3, abs=1e-4) for e in train]
+    (entry,) = [e for e in log if e["split"] == "classes"]
+    left = [
+        n - r - x + j
+        for n, r, x, j in zip(*(entry[k] for k in ("images", "relabelled", "removed", "joined")), strict=True)
+    ]
+    shares = sorted(a / n for a, n in zip(left, entry["images"], strict=True))
+    (lines,) = [c["lines"] for c in contents["charts"] if c["title"] == "What is left of the classes"]
+    assert [line["y"] for line in lines] == [
+        [pytest.approx(100 * s, rel=1e-3)] for s in (shares[0], sum(shares[1:3]) / 2, shares[3])
+    ]
+    assert contents["alarms"] == [[e["epoch"] + 1, e["text"]] for e in log if e["split"] == "alarm"]
     assert contents["files"]["left_out"]["count"] == 1
     assert contents["config"]["optim.batch_size"] == "16" and contents["defaults"]["optim.batch_size"] == "256"
     assert len(contents["images"]) == 44 and len(contents["unread"]) == 1  # 45 shown in training, one broken by hand

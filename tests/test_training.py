@@ -192,7 +192,7 @@ def test_a_list_of_trusted_images_is_held_out_with_its_labels(digits, tmp_path):
     assert {judged.paths[i]: int(judged.labels[i]) for i in judged.usable} == trusted
     assert Trainer(task_of(config)).run() == 0
     (tmp_path / "trusted.txt").write_text(f"{index.paths[4]} 1\n")
-    with pytest.raises(UserError, match="held out other images than those of --holdout .*choose another --out"):
+    with pytest.raises(UserError, match=r"held out other images than those of --holdout .*choose another --out"):
         Trainer(task_of(config))
     with pytest.raises(UserError, match="held out other images than those of --holdout ''"):
         Trainer(task_of(holding_out(digits, tmp_path / "run", "")))

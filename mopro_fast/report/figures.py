@@ -2,6 +2,7 @@
 
 import base64
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,27 @@ def thin(x: np.ndarray, y: np.ndarray, points: int = POINTS) -> dict[str, list]:
 def numbers(values: Any, digits: int = 4) -> list[float | None]:
     """Plain floats of so many significant digits; None where not finite."""
     return [float(f"{v:.{digits}g}") if np.isfinite(v) else None for v in values]
+
+
+def left_of_classes(entry: dict[str, Any]) -> dict[str, float]:
+    """Of a log entry "classes": least, median and most, the shares of their images that classes have left; score."""
+    try:
+        columns = [
+            np.array(entry[name], np.float64) for name in ("images", "relabelled", "removed", "joined", "winner")
+        ]
+        images, relabelled, removed, joined, winner = columns
+        score = np.array([np.nan if s is None else s for s in entry["score"]], np.float64)
+        some, won = images > 0, winner > 0
+        left = (images - relabelled - removed + joined)[some] / images[some]
+        least, median, most = np.quantile(left, [0, 0.5, 1]).tolist()
+        return {
+            "least": least,
+            "median": median,
+            "most": most,
+            "score": float(np.average(score[won], weights=winner[won])),
+        }
+    except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError):  # an entry that is not whole
+        return {"score": math.nan}
 
 
 def sample(given: np.ndarray, new: np.ndarray, count: int, seed: int, only: np.ndarray | None = None) -> np.ndarray:

@@ -466,6 +466,11 @@ function tiles() {
     s.method === "ce" ? "plain cross-entropy" : s.method && "MoPro", s.arch, s.data && `on ${s.data}`].filter(Boolean).join(", ");
 }
 
+function alarms() {
+  $("alarms").hidden = !data.alarms.length;
+  $("alarms").querySelector("ul").append(...data.alarms.map(([epoch, text]) => make("li", {textContent: `epoch ${epoch}: ${text}`})));
+}
+
 function missing() {
   const entries = Object.entries(data.missing);
   $("missing").hidden = !entries.length;
@@ -527,6 +532,7 @@ function labels() {
 }
 
 tiles();
+alarms();
 missing();
 showCharts("training", "the curves");
 labels();

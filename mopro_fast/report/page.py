@@ -28,6 +28,7 @@ from mopro_fast.report.run import Run
 
 LOSSES = {"loss": "sum", "loss_cls": "classification", "loss_proto": "prototypes", "loss_inst": "instances"}
 ACCURACIES = {"acc_cls": "classifier", "acc_inst": "instance contrast"}
+ALARMS = 50  # the latest that are shown
 NOT_CURVES = {"split", "epoch", "step", "lr", "images", "replaced"}
 
 
@@ -91,6 +92,7 @@ def collect(options: Report) -> dict[str, Any]:
         "config": _flat(run.raw_config),
         "defaults": _flat(json.loads(TrainConfig().to_json())),
         "charts": _charts(run),
+        "alarms": [[e["epoch"] + 1, str(e.get("text"))] for e in run.log if e.get("split") == "alarm"][-ALARMS:],
         "names": names,
         "labels": None if labels is None else _label_numbers(labels, classes),
         "images": [],
@@ -217,6 +219,8 @@ def _charts(run: Run) -> list[dict[str, Any]]:
         for e in ended
         if isinstance(e.get("kept"), (int, float)) and "relabelled" in e
     ]
+    classes = [e | figures.left_of_classes(e) for e in run.log if e.get("split") == "classes"]
+    held_out = [e for e in run.log if e.get("split") == "holdout"]
     other = [k for k in dict.fromkeys(k for e in train for k in e) if k not in NOT_CURVES | {*MoPro.METRICS}]
     charts = [
         chart(
@@ -243,6 +247,25 @@ def _charts(run: Run) -> list[dict[str, Any]]:
             [line(shares, verdict, verdict, 100) for verdict in SHOWN],
             unit=" %",
             stacked=True,
+            group="labels",
+        ),
+        chart(
+            "What is left of the classes",
+            "Images that a class is trained with, of those it came with: the class with least, the median, with most.",
+            [line(classes, name, name, 100) for name in ("least", "median", "most")],
+            unit=" %",
+            group="labels",
+        ),
+        chart(
+            "How sure label correction is",
+            "Mean score of the class it prefers; and on held-out images the share above θ, and how many of these have "
+            "the label that it prefers.",
+            [
+                line(classes, "score", "mean score", 100),
+                line(held_out, "sure", "held out: above θ", 100),
+                line(held_out, "sure_right", "held out: of these the label is preferred", 100),
+            ],
+            unit=" %",
             group="labels",
         ),
         chart("Other values", "", [line(train, k, k) for k in other]),
