@@ -1,71 +1,272 @@
-"""Real human label noise: CIFAR-10N with out-of-distribution images, cross-entropy against MoPro.
+"""Real human label noise: settings of `mopro-fast train small` against each other, on CIFAR-10N or data like it.
 
-    python bench/cifar10n.py FOLDER [--seeds 3] [--epochs 60] [--part N] [--runs FOLDER] [--results FOLDER]
+    python bench/cifar10n.py FOLDER --run ce="--method ce" --run "mopro=--start-clean {3,10} --threshold 0.8" ...
 
 FOLDER holds train_list.txt, test_list.txt ("path label" per line) and train_truth.txt ("path true-label", -1 for an
-out-of-distribution image). Both methods get recipe "small": ResNet-18 with the small stem, the same epochs.
-Interrupted, it goes on where it stopped. --part trains on the first N images of a shuffled list.
+out-of-distribution image). Alternatives in braces become a run each. One process a core; interrupted, the same command
+goes on. The result file is written anew whenever a run ends. The others are compared with the first run, seed by seed.
+With --part, --rest of the other training images are held out: settings are to be chosen by the agreement with the
+labels given to them, never by the test accuracy.
 """
 
 import argparse
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+import signal
 import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import record
+import tables
 import torch
 
 from mopro_fast import demo
-from mopro_fast.config import recipe
+from mopro_fast.config import TrainConfig
+from mopro_fast.data.check import check
+from mopro_fast.data.index import load_index
 from mopro_fast.errors import UserError
-from mopro_fast.training.loop import Trainer
-from mopro_fast.training.tasks import task_of
+from mopro_fast.files import write_json
+from mopro_fast.training.command import parse
+
+OWN = {"--data", "--root", "--val", "--out", "--seed", "--tensorboard", "--threads"}
+# glibc gives the memory of every larger tensor back to the kernel, and half of a step on a CPU goes into getting it
+# again: 200 img/s without these, 290 with them (ResNet-18, width 0.25, 32 px, one core).
+MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8000000000", "MALLOC_TOP_PAD_": "200000000"}
+
+
+@dataclass
+class Run:
+    """One training."""
+
+    name: str
+    seed: int
+    own: list[str]
+    """The options of this name."""
+    options: list[str]
+    """All."""
+    folder: Path
+    process: subprocess.Popen | None = None
+    began: float = 0.0
+
+    @property
+    def result(self) -> Path:
+        return self.folder / "result.json"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--run", action="append", metavar="NAME=OPTIONS", help="repeatable")
+    parser.add_argument("--common", default="", metavar="OPTIONS", help="of every run")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--part", type=int)
+    parser.add_argument("--part", type=int, help="train on the first N images of a shuffled list")
+    parser.add_argument("--rest", type=int, default=6000, help="held-out images of --part")
+    parser.add_argument("--test", type=int, help="test on N images, as many of each class as the list has shares")
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--chosen", default="not tuned", help="how the settings were chosen, for the table")
+    parser.add_argument("--name", default="cifar10n", help="of the result file")
     parser.add_argument("--runs", type=Path, default=Path("runs/cifar10n"))
     parser.add_argument("--results", type=Path, default=record.RESULTS)
     a = parser.parse_args()
-    if not (a.folder / "train_truth.txt").is_file():
-        raise SystemExit(f"{a.folder} has no train_truth.txt: unpack CIFAR-10N there first")
-    given_lines, truth_lines = ((a.folder / f"train_{n}.txt").read_text().splitlines() for n in ("list", "truth"))
-    rows = np.arange(len(given_lines))
-    if a.part:
-        rows = np.sort(np.random.default_rng(0).permutation(rows)[: a.part])
-    a.runs.mkdir(parents=True, exist_ok=True)
-    train_list = a.runs / "train_list.txt"
-    train_list.write_text("".join(given_lines[i] + "\n" for i in rows))
-    given, true = (np.array([int(lines[i].rsplit(None, 1)[1]) for i in rows]) for lines in (given_lines, truth_lines))
-
-    runs = []
-    for seed in range(a.seeds):
-        result = {"seed": seed}
-        for method in ("ce", "mopro"):
-            c = recipe("small")
-            c.method, c.optim.epochs, c.run.seed = method, a.epochs, seed
-            c.data.path, c.data.root, c.data.val = str(train_list), str(a.folder), str(a.folder / "test_list.txt")
-            c.run.out = str(a.runs / f"seed{seed}" / method)
-            if received := Trainer(task_of(c)).run():
-                return 128 + received
-            result[f"{method}_top1"] = demo.curve(Path(c.run.out), "val", "top1")[-1]
-        assigned = torch.load(Path(c.run.out) / "labels.pt", weights_only=True).numpy()
-        runs.append(result | demo.judge(given, true, assigned))
-        print(demo.table(runs[-1]))
-    gain = statistics.mean(r["mopro_top1"] - r["ce_top1"] for r in runs)
+    given, true = write_lists(a.folder, a.runs, a.part, a.rest, a.test)
+    data = ["--data", f"{a.runs}/train_list.txt", "--val", f"{a.runs}/test_list.txt", "--root", str(a.folder)]
     settings = {
-        "recipe": "small",
-        "epochs": a.epochs,
-        "images": len(rows),
+        "common": a.common,
+        "images": len(true),
         "out_of_distribution": int((true < 0).sum()),
+        "wrong": float((given != true)[true >= 0].mean()),
+        "test_images": len((a.runs / "test_list.txt").read_text().splitlines()),
+        "chosen": a.chosen,
     }
-    path = record.write("cifar10n", {"settings": settings, "runs": runs}, a.results)
-    print(f"\nMoPro is ahead of cross-entropy by {gain:.1f} points (mean of {a.seeds} seeds): {path}")
-    return 0
+    runs = []
+    for name, options in expand(a.run or ["ce=--method ce", "mopro="]):
+        words = shlex.split(a.common) + options
+        epochs = checked(words, data).optim.epochs
+        for seed in range(a.seeds):
+            folder = a.runs / re.sub(r"[^\w.=-]+", "_", name) / f"seed{seed}"
+            ours = [*data, "--out", str(folder), "--seed", str(seed), "--tensorboard", "False", "--threads", "1"]
+            runs.append(Run(name, seed, options, words + ours, folder))
+    runs.sort(key=lambda run: run.seed)  # after the first seed all can be compared
+    for split, file in (("train", "train_list.txt"), ("val", "test_list.txt")):
+        check(load_index(a.runs / file, split, num_classes=None, root=a.folder), workers=a.processes, progress=False)
+
+    def write() -> Path:
+        done = [json.loads(run.result.read_text()) for run in runs if run.result.is_file()]
+        result = {"settings": settings | {"epochs": epochs}, "runs": done, "paired": paired(done)}
+        return record.write(a.name, result, a.results)
+
+    stopped, failed = train(runs, a.processes, lambda run: finish(run, a.folder, given, true, write))
+    path = write()
+    print(tables.cifar10n(json.loads(path.read_text())))
+    print(f"\n{path}")
+    return 128 + stopped if stopped else bool(failed)
+
+
+def write_lists(
+    folder: Path, runs: Path, part: int | None, rest: int, test: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The lists of these runs -> the given and the true labels of the training images."""
+    if not (folder / "train_truth.txt").is_file():
+        raise SystemExit(f"{folder} has no train_truth.txt: unpack CIFAR-10N there first")
+    given, truth, tests = (
+        (folder / f"{n}.txt").read_text().splitlines() for n in ("train_list", "train_truth", "test_list")
+    )
+    order = np.random.default_rng(0).permutation(len(given)) if part else np.arange(len(given))
+    part = part or len(given)
+    rows, others = np.sort(order[:part]), np.sort(order[part : part + rest])
+    runs.mkdir(parents=True, exist_ok=True)
+    shown = tests[:: max(1, len(tests) // test)][:test] if test else tests  # the list may be sorted by class
+    lists = {"train_list.txt": [given[i] for i in rows], "rest_list.txt": [given[i] for i in others]}
+    for name, lines in (lists | {"test_list.txt": shown}).items():
+        text = "".join(line + "\n" for line in lines)
+        if not (runs / name).is_file() or (runs / name).read_text() != text:
+            (runs / name).write_text(text)
+    return tuple(np.array([int(lines[i].rsplit(None, 1)[1]) for i in rows]) for lines in (given, truth))
+
+
+def expand(given: list[str]) -> list[tuple[str, list[str]]]:
+    """NAME=OPTIONS with {a,b} in them -> (name with what differs, options) for every combination."""
+    runs = []
+    for one in given:
+        name, equals, options = one.partition("=")
+        if not equals or not name:
+            raise SystemExit(f"--run {one}: expected NAME=OPTIONS, such as ce='--method ce'")
+        parts = re.split(r"\{([^}]*)\}", options)  # text, alternatives, text, …
+        for chosen in itertools.product(*(alternatives.split(",") for alternatives in parts[1::2])):
+            text = parts[0] + "".join(c + after for c, after in zip(chosen, parts[2::2], strict=True))
+            named = [f"{before.split()[-1].lstrip('-')}={c}" for before, c in zip(parts[0::2], chosen, strict=False)]
+            runs.append((" ".join([name, *named]), shlex.split(text)))
+    names = [name for name, _ in runs]
+    if len({*names}) < len(names):
+        raise SystemExit(f"--run: two runs have the name {statistics.mode(names)!r}")
+    return runs
+
+
+def checked(words: list[str], data: list[str]) -> TrainConfig:
+    """The config of these options; ends with one line for one that cannot be."""
+    for word in words:
+        if word.partition("=")[0].replace("_", "-") in OWN:
+            raise SystemExit(f"{word} is set by this bench: leave it out of --run and --common")
+    config = parse(["small", *words, *data, "--out", "runs"])
+    config.validate()
+    return config
+
+
+def train(runs: list[Run], processes: int, done) -> tuple[int, list[Run]]:
+    """-> the signal that stopped it or 0, and the runs that failed. ``done(run)`` is called for each that ends well."""
+    waiting = [run for run in runs if not run.result.is_file()]
+    threads = str(max(1, len(os.sched_getaffinity(0)) // processes))
+    environment = os.environ | MEMORY | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    running: list[Run] = []
+    failed: list[Run] = []
+    received: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: received.append(n))
+    say(f"{len(waiting)} of {len(runs)} runs to go, {processes} at a time")
+    while running or (waiting and not received):
+        while waiting and len(running) < processes and not received:
+            run = waiting.pop(0)
+            run.folder.mkdir(parents=True, exist_ok=True)
+            command = [sys.executable, "-m", "mopro_fast", "train", "small", *run.options]
+            with log_of(run).open("a") as log:  # in a group of its own: Ctrl-C reaches it once, from here
+                run.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+            run.began = time.time()
+            running.append(run)
+            say(f"{run.name}, seed {run.seed}: begins; its terminal: {log_of(run)}")
+        time.sleep(0.5)
+        for number in received[:1]:
+            for run in running:
+                run.process.send_signal(number)
+        for run in [run for run in running if run.process.poll() is not None]:
+            running.remove(run)
+            if run.process.returncode == 0:
+                done(run)
+            elif not received:
+                failed.append(run)
+                say(f"{run.name}, seed {run.seed}: FAILED with status {run.process.returncode}:")
+                say("\n".join(log_of(run).read_text().splitlines()[-5:]))
+    return (received[0] if received else 0), failed
+
+
+def log_of(run: Run) -> Path:
+    return run.folder.parent / f"{run.folder.name}.log"
+
+
+def finish(run: Run, folder: Path, given: np.ndarray, true: np.ndarray, write) -> None:
+    """The numbers of a training that ended, into its folder and the result file."""
+    entries = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
+    curves = {s: [e["top1"] for e in entries if e["split"] == s] for s in ("val", "holdout")}
+    out, lists = run.folder / "eval", {n: run.folder.parents[1] / f"{n}_list.txt" for n in ("test", "rest")}
+    options = ["--val", *(f"{n}={path}" for n, path in lists.items() if path.stat().st_size)]
+    options += ["--root", str(folder), "--out", str(out)]
+    command = [sys.executable, "-m", "mopro_fast", "eval", str(run.folder), *options]
+    subprocess.run(command, check=True, capture_output=True)
+    sets = json.loads((out / "eval.json").read_text())["sets"]
+    classes = sets["test"]["per_class"]
+    result = {
+        "name": run.name,
+        "seed": run.seed,
+        "options": shlex.join(run.own),
+        "top1": curves["val"][-1],
+        "val": curves["val"],
+        "holdout": curves["holdout"],
+        "agreement": sets["rest"]["top1"] if "rest" in sets else None,
+        "class_recall": [c["top1"] for c in classes],
+        "alarms": [{"epoch": e["epoch"] + 1, "text": e["text"]} for e in entries if e["split"] == "alarm"],
+        "seconds": round(time.time() - run.began, 1),
+        "commit": record.conditions()["commit"],
+    }
+    assigned = torch.load(run.folder / "labels.pt", weights_only=True).numpy()
+    kept = assigned >= 0
+    result |= demo.judge(given, true, assigned) | {
+        "kept_right": float((assigned == true)[kept].mean()),
+        "classes_lost": int((np.bincount(assigned[kept], minlength=len(classes)) == 0).sum()),
+    }
+    write_json(run.result, result)
+    write()
+    say(f"{run.name}, seed {run.seed}: {result['top1']:.2f} % on test images, {len(result['alarms'])} alarms")
+
+
+def paired(results: list[dict]) -> dict[str, dict]:
+    """Each run against the first, over the seeds that both have: points of test accuracy."""
+    of_run: dict[str, dict[int, dict]] = {}
+    for r in results:
+        of_run.setdefault(r["name"], {})[r["seed"]] = r
+    if not of_run:
+        return {}
+    peer_name, peer = next(iter(of_run.items()))
+    found = {}
+    for name, mine in of_run.items():
+        seeds = sorted(mine.keys() & peer.keys())
+        if name == peer_name or not seeds:
+            continue
+        gains = [mine[s]["top1"] - peer[s]["top1"] for s in seeds]
+        spread = statistics.stdev(gains) if len(gains) > 1 else None
+        below = [
+            sum(a < b / 2 for a, b in zip(mine[s]["class_recall"], peer[s]["class_recall"], strict=True)) for s in seeds
+        ]
+        found[name] = {
+            "peer": peer_name,
+            "seeds": seeds,
+            "mean": statistics.mean(gains),
+            "sd": spread,
+            "standard_error": None if spread is None else spread / math.sqrt(len(gains)),
+            "classes_below_half": below,
+        }
+    return found
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

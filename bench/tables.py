@@ -23,9 +23,7 @@ BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
 
 def accuracy(result: dict, title: str) -> str:
     def mean(name: str, scale: float = 1.0) -> str:
-        values = [scale * r[name] for r in result["runs"]]
-        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.1f}{spread}"
+        return _mean(result["runs"], name, scale)
 
     c = result["conditions"]
     rows = [
@@ -48,8 +46,51 @@ def demo_accuracy(result: dict) -> str:
 
 
 def cifar10n(result: dict) -> str:
-    s = result["settings"]
-    return accuracy(result, f"CIFAR-10N `worse`, {s['images']} images, {s['epochs']} epochs")
+    """A row per setting, mean over its seeds; the last columns against the first row."""
+    s, c, runs, of_run = result["settings"], result["conditions"], result["runs"], {}
+    for r in runs:
+        of_run.setdefault(r["name"], []).append(r)
+    columns = ["", "test accuracy, %", "against the first", "precision, %", "recall, %", "outsiders removed, %"]
+    columns += ["right labels among the kept, %", "classes without an image", "classes with half the recall", "alarms"]
+    if held := all(r["agreement"] is not None for r in runs):
+        columns.append("held-out labels met, %")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name, own in of_run.items():
+        corrects = any(r["corrections"] or r["ood_removed"] for r in own)
+        pair = result["paired"].get(name)
+        error = "" if pair is None or pair["standard_error"] is None else f" ± {pair['standard_error']:.1f}"
+        options = own[0]["options"]
+        cells = [f"{name} (`{options}`)" if options else name, _mean(own, "top1")]
+        cells.append("–" if pair is None else f"{pair['mean']:+.1f}{error}")
+        names = ("precision", "recall", "ood_removed", "kept_right")
+        cells += [_mean(own, n, 100) if corrects or n == "kept_right" else "–" for n in names]
+        cells += [
+            _counts([r["classes_lost"] for r in own]),
+            "–" if pair is None else _counts(pair["classes_below_half"]),
+        ]
+        cells.append(_counts([len(r["alarms"]) for r in own]))
+        if held:
+            cells.append(_mean(own, "agreement"))
+        lines.append(f"| {' | '.join(cells)} |")
+    seeds = max(len(own) for own in of_run.values())
+    commits = ", ".join(sorted({r["commit"] for r in runs}))
+    note = (
+        f"{s['images']} images, {s['out_of_distribution']} of them outsiders, of the others {100 * s['wrong']:.0f} % "
+        f"with a wrong label; {s['test_images']} test images; `small {s['common']}`; {seeds} seeds, mean ± standard "
+        f"deviation, differences ± standard error; counts: a number per seed. Settings: {s['chosen']}. "
+        f"{c['gpu'] or c['cpu']}; PyTorch {c['torch']}; commit {commits}."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def _mean(runs: list[dict], name: str, scale: float = 1.0) -> str:
+    values = [scale * r[name] for r in runs]
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}" if values else "–"
+
+
+def _counts(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def ops(result: dict) -> str:
