@@ -55,7 +55,6 @@ class Run:
     """All."""
     folder: Path
     process: subprocess.Popen | None = None
-    began: float = 0.0
 
     @property
     def result(self) -> Path:
@@ -106,7 +105,8 @@ def main() -> int:
 
     stopped, failed = train(runs, a.processes, lambda run: finish(run, a.folder, given, true, write))
     path = write()
-    print(tables.cifar10n(json.loads(path.read_text())))
+    if any(run.result.is_file() for run in runs):
+        print(tables.cifar10n(json.loads(path.read_text())))
     print(f"\n{path}")
     return 128 + stopped if stopped else bool(failed)
 
@@ -179,7 +179,6 @@ def train(runs: list[Run], processes: int, done) -> tuple[int, list[Run]]:
             command = [sys.executable, "-m", "mopro_fast", "train", "small", *run.options]
             with log_of(run).open("a") as log:  # in a group of its own: Ctrl-C reaches it once, from here
                 run.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-            run.began = time.time()
             running.append(run)
             say(f"{run.name}, seed {run.seed}: begins; its terminal: {log_of(run)}")
         time.sleep(0.5)
@@ -222,7 +221,6 @@ def finish(run: Run, folder: Path, given: np.ndarray, true: np.ndarray, write) -
         "agreement": sets["rest"]["top1"] if "rest" in sets else None,
         "class_recall": [c["top1"] for c in classes],
         "alarms": [{"epoch": e["epoch"] + 1, "text": e["text"]} for e in entries if e["split"] == "alarm"],
-        "seconds": round(time.time() - run.began, 1),
         "commit": record.conditions()["commit"],
     }
     assigned = torch.load(run.folder / "labels.pt", weights_only=True).numpy()

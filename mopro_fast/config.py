@@ -131,9 +131,9 @@ class MoProConfig:
     start_clean: int = 11
     """First epoch (0-based) whose labels are corrected."""
     calibrate: bool = False
-    """Let label correction be only as sure as the labels that came with the images bear out (temperature scaling, Guo
-    et al. 2017): classes cannot get lost by labels of the model's own making. θ then compares with the share of given
-    labels that are met: with half of the labels wrong hardly any score exceeds 0.5. Not in the paper."""
+    """Let label correction be only as sure, and each class only as rare, as the labels that came with the images bear
+    out, so that no class gets lost by labels of the model's own making. θ then compares with the share of given
+    labels that are met: with half of the labels wrong hardly any score exceeds 0.6. Not in the paper."""
     w_inst: float = 1.0
     """Weight of the instance contrastive loss."""
     w_proto: float = 1.0

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from small_step import CLASSES, run_steps, small_model, train_step
 
-from mopro_fast.models.calibration import CALIBRATION, Calibration
+from mopro_fast.models.calibration import BIAS, LOG_SCALE, Calibration
 from mopro_fast.models.mopro import MoPro
+from mopro_fast.ops import reference
 
 T = 0.1
 
@@ -20,55 +21,64 @@ def batch(n: int, classes: int, right: float, seed: int):
     return 6.0 * F.one_hot(liked, classes).float(), F.one_hot(liked, classes) * 0.6, prototypes, labels
 
 
-def test_slopes_are_the_gradients_of_both_cross_entropies():
+def test_it_moves_along_the_gradient_of_both_cross_entropies():
     g = torch.Generator().manual_seed(0)
     logits, q, prototypes = (torch.randn(shape, generator=g) for shape in ((7, 5), (7, 3), (5, 3)))
     labels = torch.tensor([0, 4, 2, 2, -1, 1, 3])
-    calibration = Calibration()
+    logits[5, 2], q[6] = float("nan"), float("inf")  # these rows do not count
+    calibration = Calibration(5)
     calibration.log_scale.copy_(torch.tensor([-0.4, 0.3]))
-    slopes = calibration.slopes(logits, q, prototypes, labels, T)
-    for i in range(7):
-        log_scale = calibration.log_scale.clone().requires_grad_()
-        scale = log_scale.exp()
-        for j, z in enumerate((scale[0] * logits[i], prototypes @ (scale[1] * q[i]) / T)):
-            if labels[i] < 0:
-                assert slopes[i, j] == 0
-                continue
-            (gradient,) = torch.autograd.grad(F.cross_entropy(z, labels[i]), log_scale, retain_graph=True)
-            torch.testing.assert_close(slopes[i, j], gradient[j], rtol=1e-4, atol=1e-5)
+    calibration.bias.copy_(0.3 * torch.randn(2, 5, generator=g))
+    before = calibration.log_scale.clone(), calibration.bias.clone()
+    calibration.move(logits, q, prototypes, labels, T)
+    for j, rows in enumerate(([0, 1, 2, 3, 6], [0, 1, 2, 3, 5])):
+        log_scale, bias = (x[j].clone().requires_grad_() for x in before)
+        scores = logits if j == 0 else q @ prototypes.T / T
+        loss = F.cross_entropy(log_scale.exp() * scores[rows] + bias, labels[rows], reduction="sum") / 7
+        of_scale, of_bias = torch.autograd.grad(loss, (log_scale, bias))
+        moved = (calibration.log_scale[j] - before[0][j], calibration.bias[j] - before[1][j])
+        torch.testing.assert_close(moved[0], (-0.05 * of_scale).clamp(-0.1, 0.1), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(moved[1], (-0.05 * 5 * of_bias).clamp(-0.1, 0.1), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("right", [0.3, 0.6, 0.95])
 def test_the_confidence_becomes_the_share_of_given_labels_that_are_met(right):
-    calibration, classes = Calibration(), 20
-    for step in range(300):
-        logits, q, prototypes, labels = batch(256, classes, right, step)
-        calibration.move(calibration.slopes(logits, q, prototypes, labels, T))
+    calibration, classes = Calibration(20), 20
+    for step in range(400):
+        calibration.move(*batch(256, classes, right, step), T)
     logits, q, prototypes, labels = batch(20_000, classes, right, 1000)
     met = float((logits.argmax(1) == labels).float().mean())
-    of_classifier, of_prototypes = calibration(logits, q)
-    for z in (of_classifier, of_prototypes @ prototypes.T / T):
+    s = calibration(logits, q, prototypes, T)
+    for z in (s.logits, s.q @ s.prototypes.T / T):
         assert float(z.softmax(1).max(1).values.mean()) == pytest.approx(met, abs=0.03)
 
 
-def test_rows_that_are_no_numbers_do_not_move_it():
-    calibration, (logits, q, prototypes, labels) = Calibration(), batch(8, 4, 0.5, 0)
-    logits[2], q[3] = float("nan"), float("inf")
-    slopes = calibration.slopes(logits, q, prototypes, labels, T)
-    assert slopes.isfinite().all() and slopes[2, 0] == 0 and slopes[3, 1] == 0
+def test_a_class_that_is_never_preferred_becomes_as_probable_as_it_is_given():
+    """The feedback that empties a class: its scores fall, its images are removed, its scores fall."""
+    calibration, classes = Calibration(10), 10
+    for step in range(600):
+        logits, q, prototypes, labels = batch(256, classes, 0.6, step)
+        logits[:, 3], prototypes[3] = logits[:, 3] - 5, -0.2
+        calibration.move(logits, q, prototypes, labels, T)
+    s = calibration(logits, q, prototypes, T)
+    for z in (s.logits, s.q @ s.prototypes.T / T):
+        assert float(z.softmax(1)[:, 3].mean()) == pytest.approx(0.1, abs=0.03)
 
 
 def test_it_moves_from_epoch_1_and_only_when_asked():
     plain = small_model()
-    assert plain.calibration is None and CALIBRATION not in plain.state_dict()
+    assert plain.calibration is None and not any("calibration" in name for name in plain.state_dict())
     plain.config.calibrate = True
     model = MoPro(plain.encoder_q, plain.encoder_k, plain.config).train()
-    assert CALIBRATION in model.state_dict() and not model.calibration.log_scale.any()
+    assert {LOG_SCALE, BIAS} <= model.state_dict().keys() and not model.calibration.log_scale.any()
     step = train_step(model)
-    seen, move = [], model.calibration.move
-    model.calibration.move = lambda slopes: seen.append(slopes) or move(slopes)
+    calls, move = [], model.calibration.move
+    model.calibration.move = lambda *args: calls.append(args) or move(*args)
     run_steps(step, 2)
-    assert len(seen) == 4  # of the phases 1 and 2
-    assert model.calibration.log_scale.all()
-    decided = model.correct(torch.zeros(3, CLASSES), torch.zeros(3, 8), torch.tensor([0, 1, -1]))
-    assert decided[3].tolist() == pytest.approx([1 / CLASSES] * 3)
+    assert len(calls) == 4  # of the phases 1 and 2
+    assert model.calibration.log_scale.all() and model.calibration.bias.any()
+    s = model.scores(torch.zeros(3, CLASSES), torch.zeros(3, 8))
+    want = reference.mixed_scores(s.logits, s.q, s.prototypes, 0.5, T)[0]
+    got = model.correct(torch.zeros(3, CLASSES), torch.zeros(3, 8), torch.tensor([0, 1, -1]))
+    torch.testing.assert_close(got[3], want.max(1).values)
+    torch.testing.assert_close(want[0], 0.5 * (model.calibration.bias.softmax(1)).sum(0))

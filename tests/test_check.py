@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from odd_images import SHARED, decode_cases, encoded, odd_images, picture
+from PIL import Image
 
 from mopro_fast import cli, files
 from mopro_fast.data import check as module
@@ -299,6 +300,16 @@ def refusing(prefix, really=open):
 def test_two_at_a_time(odd):
     with module._open_partial(default_path(load(odd))), pytest.raises(UserError, match="another check"):
         check(load(odd), workers=1, progress=False)
+
+
+def test_two_at_a_time_that_have_nothing_to_write(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (20, 10)).save(tmp_path / name / "1.png")
+    found = check(load(tmp_path), workers=1, progress=False)
+    with module._open_partial(default_path(load(tmp_path))):
+        again = check(load(tmp_path), workers=1, progress=False)
+    assert found.read == 2 and again.read == 0 and again.width.tolist() == [20, 20]
 
 
 def test_a_lock_whose_file_has_gone_is_not_held(tmp_path, monkeypatch):

@@ -187,9 +187,10 @@ def test_scores_are_step_6_of_the_method(calibrate):
     torch.manual_seed(0)
     prototypes = torch.nn.functional.normalize(torch.randn(5, c.model.embed_dim), dim=1)
     model.prototypes.copy_(prototypes)
-    factors = [1, 1]
+    factors, biases = [1, 1], np.zeros((2, 5))
     if calibrate:
         model.calibration.log_scale.copy_(torch.tensor(factors := [0.5, 1.7]).log())
+        model.calibration.bias.copy_(torch.from_numpy(biases := np.linspace(-1, 1, 10).reshape(2, 5)))
     pixels = torch.randint(0, 256, (32, 16, 16, 3), dtype=torch.uint8)
     given = torch.randint(-1, 5, (32,))
     t, now = images.scores(model, pixels, given, c)
@@ -201,7 +202,7 @@ def test_scores_are_step_6_of_the_method(calibrate):
         return e / e.sum(1, keepdims=True)
 
     z, s = logits.double().numpy(), (q.double() @ prototypes.double().T).numpy() / c.mopro.temperature
-    expected = 0.3 * softmax(factors[0] * z) + 0.7 * softmax(factors[1] * s)
+    expected = 0.3 * softmax(factors[0] * z + biases[0]) + 0.7 * softmax(factors[1] * s + biases[1])
     assert np.abs(t.numpy() - expected).max() < 1e-5
     for row, label, decided in zip(expected, given.tolist(), now.tolist(), strict=True):
         sure = row.max() > 0.3

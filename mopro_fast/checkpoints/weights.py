@@ -14,7 +14,7 @@ from mopro_fast.checkpoints import state as checkpoint
 from mopro_fast.checkpoints.formats import HEADS, K, Q, Weights
 from mopro_fast.config import ModelConfig
 from mopro_fast.errors import UserError
-from mopro_fast.models.calibration import CALIBRATION
+from mopro_fast.models.calibration import BIAS, LOG_SCALE
 from mopro_fast.models.resnet import LAYERS, BasicBlock, Bottleneck, ResNet
 
 
@@ -130,8 +130,8 @@ def _require_rest(state: dict[str, Tensor], model: ModelConfig, num_classes: int
         expected |= {"queue": rest["queue"].new_empty(len(rest["queue"]), model.embed_dim), "queue_ptr": torch.zeros(1)}
     if "prototypes" in rest:
         expected["prototypes"] = torch.empty(num_classes or 0, model.embed_dim)
-    if CALIBRATION in rest:
-        expected[CALIBRATION] = torch.empty(2)
+    if LOG_SCALE in rest:
+        expected |= {LOG_SCALE: torch.empty(2), BIAS: torch.empty(2, num_classes or 0)}
     _require_shapes(rest, expected, f"{path} does not fit together")
     if "queue" in rest and not 0 <= int(rest["queue_ptr"]) < len(rest["queue"]):
         raise UserError(f"{path}: queue_ptr {int(rest['queue_ptr'])} points outside the queue: a damaged file")

@@ -59,21 +59,19 @@ def check(index: Index, *, workers: int, progress: bool, path: str | None = None
     workers: processes. forget: leave out what ``path`` knows of files that are not in ``index``; a check of a part of
     the data should not. Raises UserError where neither ``path`` nor the user's cache folder can be written.
     """
-    with _open_partial(path or default_path(index)) as (path, partial):
-        # 1. What is known, and which of it still holds.
+    path = path or default_path(index)
+    # 1. If all is known nothing is locked or written: trainings that begin together need not wait for each other.
+    old, files = _read(path), _stat(index)
+    rows = _rows_of(old, index.paths)
+    if len(old) and not forget and _holds(old, rows, files).all():
+        found = old.take(rows)
+        if np.array_equal(found["label"].to_numpy(), index.labels):
+            return _checked(found, path, 0)
+    with _open_partial(path) as (path, partial):
         old = _read(path)
         known = pa.concat_tables([_read_partial(partial), old.select(_FOUND.names)])
-        rows = _rows_of(known, index.paths)
-        size, mtime = _stat(index)
-        present = rows >= 0
-        columns = {
-            name: known[name].to_numpy()[rows] if len(known) else np.zeros(len(rows)) for name in ("bytes", "mtime_ns")
-        }
-        holds = present & (columns["bytes"] == size) & (columns["mtime_ns"] == mtime)
-        failed = pc.starts_with(known["reason"], CANNOT_READ).to_numpy(zero_copy_only=False)
-        holds[present] &= ~failed[rows[present]]  # permissions, network or memory may be better now
-        # 2. Read the others.
-        todo = np.flatnonzero(~holds)
+        # 2. Read what is not known or has changed.
+        todo = np.flatnonzero(~_holds(known, _rows_of(known, index.paths), files))
         new = []
         with tqdm(total=len(todo), desc="check", unit=" images", disable=not progress or not len(todo)) as bar:
             for result in _examine_all(index, todo, workers):
@@ -88,9 +86,24 @@ def check(index: Index, *, workers: int, progress: bool, path: str | None = None
         if not written.equals(old):
             with replacing(path) as file:
                 pq.write_table(written, file, compression="zstd")
-        verdict = pc.index_in(table["verdict"], value_set=pa.array(VERDICTS)).to_numpy().astype(np.uint8)
-        numbers = [table[name].to_numpy() for name in ("bytes", "mtime_ns", "width", "height")]
-        return Checked(verdict, *numbers, table["reason"].to_pylist(), path, len(todo))
+        return _checked(table, path, len(todo))
+
+
+def _holds(known: pa.Table, rows: np.ndarray, files: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """bool [n]: what these rows of ``known`` say (-1: none) is of the files as they are now, with these _stat()s."""
+    present, (size, mtime) = rows >= 0, files
+    if not len(known):
+        return present
+    holds = present & (known["bytes"].to_numpy()[rows] == size) & (known["mtime_ns"].to_numpy()[rows] == mtime)
+    failed = pc.starts_with(known["reason"], CANNOT_READ).to_numpy(zero_copy_only=False)
+    holds[present] &= ~failed[rows[present]]  # permissions, network or memory may be better now
+    return holds
+
+
+def _checked(table: pa.Table, path: str, read: int) -> Checked:
+    verdict = pc.index_in(table["verdict"], value_set=pa.array(VERDICTS)).to_numpy().astype(np.uint8)
+    numbers = [table[name].to_numpy() for name in ("bytes", "mtime_ns", "width", "height")]
+    return Checked(verdict, *numbers, table["reason"].to_pylist(), path, read)
 
 
 def default_path(index: Index) -> str:

@@ -28,7 +28,7 @@ from mopro_fast.downstream.features import EncoderConfig, Frozen
 from mopro_fast.errors import UserError
 from mopro_fast.files import replacing, write_json, writing
 from mopro_fast.labels import DECISIONS, REMOVED
-from mopro_fast.models.calibration import CALIBRATION, scaled
+from mopro_fast.models.calibration import BIAS, LOG_SCALE, calibrated
 from mopro_fast.ops.reference import decide, mixed_scores
 
 TABLE, OFFICIAL = "cleaned.parquet", "pseudo_label.json"
@@ -126,7 +126,7 @@ def clean(o: Clean) -> dict[str, int]:
             ends = np.searchsorted(index.usable, range(_BATCHES * size, len(index), _BATCHES * size))
             groups = np.split(index.usable, ends)
             batches = [rows[first : first + size] for rows in groups for first in range(0, len(rows), size)]
-            own = [weights.state.get(name) for name in ("prototypes", CALIBRATION)]
+            own = [weights.state.get(name) for name in ("prototypes", LOG_SCALE, BIAS)]
             own = [None if t is None else t.to(frozen.device) for t in own]
 
             def step(images: Tensor, labels: Tensor) -> Tensor:
@@ -174,11 +174,12 @@ def _finished(out: Path, settings: dict[str, Any]) -> dict[str, int] | None:
 
 
 def score(
-    frozen: Frozen, prototypes: Tensor, log_scale: Tensor | None, images: Tensor, labels: Tensor, o: Clean
-) -> Tensor:
+    frozen: Frozen, prototypes: Tensor, log_scale: Tensor | None, bias: Tensor | None,
+    images: Tensor, labels: Tensor, o: Clean,
+) -> Tensor:  # fmt: skip
     """-> float32 [n, 8]: the label after cleaning, the best class, SCORES; step 6 of the method."""
-    logits, q = scaled(*frozen.run(frozen.encoder, images), log_scale)
-    mixed, *parts = mixed_scores(logits, q, prototypes, o.alpha, o.temperature)  # [n, C] each
+    s = calibrated(*frozen.run(frozen.encoder, images), prototypes, o.temperature, log_scale, bias)
+    mixed, *parts = mixed_scores(s.logits, s.q, s.prototypes, o.alpha, o.temperature)  # [n, C] each
     label, kept = decide(mixed, labels, o.threshold)[:2]
     best, given = mixed.argmax(1), labels.clamp(min=0)
     scores = torch.cat([p.gather(1, rows[:, None]) for p in (mixed, *parts) for rows in (given, best)], 1)

@@ -7,7 +7,7 @@ from torch import Tensor
 from mopro_fast import ops
 from mopro_fast.config import MoProConfig
 from mopro_fast.distributed import gather_together, world
-from mopro_fast.models.calibration import Calibration
+from mopro_fast.models.calibration import Calibration, Scores
 from mopro_fast.models.method import Method, StepOutput
 from mopro_fast.models.resnet import ResNet
 
@@ -16,7 +16,7 @@ class MoPro(Method):
     """Two encoders, a queue of keys and the class prototypes.
 
     State dict: encoder_q.*, encoder_k.*, queue [Q, D], queue_ptr int64 [1], prototypes [C, D]; float32 masters;
-    with ``config.calibrate`` calibration.log_scale [2].
+    with ``config.calibrate`` calibration.log_scale [2] and calibration.bias [2, C].
     """
 
     METRICS = (*ops.METRICS, "relabelled")
@@ -30,18 +30,22 @@ class MoPro(Method):
         self.register_buffer("queue", F.normalize(torch.randn(config.queue_size, dim), dim=1))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
         self.register_buffer("prototypes", torch.zeros(classes, dim))
-        self.calibration = Calibration() if config.calibrate else None
+        self.calibration = Calibration(classes) if config.calibrate else None
 
     def phase(self, epoch: int) -> int:
         """The first epoch whose steps do the same: 0, 1 or ``start_clean``."""
         return max(first for first in (0, 1, self.config.start_clean) if first <= epoch)
 
+    def scores(self, logits: Tensor, q: Tensor) -> Scores:
+        """What label correction judges by."""
+        if self.calibration is None:
+            return Scores(logits, q, self.prototypes)
+        return self.calibration(logits, q, self.prototypes, self.config.temperature)
+
     def correct(self, logits: Tensor, q: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        c = self.config
-        if self.calibration is not None:
-            logits, q = self.calibration(logits, q)
+        c, scores = self.config, self.scores(logits, q)
         return ops.correct_labels(
-            logits, q, self.prototypes, labels,
+            scores.logits, scores.q, scores.prototypes, labels,
             alpha=c.alpha, threshold=c.threshold, temperature=c.temperature, with_winner=True,
         )  # fmt: skip
 
@@ -67,11 +71,11 @@ class MoPro(Method):
         if epoch >= c.start_clean:
             new, kept, winner, score = self.correct(logits, q, labels)
 
+        if self.calibration is not None and epoch >= 1:
+            self.calibration.move(logits, q, self.prototypes, labels, c.temperature)
+
         # The step's one exchange between ranks.
-        rows = [q, k, new, kept]
-        if calibrates := self.calibration is not None and epoch >= 1:
-            rows.append(self.calibration.slopes(logits, q, self.prototypes, labels, c.temperature))
-        all_q, all_k, all_new, all_kept, *slopes = gather_together(*rows)  # [W·N, …]
+        all_q, all_k, all_new, all_kept = gather_together(q, k, new, kept)  # [W·N, …]
         all_k = all_k[place]
 
         # Steps 3, 5 and 8: the losses, against the queue and the prototypes of earlier steps.
@@ -83,9 +87,6 @@ class MoPro(Method):
         # Steps 4 and 7: queue and prototypes move on.
         ops.queue_enqueue_(self.queue, self.queue_ptr, all_k)
         ops.prototype_update_(self.prototypes, all_q, all_new, all_kept, c.proto_momentum)
-
-        if calibrates:
-            self.calibration.move(*slopes)
 
         metrics = dict(zip(ops.METRICS, loss.metrics.unbind(), strict=True))
         metrics["relabelled"] = (new != labels).float().mean()

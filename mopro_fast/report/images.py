@@ -105,9 +105,8 @@ def scores(model: Method, images: Tensor, labels: Tensor, c: TrainConfig) -> tup
     logits, q = model.encoder_q(ops.normalize(images))
     if not isinstance(model, MoPro):
         return logits.float().softmax(1), labels
-    if model.calibration is not None:
-        logits, q = model.calibration(logits, q)
-    t, _, _ = mixed_scores(logits, q, model.prototypes, c.mopro.alpha, c.mopro.temperature)
+    s = model.scores(logits, q)
+    t, _, _ = mixed_scores(s.logits, s.q, s.prototypes, c.mopro.alpha, c.mopro.temperature)
     now, kept = decide(t, labels, c.mopro.threshold)[:2]
     return t, torch.where(kept, now, REMOVED)
 
