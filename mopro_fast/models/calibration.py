@@ -47,7 +47,7 @@ class Calibration(nn.Module):
 
     @torch.no_grad()
     def move(self, logits: Tensor, q: Tensor, prototypes: Tensor, labels: Tensor, temperature: float) -> None:
-        """One step of descent on all ranks' rows, without those that have no label or scores that are no numbers.
+        """One step of descent on all ranks' rows but those without a label or with scores that are no numbers.
 
         logits [N, C], q [N, D], prototypes [C, D], labels int64 [N]. One collective.
         """
@@ -63,7 +63,7 @@ class Calibration(nn.Module):
             unbiased = torch.where(use, z - self.bias[i], 0)
             gradients += [(excess * unbiased).sum(1).mean()[None], excess.mean(0)]
         mean = gather_rows(torch.cat(gradients)[None]).mean(0).view(2, 1 + classes)
-        # Relative to 1/C. A class has rows/C rows in a step: the fewer, the slower, so that their noise is not followed.
+        # Relative to 1/C. A class has rows/C rows in a step: the fewer, the slower, so as not to follow their noise.
         of_class = min(classes, len(labels) * world()[1])
         self.log_scale.sub_((_RATE * mean[:, 0]).clamp_(-_LARGEST, _LARGEST))
         self.bias.sub_((_RATE * of_class * mean[:, 1:]).clamp_(-_LARGEST, _LARGEST))
