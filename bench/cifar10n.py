@@ -35,6 +35,7 @@ from mopro_fast.data.check import check
 from mopro_fast.data.index import load_index
 from mopro_fast.errors import UserError
 from mopro_fast.files import write_json
+from mopro_fast.report.figures import left_of_classes
 from mopro_fast.training.command import parse
 
 OWN = {"--data", "--root", "--val", "--out", "--seed", "--tensorboard", "--threads"}
@@ -56,12 +57,15 @@ class Run:
     folder: Path
     process: subprocess.Popen | None = None
 
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
     @property
     def result(self) -> Path:
         return self.folder / "result.json"
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--run", action="append", metavar="NAME=OPTIONS", help="repeatable")
@@ -70,12 +74,15 @@ def main() -> int:
     parser.add_argument("--part", type=int, help="train on the first N images of a shuffled list")
     parser.add_argument("--rest", type=int, default=6000, help="held-out images of --part")
     parser.add_argument("--test", type=int, help="test on N images, as many of each class as the list has shares")
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    processes = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+    parser.add_argument(
+        "--processes", type=int, default=processes, help="at a time (default: one a core, or one on a GPU)"
+    )
     parser.add_argument("--chosen", default="not tuned", help="how the settings were chosen, for the table")
     parser.add_argument("--name", default="cifar10n", help="of the result file")
     parser.add_argument("--runs", type=Path, default=Path("runs/cifar10n"))
     parser.add_argument("--results", type=Path, default=record.RESULTS)
-    a = parser.parse_args()
+    a = parser.parse_args(argv)
     given, true = write_lists(a.folder, a.runs, a.part, a.rest, a.test)
     data = ["--data", f"{a.runs}/train_list.txt", "--val", f"{a.runs}/test_list.txt", "--root", str(a.folder)]
     settings = {
@@ -94,6 +101,10 @@ def main() -> int:
             folder = a.runs / re.sub(r"[^\w.=-]+", "_", name) / f"seed{seed}"
             ours = [*data, "--out", str(folder), "--seed", str(seed), "--tensorboard", "False", "--threads", "1"]
             runs.append(Run(name, seed, options, words + ours, folder))
+            if runs[-1].result.is_file() and json.loads(runs[-1].result.read_text())["all_options"] != shlex.join(
+                words
+            ):
+                raise SystemExit(f"{folder} holds a run with other options: choose another --runs, or remove it")
     runs.sort(key=lambda run: run.seed)  # after the first seed all can be compared
     for split, file in (("train", "train_list.txt"), ("val", "test_list.txt")):
         check(load_index(a.runs / file, split, num_classes=None, root=a.folder), workers=a.processes, progress=False)
@@ -101,6 +112,7 @@ def main() -> int:
     def write() -> Path:
         done = [json.loads(run.result.read_text()) for run in runs if run.result.is_file()]
         result = {"settings": settings | {"epochs": epochs}, "runs": done, "paired": paired(done)}
+        result["failed"] = [[run.name, run.seed] for run in runs if run.process and run.process.poll()]
         return record.write(a.name, result, a.results)
 
     stopped, failed = train(runs, a.processes, lambda run: finish(run, a.folder, given, true, write))
@@ -185,7 +197,7 @@ def train(runs: list[Run], processes: int, done) -> tuple[int, list[Run]]:
         for number in received[:1]:
             for run in running:
                 run.process.send_signal(number)
-        for run in [run for run in running if run.process.poll() is not None]:
+        for run in [run for run in running if run.ended()]:
             running.remove(run)
             if run.process.returncode == 0:
                 done(run)
@@ -204,6 +216,9 @@ def finish(run: Run, folder: Path, given: np.ndarray, true: np.ndarray, write) -
     """The numbers of a training that ended, into its folder and the result file."""
     entries = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
     curves = {s: [e["top1"] for e in entries if e["split"] == s] for s in ("val", "holdout")}
+    epochs = [e for e in entries if e["split"] == "epoch"]
+    curves |= {name: [round(e[name], 4) for e in epochs if name in e] for name in ("kept", "relabelled")}
+    corrected = [{"epoch": e["epoch"] + 1} | left_of_classes(e) for e in entries if e["split"] == "classes"]
     out, lists = run.folder / "eval", {n: run.folder.parents[1] / f"{n}_list.txt" for n in ("test", "rest")}
     options = ["--val", *(f"{n}={path}" for n, path in lists.items() if path.stat().st_size)]
     options += ["--root", str(folder), "--out", str(out)]
@@ -215,9 +230,10 @@ def finish(run: Run, folder: Path, given: np.ndarray, true: np.ndarray, write) -
         "name": run.name,
         "seed": run.seed,
         "options": shlex.join(run.own),
+        "all_options": shlex.join(run.options[: run.options.index("--data")]),
         "top1": curves["val"][-1],
-        "val": curves["val"],
-        "holdout": curves["holdout"],
+        "curves": curves,
+        "classes": corrected,
         "agreement": sets["rest"]["top1"] if "rest" in sets else None,
         "class_recall": [c["top1"] for c in classes],
         "alarms": [{"epoch": e["epoch"] + 1, "text": e["text"]} for e in entries if e["split"] == "alarm"],

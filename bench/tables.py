@@ -83,6 +83,23 @@ def cifar10n(result: dict) -> str:
     return "\n".join([*lines, "", note])
 
 
+def cifar10n_curves(result: dict) -> str:
+    """What label correction does epoch by epoch, in each setting's run with the first seed."""
+    columns = ["", "epoch", "test accuracy, %", "removed, %", "relabelled, %", "mean score of the class preferred, %"]
+    columns += ["images left: the class with least, %", "with most, %"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for run in (r for r in result["runs"] if r["seed"] == 0 and r["classes"]):
+        at = [c["epoch"] for c in run["classes"]]
+        shown = [at[0], at[0] + 1, *(e for e in at[2:] if e % 6 == 0 or e == at[-1])]
+        for epoch in (e for e in shown if e in at):
+            c, curves = run["classes"][at.index(epoch)], run["curves"]
+            kept, relabelled = curves["kept"][epoch - 1], curves["relabelled"][epoch - 1]
+            shares = [1 - kept, relabelled, c["score"], c["least"], c["most"]]
+            cells = [run["name"], str(epoch), f"{curves['val'][epoch - 1]:.1f}", *(f"{100 * s:.1f}" for s in shares)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _mean(runs: list[dict], name: str, scale: float = 1.0) -> str:
     values = [scale * r[name] for r in runs]
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
@@ -391,6 +408,7 @@ SHOWN += [{"N": 256, "S": 224}]
 TABLES = {
     "demo_accuracy": ("demo_accuracy", demo_accuracy),
     "cifar10n": ("cifar10n", cifar10n),
+    "cifar10n_curves": ("cifar10n", cifar10n_curves),
     "ops": ("ops_gpu", ops),
     "launches": ("launches", launches),
     "loader": ("loader", loader),
