@@ -38,6 +38,7 @@ from mopro_fast.files import write_json
 from mopro_fast.report.figures import left_of_classes
 from mopro_fast.training.command import parse
 
+CORES = len(os.sched_getaffinity(0))
 OWN = {"--data", "--root", "--val", "--out", "--seed", "--tensorboard", "--threads"}
 # glibc gives the memory of every larger tensor back to the kernel, and half of a step on a CPU goes into getting it
 # again: 200 img/s without these, 290 with them (ResNet-18, width 0.25, 32 px, one core).
@@ -74,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--part", type=int, help="train on the first N images of a shuffled list")
     parser.add_argument("--rest", type=int, default=6000, help="held-out images of --part")
     parser.add_argument("--test", type=int, help="test on N images, as many of each class as the list has shares")
-    processes = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+    processes = 1 if torch.cuda.is_available() else CORES
     parser.add_argument(
         "--processes", type=int, default=processes, help="at a time (default: one a core, or one on a GPU)"
     )
@@ -85,6 +86,8 @@ def main(argv: list[str] | None = None) -> int:
     a = parser.parse_args(argv)
     given, true = write_lists(a.folder, a.runs, a.part, a.rest, a.test)
     data = ["--data", f"{a.runs}/train_list.txt", "--val", f"{a.runs}/test_list.txt", "--root", str(a.folder)]
+    environment = os.environ | MEMORY
+    environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(max(1, CORES // a.processes)))
     settings = {
         "common": a.common,
         "images": len(true),
@@ -96,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     runs = []
     for name, options in expand(a.run or ["ce=--method ce", "mopro="]):
         words = shlex.split(a.common) + options
-        epochs = checked(words, data).optim.epochs
+        checked(words, data)
         for seed in range(a.seeds):
             folder = a.runs / re.sub(r"[^\w.=-]+", "_", name) / f"seed{seed}"
             ours = [*data, "--out", str(folder), "--seed", str(seed), "--tensorboard", "False", "--threads", "1"]
@@ -111,11 +114,15 @@ def main(argv: list[str] | None = None) -> int:
 
     def write() -> Path:
         done = [json.loads(run.result.read_text()) for run in runs if run.result.is_file()]
-        result = {"settings": settings | {"epochs": epochs}, "runs": done, "paired": paired(done)}
+        result = {"settings": settings, "runs": done, "paired": paired(done, runs[0].name)}
         result["failed"] = [[run.name, run.seed] for run in runs if run.process and run.process.poll()]
         return record.write(a.name, result, a.results)
 
-    stopped, failed = train(runs, a.processes, lambda run: finish(run, a.folder, given, true, write))
+    def done(run: Run) -> None:
+        finish(run, a.folder, given, true, environment)
+        write()
+
+    stopped, failed = train(runs, a.processes, environment, done)
     path = write()
     if any(run.result.is_file() for run in runs):
         print(tables.cifar10n(json.loads(path.read_text())))
@@ -173,38 +180,44 @@ def checked(words: list[str], data: list[str]) -> TrainConfig:
     return config
 
 
-def train(runs: list[Run], processes: int, done) -> tuple[int, list[Run]]:
+def train(runs: list[Run], processes: int, environment: dict, done) -> tuple[int, list[Run]]:
     """-> the signal that stopped it or 0, and the runs that failed. ``done(run)`` is called for each that ends well."""
     waiting = [run for run in runs if not run.result.is_file()]
-    threads = str(max(1, len(os.sched_getaffinity(0)) // processes))
-    environment = os.environ | MEMORY | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     running: list[Run] = []
     failed: list[Run] = []
     received: list[int] = []
+    told = False
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: received.append(n))
     say(f"{len(waiting)} of {len(runs)} runs to go, {processes} at a time")
-    while running or (waiting and not received):
-        while waiting and len(running) < processes and not received:
-            run = waiting.pop(0)
-            run.folder.mkdir(parents=True, exist_ok=True)
-            command = [sys.executable, "-m", "mopro_fast", "train", "small", *run.options]
-            with log_of(run).open("a") as log:  # in a group of its own: Ctrl-C reaches it once, from here
-                run.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-            running.append(run)
-            say(f"{run.name}, seed {run.seed}: begins; its terminal: {log_of(run)}")
-        time.sleep(0.5)
-        for number in received[:1]:
-            for run in running:
-                run.process.send_signal(number)
-        for run in [run for run in running if run.ended()]:
-            running.remove(run)
-            if run.process.returncode == 0:
-                done(run)
-            elif not received:
-                failed.append(run)
-                say(f"{run.name}, seed {run.seed}: FAILED with status {run.process.returncode}:")
-                say("\n".join(log_of(run).read_text().splitlines()[-5:]))
+    try:
+        while running or (waiting and not received):
+            while waiting and len(running) < processes and not received:
+                run = waiting.pop(0)
+                run.folder.mkdir(parents=True, exist_ok=True)
+                command = [sys.executable, "-m", "mopro_fast", "train", "small", *run.options]
+                with log_of(run).open("a") as log:  # in a group of its own: Ctrl-C reaches it once, from here
+                    run.process = subprocess.Popen(
+                        command, stdout=log, stderr=log, env=environment, start_new_session=True
+                    )
+                running.append(run)
+                say(f"{run.name}, seed {run.seed}: begins; its terminal: {log_of(run)}")
+            time.sleep(0.5)
+            if received and not told:  # once: a second Ctrl-C would end a training without a checkpoint
+                told = True
+                for run in running:
+                    run.process.send_signal(received[0])
+            for run in [run for run in running if run.ended()]:
+                running.remove(run)
+                if run.process.returncode == 0:
+                    done(run)
+                elif not received:
+                    failed.append(run)
+                    say(f"{run.name}, seed {run.seed}: FAILED with status {run.process.returncode}:")
+                    say("\n".join(log_of(run).read_text().splitlines()[-5:]))
+    finally:  # after an error of this bench no training goes on alone
+        for run in running:
+            run.process.terminate()
     return (received[0] if received else 0), failed
 
 
@@ -212,7 +225,7 @@ def log_of(run: Run) -> Path:
     return run.folder.parent / f"{run.folder.name}.log"
 
 
-def finish(run: Run, folder: Path, given: np.ndarray, true: np.ndarray, write) -> None:
+def finish(run: Run, folder: Path, given: np.ndarray, true: np.ndarray, environment: dict) -> None:
     """The numbers of a training that ended, into its folder and the result file."""
     entries = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
     curves = {s: [e["top1"] for e in entries if e["split"] == s] for s in ("val", "holdout")}
@@ -223,7 +236,9 @@ def finish(run: Run, folder: Path, given: np.ndarray, true: np.ndarray, write) -
     options = ["--val", *(f"{n}={path}" for n, path in lists.items() if path.stat().st_size)]
     options += ["--root", str(folder), "--out", str(out)]
     command = [sys.executable, "-m", "mopro_fast", "eval", str(run.folder), *options]
-    subprocess.run(command, check=True, capture_output=True)
+    evaluated = subprocess.run(command, capture_output=True, text=True, start_new_session=True, env=environment)
+    if evaluated.returncode:
+        raise UserError(f"{run.folder}: {' '.join(command[2:4])} failed: {evaluated.stderr.strip().splitlines()[-1:]}")
     sets = json.loads((out / "eval.json").read_text())["sets"]
     classes = sets["test"]["per_class"]
     result = {
@@ -246,18 +261,15 @@ def finish(run: Run, folder: Path, given: np.ndarray, true: np.ndarray, write) -
         "classes_lost": int((np.bincount(assigned[kept], minlength=len(classes)) == 0).sum()),
     }
     write_json(run.result, result)
-    write()
     say(f"{run.name}, seed {run.seed}: {result['top1']:.2f} % on test images, {len(result['alarms'])} alarms")
 
 
-def paired(results: list[dict]) -> dict[str, dict]:
-    """Each run against the first, over the seeds that both have: points of test accuracy."""
+def paired(results: list[dict], peer_name: str) -> dict[str, dict]:
+    """Each run against the peer, over the seeds that both have: points of test accuracy."""
     of_run: dict[str, dict[int, dict]] = {}
     for r in results:
         of_run.setdefault(r["name"], {})[r["seed"]] = r
-    if not of_run:
-        return {}
-    peer_name, peer = next(iter(of_run.items()))
+    peer = of_run.get(peer_name, {})
     found = {}
     for name, mine in of_run.items():
         seeds = sorted(mine.keys() & peer.keys())

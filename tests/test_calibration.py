@@ -30,22 +30,24 @@ def test_it_moves_along_the_gradient_of_both_cross_entropies():
     calibration.log_scale.copy_(torch.tensor([-0.4, 0.3]))
     calibration.bias.copy_(0.3 * torch.randn(2, 5, generator=g))
     before = calibration.log_scale.clone(), calibration.bias.clone()
-    calibration.move(logits, q, prototypes, labels, T)
+    calibration.move(calibration(logits, q, prototypes, T), labels, T)
     for j, rows in enumerate(([0, 1, 2, 3, 6], [0, 1, 2, 3, 5])):
         log_scale, bias = (x[j].clone().requires_grad_() for x in before)
         scores = logits if j == 0 else q @ prototypes.T / T
         loss = F.cross_entropy(log_scale.exp() * scores[rows] + bias, labels[rows], reduction="sum") / 7
         of_scale, of_bias = torch.autograd.grad(loss, (log_scale, bias))
+        share = (log_scale.exp() * scores[rows] + bias).detach().softmax(1).sum(0) / 7
         moved = (calibration.log_scale[j] - before[0][j], calibration.bias[j] - before[1][j])
         torch.testing.assert_close(moved[0], (-0.05 * of_scale).clamp(-0.1, 0.1), rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(moved[1], (-0.05 * 5 * of_bias).clamp(-0.1, 0.1), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(moved[1], (-0.05 * of_bias / (share + 1 / 7)).clamp(-0.1, 0.1), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("right", [0.3, 0.6, 0.95])
 def test_the_confidence_becomes_the_share_of_given_labels_that_are_met(right):
     calibration, classes = Calibration(20), 20
     for step in range(400):
-        calibration.move(*batch(256, classes, right, step), T)
+        logits, q, prototypes, labels = batch(256, classes, right, step)
+        calibration.move(calibration(logits, q, prototypes, T), labels, T)
     logits, q, prototypes, labels = batch(20_000, classes, right, 1000)
     met = float((logits.argmax(1) == labels).float().mean())
     s = calibration(logits, q, prototypes, T)
@@ -59,10 +61,27 @@ def test_a_class_that_is_never_preferred_becomes_as_probable_as_it_is_given():
     for step in range(600):
         logits, q, prototypes, labels = batch(256, classes, 0.6, step)
         logits[:, 3], prototypes[3] = logits[:, 3] - 5, -0.2
-        calibration.move(logits, q, prototypes, labels, T)
+        calibration.move(calibration(logits, q, prototypes, T), labels, T)
     s = calibration(logits, q, prototypes, T)
     for z in (s.logits, s.q @ s.prototypes.T / T):
         assert float(z.softmax(1)[:, 3].mean()) == pytest.approx(0.1, abs=0.03)
+
+
+@pytest.mark.parametrize("classes, rows, head", [(10, 128, 0.1), (1000, 512, 0.1), (300, 256, 0.2)])
+def test_frequent_classes_do_not_make_it_swing(classes, rows, head):
+    calibration, g = Calibration(classes), torch.Generator().manual_seed(0)
+    shares = torch.full((classes,), (1 - head) / (classes - 1))
+    shares[0] = head
+    prototypes, seen = torch.eye(classes, 8), []
+    for _ in range(400):
+        labels = torch.multinomial(shares, rows, replacement=True, generator=g)
+        logits = 0.1 * torch.randn(rows, classes, generator=g)
+        calibration.move(calibration(logits, torch.zeros(rows, 8), prototypes, T), labels, T)
+        seen.append(calibration.bias[0, 0].item())
+    last = torch.tensor(seen[-100:])
+    assert last.std() < 0.1 and last.diff().abs().max() < 0.05
+    s = calibration(logits, torch.zeros(rows, 8), prototypes, T)
+    assert float(s.logits.softmax(1)[:, 0].mean()) == pytest.approx(head, rel=0.2)
 
 
 def test_it_moves_from_epoch_1_and_only_when_asked():

@@ -86,7 +86,7 @@ def test_runs_are_compared_seed_by_seed(cifar10n):
         run_of("ce", 2, 81.0, [0.0, 80.0]), run_of("mopro", 2, 83.0, [0.0, 80.0]),
         run_of("mopro", 3, 10.0, [0.0, 0.0]), run_of("late", 1, 81.5, [80.0, 80.0]),
     ]  # fmt: skip
-    pairs = cifar10n.paired(runs)
+    pairs = cifar10n.paired(runs, "ce")
     assert pairs.keys() == {"mopro", "late"}
     assert pairs["mopro"] == {
         "peer": "ce", "seeds": [0, 1, 2], "mean": 2.0, "sd": 1.0,

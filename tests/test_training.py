@@ -162,6 +162,8 @@ def test_held_out_images_are_judged_and_never_trained_on(digits, tmp_path):
     rows, given = trainer.index.held_out, trainer.index.labels
     sizes = np.bincount(given)
     assert np.bincount(given[rows]).tolist() == np.rint(0.1 * sizes).tolist()  # a tenth of each class
+    judged = trainer.eval_sets["holdout"]
+    assert np.array_equal(judged.usable, rows) and (judged.labels == given).all()
     assert trainer.steps == (IMAGES - len(rows)) // 64
     assert trainer.run() == 0
     labels = torch.load(tmp_path / "a/labels.pt", weights_only=True).numpy()
@@ -184,6 +186,7 @@ def test_a_list_of_trusted_images_is_held_out_with_its_labels(digits, tmp_path):
     trusted = {index.paths[i]: int(index.labels[i] + 1) % 10 for i in (3, 70, 500)}
     (tmp_path / "trusted.txt").write_text("".join(f"{name} {label}\n" for name, label in trusted.items()))
     config = holding_out(digits, tmp_path / "run", str(tmp_path / "trusted.txt"))
+    config.mopro.start_clean = 1
     trainer = opened(config)
     assert trainer.index.held_out.tolist() == [3, 70, 500]
     assert (trainer.index.labels == index.labels).all()  # as they came
@@ -191,14 +194,28 @@ def test_a_list_of_trusted_images_is_held_out_with_its_labels(digits, tmp_path):
     assert judged.usable.tolist() == [3, 70, 500]
     assert {judged.paths[i]: int(judged.labels[i]) for i in judged.usable} == trusted
     assert Trainer(task_of(config)).run() == 0
-    (tmp_path / "trusted.txt").write_text(f"{index.paths[4]} 1\n")
-    with pytest.raises(UserError, match=r"held out other images than those of --holdout .*choose another --out"):
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    found = [e for e in log if e["split"] == "classes"]
+    assert [sum(e["held_out_changed"]) <= 3 and len(e["held_out_right"]) == 10 for e in found] == [True]
+    (tmp_path / "trusted.txt").rename(tmp_path / "moved.txt")
+    config.data.holdout = str(tmp_path / "moved.txt")  # the same list elsewhere
+    opened(config)
+    config.data.holdout = str(tmp_path / "trusted.txt")
+    lines = [f"{name} {(label + 1) % 10}\n" for name, label in trusted.items()]  # other labels
+    (tmp_path / "trusted.txt").write_text("".join(lines))
+    with pytest.raises(UserError, match="judged them by other labels"):
         Trainer(task_of(config))
-    with pytest.raises(UserError, match="held out other images than those of --holdout ''"):
+    (tmp_path / "trusted.txt").write_text(f"{index.paths[4]} 1\n")
+    with pytest.raises(
+        UserError, match=r"held out other images, or judged them by other labels, than --holdout .*choose another --out"
+    ):
+        Trainer(task_of(config))
+    with pytest.raises(UserError, match="than --holdout ''"):
         Trainer(task_of(holding_out(digits, tmp_path / "run", "")))
     for text, message in (
         ("nowhere.jpg 1\n", r"trusted\.txt:1: nowhere\.jpg is no image of .*--val"),
         (f"# mine\n{index.paths[4]} 10\n", r"trusted\.txt:2: .* needs a label in \[0, 10\)"),
+        (f"{index.paths[4]} 1\n{index.paths[4]} 2\n", r"trusted\.txt:1: .* has two labels, 1 and 2"),
     ):
         (tmp_path / "trusted.txt").write_text(text)
         with pytest.raises(UserError, match=message):
@@ -208,9 +225,9 @@ def test_a_list_of_trusted_images_is_held_out_with_its_labels(digits, tmp_path):
 @pytest.mark.parametrize("holdout, message", [
     ("1.5", "a share must lie between 0 and 1"),
     ("0", "a share must lie between 0 and 1"),
-    ("0.0001", "no image of .* is held out"),
+    ("0.0001", "no labelled image of .* is held out"),
     ("nan", "a share must lie between 0 and 1"),
-    ("nothing.txt", r"cannot read nothing\.txt"),
+    ("5%", "neither a share of the images, such as 0.05, nor a list file"),
 ])  # fmt: skip
 def test_a_wrong_holdout_is_named(digits, tmp_path, holdout, message):
     with pytest.raises(UserError, match=message):

@@ -18,6 +18,7 @@ from mopro_fast.checkpoints.state import RunState
 from mopro_fast.checkpoints.state import read as read_torch
 from mopro_fast.config import ModelConfig, TrainConfig
 from mopro_fast.errors import UserError
+from mopro_fast.models.calibration import CALIBRATION
 
 Q, K = "encoder_q.", "encoder_k."
 HEADS = ("classifier.", "fc1.", "fc2.")  # what files of others lack: the projection, or the classifier too
@@ -171,7 +172,7 @@ def _updated(weights: Weights, momentum: float) -> dict[str, Tensor]:
 
 def official(weights: Weights) -> dict[str, Any]:
     """What the official train.py saves, and an entry of ours that its scripts do not look at."""
-    state = {f"module.{name}": t for name, t in weights.state.items()}
+    state = {f"module.{name}": t for name, t in weights.state.items() if not name.startswith(CALIBRATION)}
     if "queue" in weights.state:
         state["module.queue"] = weights.state["queue"].T.contiguous()
     found = {"epoch": weights.epoch or 0, "arch": weights.model.arch, "state_dict": state}

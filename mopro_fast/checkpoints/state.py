@@ -46,7 +46,9 @@ class RunState:
     left_out: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     """int64: rows of the index that could not be read when the run began."""
     held_out: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    """int64: rows of the index that are not trained on, of ``--holdout``."""
+    """int64 [n]: rows of the index that are not trained on, of ``--holdout``."""
+    held_out_labels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """int64 [n]: the labels that these images are judged by."""
     ranks: int = 1
     """The number of ranks."""
     log_bytes: int = 0
@@ -62,7 +64,8 @@ class RunState:
     winners: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     """int64 [C, 2], TrainStep.winners of all ranks."""
     agreement: list[float] = field(default_factory=list)
-    """Of each finished epoch, the share of the held-out images whose label is the model's first guess."""
+    """Of each epoch from the last one before labels were corrected, the percentage of the held-out images whose label
+    is the model's first guess."""
     version: str = __version__
     """The version of mopro_fast that wrote it."""
 

@@ -59,14 +59,15 @@ def check(index: Index, *, workers: int, progress: bool, path: str | None = None
     workers: processes. forget: leave out what ``path`` knows of files that are not in ``index``; a check of a part of
     the data should not. Raises UserError where neither ``path`` nor the user's cache folder can be written.
     """
-    path = path or default_path(index)
+    path, files = path or default_path(index), _stat(index)
     # 1. If all is known nothing is locked or written: trainings that begin together need not wait for each other.
-    old, files = _read(path), _stat(index)
-    rows = _rows_of(old, index.paths)
-    if len(old) and not forget and _holds(old, rows, files).all():
-        found = old.take(rows)
-        if np.array_equal(found["label"].to_numpy(), index.labels):
-            return _checked(found, path, 0)
+    for place in () if forget else (path, _in_cache(path)):
+        old = _read(place)
+        rows = _rows_of(old, index.paths)
+        if len(old) and _holds(old, rows, files).all():
+            found = old.take(rows)
+            if np.array_equal(found["label"].to_numpy(), index.labels):
+                return _checked(found, place, 0)
     with _open_partial(path) as (path, partial):
         old = _read(path)
         known = pa.concat_tables([_read_partial(partial), old.select(_FOUND.names)])
@@ -171,16 +172,20 @@ def _writable(path: str) -> str:
         reason = error.strerror
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise UserError(f"cannot write {path}: {reason}: set --index to another place") from None
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mopro_fast"
-    name = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:16]
-    other = str(cache / f"{name}.parquet")
+    other = _in_cache(path)
     print(f"{path} cannot be written ({reason}): the index is {other}")
     try:
-        cache.mkdir(parents=True, exist_ok=True)
+        os.makedirs(os.path.dirname(other), exist_ok=True)
         open(f"{other}.partial", "ab").close()
     except OSError as error:
         raise UserError(f"cannot write {other} either: {error.strerror}: set --index to another place") from None
     return other
+
+
+def _in_cache(path: str) -> str:
+    """Where it goes if nothing can be written at ``path``."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mopro_fast"
+    return str(cache / f"{hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:16]}.parquet")
 
 
 def _read(path: str) -> pa.Table:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from mopro_fast.config import DataConfig, Settings
@@ -90,7 +92,8 @@ def readable(index: Index, name: str, workers: int, left_out: np.ndarray | None 
 def hold_out(index: Index, data: DataConfig) -> tuple[Index, Index]:
     """-> the index without the images that ``--holdout`` names, and one of these alone, with their rows as ids.
 
-    A share takes the same images whatever ``--seed`` is, so that runs can be compared. Raises a UserError.
+    A share takes the same images whatever ``--seed`` is, so that runs can be compared, and leaves each class one at
+    least. Raises a UserError.
     """
     holdout, labels = data.holdout, index.labels
     try:
@@ -105,30 +108,34 @@ def hold_out(index: Index, data: DataConfig) -> tuple[Index, Index]:
         order = np.random.default_rng(_HOLDOUT).permutation(len(index))
         order = order[labels[order] >= 0]
         of_class = labels[order]
-        rows = np.sort(order[place_in_class(of_class) < np.rint(share * np.bincount(of_class)[of_class])])
+        sizes = np.bincount(of_class)
+        taken = np.minimum(np.rint(share * sizes), sizes - 1)
+        rows = np.sort(order[place_in_class(of_class) < taken[of_class]])
     if not len(np.setdiff1d(rows, index.left_out)):
-        raise UserError(f"--holdout {holdout}: no image of {index.source} is held out: ask for more")
+        raise UserError(f"--holdout {holdout}: no labelled image of {index.source} is held out by it: name more")
     rest = np.union1d(np.delete(index.ids, rows), index.left_out)
     return dataclasses.replace(index, held_out=rows), dataclasses.replace(index, labels=labels, left_out=rest)
 
 
 def _trusted(index: Index, path: str, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of the images of a list file, and its labels for them."""
-    paths, labels, lines = read_list(path)
-    place = {name: i for i, name in enumerate(index.paths)}
-    rows = np.array([place.get(name, -1) for name in paths], np.int64)
-    for wrong, what in (
-        (
-            rows < 0,
-            f"is no image of {index.source}: write its path as it stands there; for other images there is --val",
-        ),
-        ((labels < 0) | (labels >= classes), f"needs a label in [0, {classes})"),
-    ):
-        if wrong.any():
-            i = wrong.argmax()
-            raise UserError(f"--holdout {path}:{lines[i]}: {paths[i]} {what}")
-    rows, first = np.unique(rows, return_index=True)
-    return rows, labels[first]
+    """The rows of the images of a list file, and its labels for them; an image may stand in several rows."""
+    if not os.path.isfile(path):
+        raise UserError(f"--holdout {path}: neither a share of the images, such as 0.05, nor a list file")
+    names, labels, lines = read_list(path)
+    of_name = dict(zip(names, labels.tolist(), strict=True))
+    listed = pa.array(list(of_name), pa.string())
+    place = pc.index_in(pa.array(index.paths, pa.string()), value_set=listed)  # the index may have millions
+    rows = np.flatnonzero(place.is_valid().to_numpy(zero_copy_only=False))
+    known = {str(name) for name in index.paths[rows]}
+    for name, label, line in zip(names, labels.tolist(), lines.tolist(), strict=True):
+        where = f"--holdout {path}:{line}: {name}"
+        if name not in known:
+            raise UserError(f"{where} is no image of {index.source}: write its path as there; --val takes others")
+        if not 0 <= label < classes:
+            raise UserError(f"{where} needs a label in [0, {classes})")
+        if of_name[name] != label:
+            raise UserError(f"{where} has two labels, {label} and {of_name[name]}")
+    return rows, labels.dtype.type([of_name[str(name)] for name in index.paths[rows]])
 
 
 def train_loader(

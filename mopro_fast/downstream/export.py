@@ -19,6 +19,7 @@ from mopro_fast.checkpoints.formats import Weights, about, detectron2, official,
 from mopro_fast.checkpoints.weights import build_encoder, load_weights
 from mopro_fast.errors import UserError
 from mopro_fast.files import replacing
+from mopro_fast.models.calibration import CALIBRATION
 from mopro_fast.ops.colour import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -87,6 +88,9 @@ def notes(weights: Weights, format: str) -> Iterator[str]:
         yield f"width {m.width:g} multiplies all of a block's channels: {format}'s own ResNets do not load this"
     if format == "official" and (lacks := [n for n in ("queue", "prototypes") if n not in weights.state]):
         yield f"{' and '.join(lacks)} are not in this checkpoint: the official train.py and noise_cleaning.py need them"
+
+    if format == "official" and any(name.startswith(CALIBRATION) for name in weights.state):
+        yield "calibration is not official: noise_cleaning.py decides without it; `mopro-fast clean` has it"
 
 
 class _FeaturesAndLogits(nn.Module):

@@ -19,6 +19,7 @@ from mopro_fast.downstream.export import new_file
 from mopro_fast.errors import UserError
 from mopro_fast.labels import UNSEEN
 from mopro_fast.models.build import build
+from mopro_fast.models.calibration import CALIBRATION
 from mopro_fast.training import command
 from mopro_fast.training.optim import build_optimizer
 
@@ -68,11 +69,15 @@ def resumable(weights: Weights, config: TrainConfig) -> RunState:
         optim = dataclasses.replace(config.optim, sgd="torch")  # apex's refuses the meta device; all save the same
         optimizer = build_optimizer(model.trained(), optim).state_dict()
     state = to_state(weights, config)
+    for name, own in model.state_dict().items():
+        if name.startswith(CALIBRATION):
+            state.model.setdefault(name, torch.zeros(own.shape))  # it begins now
     check_fits(model.state_dict(), state.model, weights.path)
     sets = inputs.load(config, resumed=False)
     index = inputs.readable(sets["train"], "train", inputs.threads(config.data))
     if config.data.holdout:
-        index, _ = inputs.hold_out(index, config.data)
+        index, judged = inputs.hold_out(index, config.data)
+        state.held_out_labels = torch.from_numpy(judged.labels[index.held_out])
     optimizer["state"] = weights.optimizer["state"] if weights.optimizer else {}
     state.optimizer, state.data_digest, state.left_out = optimizer, index.digest(), torch.from_numpy(index.left_out)
     state.held_out = torch.from_numpy(index.held_out)

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from mopro_fast.distributed import gather_rows, world
 
-LOG_SCALE, BIAS = "calibration.log_scale", "calibration.bias"  # in a model's state dict
+CALIBRATION = "calibration."  # in a model's state dict
+LOG_SCALE, BIAS = CALIBRATION + "log_scale", CALIBRATION + "bias"
 _RATE, _LARGEST = 0.05, 0.1  # of descent; the largest move of a parameter in a step
 
 
@@ -28,10 +29,10 @@ class Calibration(nn.Module):
 
     A model that trains on labels which it has corrected or selected itself grows surer with every epoch, right or
     wrong, until θ stops nothing; and a class that it rarely prefers loses its images, and is preferred less still. Both
-    are kept in check by the labels *as given*, of all rows, kept or not: the parameters follow the gradient of their
-    cross-entropy. Where that is zero, the mean confidence is the share of given labels that are met, and every class is
-    as probable on average as it is frequent among them. (Guo et al., ICML 2017, with the biases of Alexandari et al.,
-    ICML 2020; there after training, on held-out images.)
+    are held against the labels *as given*, of all rows, kept or not: the parameters follow the gradient of their
+    cross-entropy. Where that is zero every class is as probable on average as it is frequent among the given labels,
+    and scores are as large as the training images' given labels bear out. (Guo et al., ICML 2017, with the biases of
+    Alexandari et al., ICML 2020; they calibrate a finished model on held-out images.)
 
     State: log_scale float32 [2], bias float32 [2, C]; zeros leave the scores as they are.
     """
@@ -46,27 +47,26 @@ class Calibration(nn.Module):
         return calibrated(logits, q, prototypes, temperature, self.log_scale, self.bias)
 
     @torch.no_grad()
-    def move(self, logits: Tensor, q: Tensor, prototypes: Tensor, labels: Tensor, temperature: float) -> None:
+    def move(self, scores: Scores, labels: Tensor, temperature: float) -> None:
         """One step of descent on all ranks' rows but those without a label or with scores that are no numbers.
 
-        logits [N, C], q [N, D], prototypes [C, D], labels int64 [N]. One collective.
+        scores: of this step, by :meth:`forward`. labels: int64 [N], as given. One collective.
         """
-        scores, classes = self(logits, q, prototypes, temperature), self.bias.shape[1]
-        with torch.autocast(q.device.type, enabled=False):
+        classes, rows = self.bias.shape[1], len(labels) * world()[1]
+        with torch.autocast(labels.device.type, enabled=False):
             of_prototypes = scores.q @ scores.prototypes.T / temperature
-        target = labels.clamp(min=0)[:, None]
-        gradients = []
+        target, sums = labels.clamp(min=0)[:, None], []
         for i, z in enumerate((scores.logits, of_prototypes)):  # [N, C]
             use = ((labels >= 0) & z.isfinite().all(1))[:, None]
-            excess = torch.where(use, z.softmax(1), 0)  # softmax − one-hot: d cross-entropy / d z
-            excess = excess.scatter_add(1, target, -use.to(excess.dtype))
-            unbiased = torch.where(use, z - self.bias[i], 0)
-            gradients += [(excess * unbiased).sum(1).mean()[None], excess.mean(0)]
-        mean = gather_rows(torch.cat(gradients)[None]).mean(0).view(2, 1 + classes)
-        # Relative to 1/C. A class has rows/C rows in a step: the fewer, the slower, so as not to follow their noise.
-        of_class = min(classes, len(labels) * world()[1])
-        self.log_scale.sub_((_RATE * mean[:, 0]).clamp_(-_LARGEST, _LARGEST))
-        self.bias.sub_((_RATE * of_class * mean[:, 1:]).clamp_(-_LARGEST, _LARGEST))
+            p = torch.where(use, z.softmax(1), 0)
+            excess = p.scatter_add(1, target, -use.to(p.dtype))  # softmax − one-hot: d cross-entropy / d z
+            of_scale = (excess * torch.where(use, z - self.bias[i], 0)).sum()
+            sums += [of_scale[None], excess.sum(0), p.sum(0)]
+        mean = gather_rows(torch.cat(sums)[None]).sum(0).view(2, 1 + 2 * classes) / rows
+        of_scale, excess, share = mean.split([1, classes, classes], 1)
+        self.log_scale.sub_((_RATE * of_scale[:, 0]).clamp_(-_LARGEST, _LARGEST))
+        # Relative to the class's share, the curvature; one row more, so as not to follow the noise of rare classes.
+        self.bias.sub_((_RATE * excess / (share + 1 / rows)).clamp_(-_LARGEST, _LARGEST))
 
 
 def calibrated(

@@ -42,6 +42,8 @@ class Method(nn.Module):
     """Names of the means in the log."""
     key_momentum: float = 0.0
     """m of encoder_k's moving average."""
+    corrects: bool = False
+    """Whether it has :meth:`correct`."""
     threshold: float = 1.0
     """Label correction is sure of a class whose score exceeds this."""
 

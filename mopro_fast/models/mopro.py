@@ -20,6 +20,7 @@ class MoPro(Method):
     """
 
     METRICS = (*ops.METRICS, "relabelled")
+    corrects = True
 
     def __init__(self, encoder_q: ResNet, encoder_k: ResNet, config: MoProConfig) -> None:
         super().__init__(encoder_q, encoder_k)
@@ -43,7 +44,10 @@ class MoPro(Method):
         return self.calibration(logits, q, self.prototypes, self.config.temperature)
 
     def correct(self, logits: Tensor, q: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        c, scores = self.config, self.scores(logits, q)
+        return self._correct(self.scores(logits, q), labels)
+
+    def _correct(self, scores: Scores, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        c = self.config
         return ops.correct_labels(
             scores.logits, scores.q, scores.prototypes, labels,
             alpha=c.alpha, threshold=c.threshold, temperature=c.temperature, with_winner=True,
@@ -68,13 +72,14 @@ class MoPro(Method):
 
         # Step 6: labels are corrected by the prototypes of earlier steps.
         new, kept, winner, score = labels, labels >= 0, None, None
+        scores = self.scores(logits, q)
         if epoch >= c.start_clean:
-            new, kept, winner, score = self.correct(logits, q, labels)
+            new, kept, winner, score = self._correct(scores, labels)
 
         if self.calibration is not None and epoch >= 1:
-            self.calibration.move(logits, q, self.prototypes, labels, c.temperature)
+            self.calibration.move(scores, labels, c.temperature)
 
-        # The step's one exchange between ranks.
+        # The step's exchange between ranks.
         all_q, all_k, all_new, all_kept = gather_together(q, k, new, kept)  # [W·N, …]
         all_k = all_k[place]
 

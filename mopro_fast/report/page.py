@@ -169,7 +169,7 @@ def _steps_per_epoch(run: Run) -> int:
     """Of a first epoch in progress: from the number of images, or as far as it got."""
     ended = [e["step"] for e in run.log if e.get("split") == "epoch"]
     if not ended and run.index is not None and run.state is not None:
-        ended = [(len(run.index) - len(run.state.left_out)) // run.config.optim.batch_size]
+        ended = [(len(run.index) - len(run.state.left_out) - len(run.state.held_out)) // run.config.optim.batch_size]
     return max(1, ended[-1] if ended else max((e["step"] for e in run.log), default=1))
 
 

@@ -18,45 +18,56 @@ def accuracy(encoder: ResNet, loader: Iterable, device: torch.device, bf16: bool
     With fewer than five classes top5 counts all of them. The encoder is left in the mode it was in.
     """
     counts = torch.zeros(3, dtype=torch.int64, device=device)
-    for logits, _, labels in _outputs(encoder, loader, device, bf16, embed=False):
+    for logits, _, labels, _ in _outputs(encoder, loader, device, bf16, embed=False):
         counts += _hits(logits, labels)
     return _shares(_over_ranks(counts))
 
 
 @torch.no_grad()
-def held_out(model: Method, loader: Iterable, device: torch.device, bf16: bool) -> dict[str, float | None]:
-    """:func:`accuracy`, and of a method that corrects labels, as shares of the images: relabelled and removed, which it
-    would do to them; sure, with a score above its threshold; sure_right, those of the sure ones whose label is the
-    winner (None without any).
+def held_out(
+    model: Method, loader: Iterable, device: torch.device, bf16: bool, given: Tensor, trusted: bool
+) -> dict[str, float | int | list[int] | None]:
+    """:func:`accuracy` on the held-out labels, and of a method that corrects labels what it would do to these images,
+    as shares of them: relabelled, removed; sure (a score above its threshold). sure_right: of the sure ones, how many
+    have the held-out label that it prefers (None without any).
+
+    given: int64 [images], the labels that the images came with, by id; these are what is corrected.
+    trusted: the held-out labels are not these. Then of_class has two lists [C]: how many images would become each
+    class, and how many of them rightly.
     """
-    counts = torch.zeros(7, dtype=torch.int64, device=device)
-    corrects = False
-    for logits, q, labels in _outputs(model.encoder_q, loader, device, bf16, embed=True):
+    classes = model.encoder_q.classifier.out_features
+    counts = torch.zeros(7 + 2 * classes, dtype=torch.int64, device=device)
+    for logits, q, labels, ids in _outputs(model.encoder_q, loader, device, bf16, embed=True):
         counts[:3] += _hits(logits, labels)
-        if decided := model.correct(logits, q, labels):
-            new, kept, winner, score = decided
-            corrects, sure = True, score > model.threshold
-            of = (kept & (new != labels), ~kept, sure, sure & (winner == labels))
-            counts[3:] += torch.stack([mask.sum() for mask in of])
+        if (decided := model.correct(logits, q, given[ids])) is None:
+            continue
+        new, kept, winner, score = decided
+        changed, sure = kept & (new != given[ids]), score > model.threshold
+        counts[3:7] += torch.stack([mask.sum() for mask in (changed, ~kept, sure, sure & (winner == labels))])
+        for i, mask in enumerate((changed, changed & (new == labels))):
+            of_class = counts[7 + i * classes : 7 + (i + 1) * classes]
+            of_class.index_add_(0, new.clamp(min=0), mask.to(torch.int64))
     values = _over_ranks(counts)
-    shares = _shares(values[:3])
-    if corrects:
-        images, (relabelled, removed, sure, right) = max(1, values[2]), values[3:]
-        shares |= {"relabelled": relabelled / images, "removed": removed / images, "sure": sure / images}
-        shares["sure_right"] = right / sure if sure else None
-    return shares
+    found = _shares(values[:3])
+    if model.corrects:
+        images, (relabelled, removed, sure, right) = max(1, values[2]), values[3:7]
+        found |= {"relabelled": relabelled / images, "removed": removed / images, "sure": sure / images}
+        found["sure_right"] = right / sure if sure else None
+        if trusted:
+            found["of_class"] = [values[7 : 7 + classes], values[7 + classes :]]
+    return found
 
 
 def _outputs(encoder: ResNet, loader: Iterable, device: torch.device, bf16: bool, embed: bool):
-    """logits [n, C], q [n, D] or None, and labels [n] of each batch."""
+    """logits [n, C], q [n, D] or None, labels [n] and ids [n] of each batch."""
     training = encoder.training
     encoder.eval()
     try:
-        for images, labels, _ids in loader:
+        for images, labels, ids in loader:
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 features = encoder.features(ops.normalize(images))
                 out = encoder.classifier(features), encoder.project(features) if embed else None
-            yield *out, labels
+            yield *out, labels, ids
     finally:
         encoder.train(training)
 
@@ -76,3 +87,15 @@ def _over_ranks(counts: Tensor) -> list[int]:
 def _shares(counts: list[int]) -> dict[str, float | int]:
     top1, top5, images = counts
     return {"top1": 100 * top1 / max(1, images), "top5": 100 * top5 / max(1, images), "images": images}
+
+
+def told(values: dict) -> str:
+    """What :func:`accuracy` or :func:`held_out` found, for the terminal."""
+    text = f"top-1 {values['top1']:.2f} % top-5 {values['top5']:.2f} % of {values['images']} images"
+    if "sure" not in values:
+        return text
+    right = "" if values["sure_right"] is None else f", of these {100 * values['sure_right']:.0f} % have that label"
+    shares = {name: f"{100 * values[name]:.1f} %" for name in ("relabelled", "removed", "sure")}
+    return (
+        f"{text}; it would relabel {shares['relabelled']}, remove {shares['removed']}; sure of {shares['sure']}{right}"
+    )

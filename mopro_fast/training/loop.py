@@ -19,7 +19,7 @@ from mopro_fast.data.batches import Batch
 from mopro_fast.distributed import gather_rows
 from mopro_fast.ops import backends
 from mopro_fast.training.classes import ClassWatch
-from mopro_fast.training.evaluate import accuracy, held_out
+from mopro_fast.training.evaluate import accuracy, told
 from mopro_fast.training.log import Progress, Replaced, RunLog
 from mopro_fast.training.optim import sgd_class
 from mopro_fast.training.run import RunFolder
@@ -55,6 +55,7 @@ class Trainer:
         self.loader = inputs.train_loader(config, shown, self.device, self.task.two_views, repeats)
         self.steps = self.loader.steps_per_epoch
         self.eval_sets = sets
+        self.held_out_labels = sets.get("holdout", self.index).labels[self.index.held_out]
         self.eval_loaders = {name: inputs.eval_loader(config, index, self.device) for name, index in sets.items()}
         # 2. The model, fresh or from the checkpoint.
         torch.manual_seed(config.run.seed)
@@ -78,7 +79,7 @@ class Trainer:
         with self.folder.writing():
             log_bytes = 0 if state is None else state.log_bytes
             self.log = RunLog(self.out, self.rank == 0, log_bytes, self.global_step, config.run.tensorboard)
-        self.classes = ClassWatch(self.log, self.index, [] if state is None else list(state.agreement))
+        self.classes = ClassWatch(self.log, self.index, self.task.advice, [] if state is None else state.agreement)
         self.replaced = Replaced(self.log, self.index, config.data.max_broken)
         if state is not None:
             self.replaced.counts = list(state.replaced)
@@ -154,25 +155,21 @@ class Trainer:
         values = {**self.train_step.means(1), "replaced": self.replaced.counts[0]}
         self.log.entry("epoch", self.epoch, self.step, self.global_step, values)
         distributed.sync_buffers(self.model)
-        model, device, bf16, found = self.model, self.device, self.train_step.bf16, {}
+        model, device, bf16, holdout = self.model, self.device, self.train_step.bf16, None
         for name, loader in self.eval_loaders.items():
             if name == "holdout":
-                values = held_out(model, loader, device, bf16)
+                values = holdout = self.classes.judge_held_out(model, loader, device, bf16, self.held_out_labels)
             else:
                 values = accuracy(model.encoder_q, loader, device, bf16)
-            found[name] = values
             self.log.entry(name, self.epoch, self.step, self.global_step, values)
-            self.log.say(
-                f"epoch {self.epoch + 1}/{self.config.optim.epochs} {name}: "
-                f"top-1 {values['top1']:.2f} % top-5 {values['top5']:.2f} % of {values['images']} images"
-            )
+            self.log.say(f"epoch {self.epoch + 1}/{self.config.optim.epochs} {name}: {told(values)}")
             if lost := distributed.gather_lists(loader.lost):
                 row, _, reason = lost[0]
                 first = self.eval_sets[name].name(row)
                 self.log.say(f"{name}: {len(lost)} images could not be read any more, such as {first} ({reason})")
         assigned, winners = self.train_step.end_epoch()
         self.folder.save_labels(assigned)
-        self.classes.end_epoch(self.epoch, self.step, self.global_step, assigned, winners, found.get("holdout"))
+        self.classes.end_epoch(self.epoch, self.step, self.global_step, assigned, winners, holdout)
         self.epoch, self.step, self.replaced.counts[0] = self.epoch + 1, 0, 0
         self._save()
 
@@ -198,6 +195,7 @@ class Trainer:
             data_digest=self.index.digest(),
             left_out=torch.from_numpy(self.index.left_out),
             held_out=torch.from_numpy(self.index.held_out),
+            held_out_labels=torch.from_numpy(self.held_out_labels),
             ranks=self.ranks,
             log_bytes=self.log.bytes,
             replaced=list(self.replaced.counts),

@@ -26,7 +26,7 @@ from mopro_fast.training.task import Task
 # rounding where another device or another SGD is chosen.
 # The data may move: its paths and labels are compared by digest.
 FREE = {"data.path", "data.root", "data.val", "data.layout", "data.extra_val", "data.threads", "data.max_broken"}
-FREE |= {"data.hw_decoder_load", "optim.sgd"}
+FREE |= {"data.holdout", "data.hw_decoder_load", "optim.sgd"}  # which images are held out is compared
 FREE |= {f"run.{name}" for name in ("out", "device", "log_every", "checkpoint_every", "keep")}
 FREE |= {f"run.{name}" for name in ("resume", "init", "tensorboard", "cuda_graph", "compile", "recompute")}
 
@@ -86,9 +86,13 @@ class RunFolder:
         sets = {name: inputs.readable(index, name, workers, left_out.get(name)) for name, index in sets.items()}
         if data.holdout:
             sets["train"], sets["holdout"] = inputs.hold_out(sets["train"], data)
-        if state is not None and not np.array_equal(state.held_out, sets["train"].held_out):
+        held_out = sets["train"].held_out
+        labels = sets["holdout"].labels[held_out] if data.holdout else held_out
+        if state is not None and not (
+            np.array_equal(state.held_out, held_out) and np.array_equal(state.held_out_labels, labels)
+        ):
             raise UserError(
-                f"{self.found} is of a run that held out other images than those of --holdout {data.holdout!r}: "
+                f"{self.found} held out other images, or judged them by other labels, than --holdout {data.holdout!r}: "
                 f"give what it had, or {_other(task)}"
             )
         return sets

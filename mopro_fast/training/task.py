@@ -27,6 +27,9 @@ class Task:
     initial = ""
     """The digest of the weights that the run begins with; it goes on with the same alone. Empty: whatever they were."""
 
+    advice = ""
+    """What to do where label correction loses classes."""
+
     def __init__(self, config: Settings) -> None:
         self.config = config
 

@@ -29,6 +29,11 @@ class MoProTask(Task):
     config: TrainConfig
     two_views = True
 
+    @property
+    def advice(self) -> str:
+        other = "another --threshold" if self.config.mopro.calibrate else "raise --threshold, or set --calibrate True"
+        return f"label correction feeds on itself: begin it later (--start-clean), {other}"
+
     def build(self) -> Method:
         return build(self.config)
 
