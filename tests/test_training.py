@@ -99,6 +99,32 @@ def test_stopped_in_every_phase_and_resumed_it_ends_with_the_same_bits(digits, u
 
 
 @pytest.mark.medium
+def test_with_calibration_it_resumes_with_the_same_bits_and_cleans(digits, tmp_path):
+    def config(out: Path) -> TrainConfig:
+        c = small_config(digits, out)
+        c.mopro.calibrate, c.mopro.start_clean, c.data.holdout = True, 1, "0.1"
+        return c
+
+    assert Trainer(task_of(config(tmp_path / "whole"))).run() == 0
+    for at_step in (5, 10 + 4, 2 * 10 + 6):
+        run_and_stop_at(config(tmp_path / "stopped"), at_step)
+    assert Trainer(task_of(config(tmp_path / "stopped"))).run() == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    model = final_state(tmp_path / "whole")[0].model
+    assert model["calibration.log_scale"].all() and model["calibration.bias"].any()
+    for name in ("one", "zeros"):  # clean judges by calibrated scores
+        state = final_state(tmp_path / "whole")[0]
+        if name == "zeros":
+            state.model["calibration.log_scale"].zero_()
+            state.model["calibration.bias"].zero_()
+        checkpoint.write(tmp_path / f"{name}.pt", state)
+        words = [str(tmp_path / f"{name}.pt"), "--data", str(digits), "--out", str(tmp_path / name)]
+        assert cli._run(["clean", *words]) == 0
+    first, second = (json.loads((tmp_path / name / "clean.json").read_text())["totals"] for name in ("one", "zeros"))
+    assert first != second
+
+
+@pytest.mark.medium
 def test_killed_without_warning_it_goes_on_from_the_last_checkpoint(digits, uninterrupted, tmp_path):
     config = small_config(digits, tmp_path)
     config.run.checkpoint_every = 8
