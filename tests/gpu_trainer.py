@@ -141,7 +141,7 @@ def same(one: Run, other: Run) -> str:
     if states[0]["epoch"] != EPOCHS:
         raise Mistake(f"{one.name} ended in epoch {states[0]['epoch']}")
     weights, log = states[0]["model"], states[0]["log.jsonl"]
-    top1 = json.loads(log[-1])["top1"]
+    top1 = next(entry["top1"] for entry in map(json.loads, reversed(log)) if "top1" in entry)
     return f"the same bits in {len(weights)} weights, {len(log)} lines of log and all else; top-1 {top1:.1f} %"
 
 

@@ -81,7 +81,7 @@ def test_the_official_step_s_losses_are_mopro_loss(n, classes, slots, d):
 
     official = importlib.import_module("mopro_fast.benchmark.official")
     x = random_head(n, classes, slots, d, n)
-    labels, kept = reference.correct_labels(x["logits"], x["q"], x["prototypes"], x["labels"], 0.5, 0.3, 0.1)
+    labels, kept = reference.correct_labels(x["logits"], x["q"], x["prototypes"], x["labels"], 0.5, 0.3, 0.1)[:2]
     used = torch.where(kept, labels, -1)
     found = []
     for function, given, settings in [

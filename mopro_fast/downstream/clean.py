@@ -130,7 +130,7 @@ def clean(o: Clean) -> dict[str, int]:
             own = [None if t is None else t.to(frozen.device) for t in own]
 
             def step(images: Tensor, labels: Tensor) -> Tensor:
-                return score(frozen, *own, images, labels, o)
+                return score(frozen, own, images, labels, o)
 
             numbers = image_map.compute(index, out / _NUMBERS, step, 2 + len(SCORES), options, batches, again=out)
             # 4. Write the result.
@@ -173,11 +173,12 @@ def _finished(out: Path, settings: dict[str, Any]) -> dict[str, int] | None:
     return None
 
 
-def score(
-    frozen: Frozen, prototypes: Tensor, log_scale: Tensor | None, bias: Tensor | None,
-    images: Tensor, labels: Tensor, o: Clean,
-) -> Tensor:  # fmt: skip
-    """-> float32 [n, 8]: the label after cleaning, the best class, SCORES; step 6 of the method."""
+def score(frozen: Frozen, own: list[Tensor | None], images: Tensor, labels: Tensor, o: Clean) -> Tensor:
+    """-> float32 [n, 8]: the label after cleaning, the best class, SCORES; step 6 of the method.
+
+    own: the model's prototypes and, if it has a calibration, its log_scale and bias.
+    """
+    prototypes, log_scale, bias = own
     s = calibrated(*frozen.run(frozen.encoder, images), prototypes, o.temperature, log_scale, bias)
     mixed, *parts = mixed_scores(s.logits, s.q, s.prototypes, o.alpha, o.temperature)  # [n, C] each
     label, kept = decide(mixed, labels, o.threshold)[:2]
