@@ -1,6 +1,9 @@
 """The names of what can be said of a label, and how many images of each class it is said of."""
 
+from collections.abc import Mapping
+
 import numpy as np
+from numpy.typing import ArrayLike
 
 NO_LABEL = -1  # allowed in training data
 REMOVED = -1  # in a record of decisions: kept out of the losses
@@ -31,6 +34,12 @@ def by_class(given: np.ndarray, new: np.ndarray, classes: int) -> dict[str, np.n
         "removed": count(given, verdict == 2),
         "joined": count(new, verdict == 1),
     }
+
+
+def left(of_class: Mapping[str, ArrayLike]) -> np.ndarray:
+    """Per class [C]: the images that are trained with it, kept or joined. of_class: as of :func:`by_class`."""
+    of = {name: np.asarray(of_class[name]) for name in ("images", "relabelled", "removed", "joined")}
+    return of["images"] - of["relabelled"] - of["removed"] + of["joined"]
 
 
 def relabellings(given: np.ndarray, new: np.ndarray, most: int = 100) -> list[list[int]]:

@@ -211,14 +211,17 @@ def test_a_list_of_trusted_images_is_held_out_with_its_labels(digits, tmp_path):
     index = opened(small_config(digits, tmp_path / "whole")).index
     trusted = {index.paths[i]: int(index.labels[i] + 1) % 10 for i in (3, 70, 500)}
     (tmp_path / "trusted.txt").write_text("".join(f"{name} {label}\n" for name, label in trusted.items()))
-    config = holding_out(digits, tmp_path / "run", str(tmp_path / "trusted.txt"))
-    config.mopro.start_clean = 1
-    trainer = opened(config)
+    trainer = opened(holding_out(digits, tmp_path / "opened", str(tmp_path / "trusted.txt")))
     assert trainer.index.held_out.tolist() == [3, 70, 500]
     assert (trainer.index.labels == index.labels).all()  # as they came
     judged = trainer.eval_sets["holdout"]
     assert judged.usable.tolist() == [3, 70, 500]
     assert {judged.paths[i]: int(judged.labels[i]) for i in judged.usable} == trusted
+
+    trusted = {index.paths[i]: int(index.labels[i]) for i in (3, 70, 500)}  # all right as they came
+    (tmp_path / "trusted.txt").write_text("".join(f"{name} {label}\n" for name, label in trusted.items()))
+    config = holding_out(digits, tmp_path / "run", str(tmp_path / "trusted.txt"))
+    config.mopro.start_clean = 1
     assert Trainer(task_of(config)).run() == 0
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     found = [e for e in log if e["split"] == "classes"]

@@ -89,16 +89,22 @@ def readable(index: Index, name: str, workers: int, left_out: np.ndarray | None 
     return dataclasses.replace(index, checked=checked, left_out=left_out)
 
 
+def held_out_share(holdout: str) -> float | None:
+    """``--holdout`` as a share of the images; None: it is a list of images whose labels are trusted."""
+    try:
+        return float(holdout)
+    except ValueError:
+        return None
+
+
 def hold_out(index: Index, data: DataConfig) -> tuple[Index, Index]:
     """-> the index without the images that ``--holdout`` names, and one of these alone, with their rows as ids.
 
     A share takes the same images whatever ``--seed`` is, so that runs can be compared, and leaves each class one at
     least. Raises a UserError.
     """
-    holdout, labels = data.holdout, index.labels
-    try:
-        share = float(holdout)
-    except ValueError:
+    holdout, labels, share = data.holdout, index.labels, held_out_share(data.holdout)
+    if share is None:
         rows, trusted = _trusted(index, holdout, data.num_classes)
         labels = labels.copy()
         labels[rows] = trusted

@@ -1,5 +1,6 @@
 """What a training method is: a module whose ``forward`` is one of its steps, up to the loss."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -42,8 +43,8 @@ class Method(nn.Module):
     """Names of the means in the log."""
     key_momentum: float = 0.0
     """m of encoder_k's moving average."""
-    corrects: bool = False
-    """Whether it has :meth:`correct`."""
+    correct: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
+    """(logits, q, labels) → (labels, kept, winner, score) of :class:`StepOutput`, for images it is not trained on."""
     threshold: float = 1.0
     """Label correction is sure of a class whose score exceeds this."""
 
@@ -60,10 +61,6 @@ class Method(nn.Module):
     def phase(self, epoch: int) -> int:  # noqa: ARG002
         """The first epoch whose steps do the same as this epoch's: a graph is captured for each."""
         return 0
-
-    def correct(self, logits: Tensor, q: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:  # noqa: ARG002
-        """-> (labels, kept, winner, score) of :class:`StepOutput`, for images it is not trained on; None: does not."""
-        return None
 
     def trained(self) -> list[list[nn.Parameter]]:
         """The parameters that are trained, in groups with a learning rate each."""

@@ -20,7 +20,6 @@ class MoPro(Method):
     """
 
     METRICS = (*ops.METRICS, "relabelled")
-    corrects = True
 
     def __init__(self, encoder_q: ResNet, encoder_k: ResNet, config: MoProConfig) -> None:
         super().__init__(encoder_q, encoder_k)

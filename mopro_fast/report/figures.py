@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mopro_fast.data.order import place_in_class
-from mopro_fast.labels import SHOWN, verdicts
+from mopro_fast.labels import SHOWN, left, verdicts
 
 SHARES = (0.15, 0.45, 0.4)  # of the sample
 POINTS = 300  # per curve
@@ -36,14 +36,10 @@ def numbers(values: Any, digits: int = 4) -> list[float | None]:
 def left_of_classes(entry: dict[str, Any]) -> dict[str, float]:
     """Of a log entry "classes": least, median and most, the shares of their images that classes have left; score."""
     try:
-        columns = [
-            np.array(entry[name], np.float64) for name in ("images", "relabelled", "removed", "joined", "winner")
-        ]
-        images, relabelled, removed, joined, winner = columns
+        images, winner = (np.array(entry[name], np.float64) for name in ("images", "winner"))
         score = np.array([np.nan if s is None else s for s in entry["score"]], np.float64)
         some, won = images > 0, winner > 0
-        left = (images - relabelled - removed + joined)[some] / images[some]
-        least, median, most = np.quantile(left, [0, 0.5, 1]).tolist()
+        least, median, most = np.quantile(left(entry)[some] / images[some], [0, 0.5, 1]).tolist()
         return {
             "least": least,
             "median": median,

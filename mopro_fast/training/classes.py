@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mopro_fast.data.index import Index
-from mopro_fast.labels import by_class, relabellings
+from mopro_fast.labels import by_class, left, relabellings
 from mopro_fast.models.method import Method
 from mopro_fast.training.evaluate import held_out
 from mopro_fast.training.log import RunLog
@@ -44,7 +44,8 @@ def class_alarms(
     found: of :func:`table`. names: of the classes.
     """
     images, relabelled, removed, joined = (np.array(found[n]) for n in ("images", "relabelled", "removed", "joined"))
-    own, enough = images - relabelled - removed, images >= FEWEST
+    now, enough = left(found), images >= FEWEST
+    own = now - joined
     lines = []
 
     def name(c: int) -> str:
@@ -53,7 +54,7 @@ def class_alarms(
     def each(classes: np.ndarray, what: str) -> None:
         if len(classes):
             some = [
-                f"class {name(c)} came with {images[c]} images and has {own[c] + joined[c]} "
+                f"class {name(c)} came with {images[c]} images and has {now[c]} "
                 f"({removed[c]} removed, {relabelled[c]} relabelled, {joined[c]} joined)"
                 for c in classes[:_NAMED].tolist()
             ]
@@ -61,8 +62,8 @@ def class_alarms(
 
     lost = np.flatnonzero(enough & (own < LOST * images))
     each(lost[np.argsort(own[lost], kind="stable")], "are being lost")
-    grown = np.flatnonzero(enough & (own + joined > GROWN * images))
-    each(grown[np.argsort(-(own + joined)[grown], kind="stable")], "take over others")
+    grown = np.flatnonzero(enough & (now > GROWN * images))
+    each(grown[np.argsort(-now[grown], kind="stable")], "take over others")
     pairs = relabellings(given, assigned, 2 * len(images))  # more cannot be half of a class
     moved = {(a, b): n for a, b, n in pairs if a >= 0 and enough[a] and n > SWAPPED * images[a]}
     swapped = [(a, b) for a, b in moved if a < b and (b, a) in moved]
@@ -101,16 +102,17 @@ def precision_alarm(of_class: list[list[int]]) -> str:
 class ClassWatch:
     """Writes :func:`table` and the alarms of each epoch into the log; new alarms are shown on the terminal, too."""
 
-    def __init__(self, log: RunLog, index: Index, advice: str, agreement: list[float]) -> None:
-        """advice: what to do. agreement: as of :func:`agreement_alarm`, so far."""
-        self._log, self._index, self._advice, self.agreement = log, index, advice, list(agreement)
+    def __init__(self, log: RunLog, index: Index, advice: str, agreement: list[float], trusted: bool) -> None:
+        """advice: what to do. agreement: as of :func:`agreement_alarm`, so far. trusted: the held-out labels are not
+        those that the images came with.
+        """
+        self._log, self._index, self._advice, self._trusted = log, index, advice, trusted
+        self.agreement = list(agreement)
         self._told: set[str] = set()
 
-    def judge_held_out(self, model: Method, loader, device: torch.device, bf16: bool, labels: np.ndarray) -> dict:
-        """evaluate.held_out, whose numbers of each class go into the table. labels: the held-out ones."""
-        given = torch.from_numpy(self._index.labels).to(device)
-        trusted = not np.array_equal(self._index.labels[self._index.held_out], labels)
-        found = held_out(model, loader, device, bf16, given, trusted)
+    def judge_held_out(self, model: Method, loader, device: torch.device, bf16: bool) -> dict:
+        """evaluate.held_out, whose numbers of each class go into the table."""
+        found = held_out(model, loader, device, bf16, torch.from_numpy(self._index.labels).to(device), self._trusted)
         self._of_class = found.pop("of_class", None)
         return found
 

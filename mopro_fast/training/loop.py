@@ -79,7 +79,9 @@ class Trainer:
         with self.folder.writing():
             log_bytes = 0 if state is None else state.log_bytes
             self.log = RunLog(self.out, self.rank == 0, log_bytes, self.global_step, config.run.tensorboard)
-        self.classes = ClassWatch(self.log, self.index, self.task.advice, [] if state is None else state.agreement)
+        agreement = [] if state is None else state.agreement
+        trusted = inputs.held_out_share(config.data.holdout) is None
+        self.classes = ClassWatch(self.log, self.index, self.task.advice, agreement, trusted)
         self.replaced = Replaced(self.log, self.index, config.data.max_broken)
         if state is not None:
             self.replaced.counts = list(state.replaced)
@@ -158,7 +160,7 @@ class Trainer:
         model, device, bf16, holdout = self.model, self.device, self.train_step.bf16, None
         for name, loader in self.eval_loaders.items():
             if name == "holdout":
-                values = holdout = self.classes.judge_held_out(model, loader, device, bf16, self.held_out_labels)
+                values = holdout = self.classes.judge_held_out(model, loader, device, bf16)
             else:
                 values = accuracy(model.encoder_q, loader, device, bf16)
             self.log.entry(name, self.epoch, self.step, self.global_step, values)
