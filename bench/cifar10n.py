@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -232,14 +233,9 @@ def finish(run: Run, folder: Path, given: np.ndarray, true: np.ndarray, environm
     epochs = [e for e in entries if e["split"] == "epoch"]
     curves |= {name: [round(e[name], 4) for e in epochs if name in e] for name in ("kept", "relabelled")}
     corrected = [{"epoch": e["epoch"] + 1} | left_of_classes(e) for e in entries if e["split"] == "classes"]
-    out, lists = run.folder / "eval", {n: run.folder.parents[1] / f"{n}_list.txt" for n in ("test", "rest")}
-    options = ["--val", *(f"{n}={path}" for n, path in lists.items() if path.stat().st_size)]
-    options += ["--root", str(folder), "--out", str(out)]
-    command = [sys.executable, "-m", "mopro_fast", "eval", str(run.folder), *options]
-    evaluated = subprocess.run(command, capture_output=True, text=True, start_new_session=True, env=environment)
-    if evaluated.returncode:
-        raise UserError(f"{run.folder}: {' '.join(command[2:4])} failed: {evaluated.stderr.strip().splitlines()[-1:]}")
-    sets = json.loads((out / "eval.json").read_text())["sets"]
+    lists = {n: run.folder.parents[1] / f"{n}_list.txt" for n in ("test", "rest")}
+    lists = {n: path for n, path in lists.items() if path.stat().st_size}
+    sets = evaluate(run.folder, lists, environment, "--root", str(folder))
     classes = sets["test"]["per_class"]
     result = {
         "name": run.name,
@@ -262,6 +258,27 @@ def finish(run: Run, folder: Path, given: np.ndarray, true: np.ndarray, environm
     }
     write_json(run.result, result)
     say(f"{run.name}, seed {run.seed}: {result['top1']:.2f} % on test images, {len(result['alarms'])} alarms")
+
+
+def evaluate(run: Path, sets: dict[str, Path], environment: Mapping[str, str], *options: str) -> dict[str, dict]:
+    """What ``mopro-fast eval`` finds of each set for the newest checkpoint of a run."""
+    named = [f"{name}={path}" for name, path in sets.items()]
+    command = [
+        sys.executable,
+        "-m",
+        "mopro_fast",
+        "eval",
+        str(run),
+        "--val",
+        *named,
+        "--out",
+        str(run / "eval"),
+        *options,
+    ]
+    ended = subprocess.run(command, capture_output=True, text=True, start_new_session=True, env=environment)
+    if ended.returncode:
+        raise UserError(f"{run}: {' '.join(command[2:4])} failed: {ended.stderr.strip().splitlines()[-1:]}")
+    return json.loads((run / "eval" / "eval.json").read_text())["sets"]
 
 
 def paired(results: list[dict], peer_name: str) -> dict[str, dict]:

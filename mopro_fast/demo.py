@@ -141,8 +141,13 @@ def judge(given: np.ndarray, true: np.ndarray, assigned: np.ndarray) -> dict[str
 
 
 def curve(run_folder: Path, split: str, name: str) -> list[float]:
+    return [entry[name] for entry in entries(run_folder, split)]
+
+
+def entries(run_folder: Path, split: str) -> list[dict]:
+    """Of the log."""
     lines = (run_folder / "log.jsonl").read_text().splitlines()
-    return [entry[name] for entry in map(json.loads, lines) if entry["split"] == split]
+    return [entry for entry in map(json.loads, lines) if entry["split"] == split]
 
 
 def table(results: dict) -> str:
