@@ -80,14 +80,17 @@ def write_images(folder: Path, seed: int) -> None:
     train, test = order[TEST:], order[:TEST]
 
     true = classes[train]
-    kind = rng.random(len(train))
-    given = np.where(kind < SYMMETRIC, (true + rng.integers(1, 10, len(train))) % 10, true)
-    given = np.where((kind >= SYMMETRIC) & (kind < SYMMETRIC + CLASS_DEPENDENT), LOOKS_LIKE[true], given)
+    given = true.copy()
+    for digit_rows in (np.flatnonzero(true == c) for c in range(10)):  # the same shares of each; the order is random
+        wrong, alike = (round(share * len(digit_rows)) for share in (SYMMETRIC, CLASS_DEPENDENT))
+        given[digit_rows[:wrong]] += 1 + np.arange(wrong) % 9
+        given[digit_rows[wrong : wrong + alike]] = LOOKS_LIKE[true[digit_rows[0]]]
+    given %= 10
     strangers = round(len(train) * OUT_OF_DISTRIBUTION / (1 - OUT_OF_DISTRIBUTION))
     photographs = load_sample_images().images
     images = [digit(pixels[i]) for i in train] + [crop(photographs, rng) for _ in range(strangers)]
     true = np.concatenate([true, np.full(strangers, -1)])
-    given = np.concatenate([given, rng.integers(0, 10, strangers)])
+    given = np.concatenate([given, np.arange(strangers) % 10])
 
     for sub in ("info", "google", "val_images_256"):
         (folder / sub).mkdir(parents=True, exist_ok=True)

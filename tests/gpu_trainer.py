@@ -25,8 +25,9 @@ ROOT = Path(__file__).parent.parent
 # replayed from a graph, two steps after a checkpoint.
 EPOCHS, STEPS, CHECKPOINT, INTERRUPTED = 3, 10, 4, 6
 COMMON = {
-    "num-classes": 4, "epochs": EPOCHS, "start-clean": 2, "threshold": 0.3, "calibrate": False,
-    "lr": 0.02, "cache": "device", "deterministic": True, "log-every": 1, "checkpoint-every": CHECKPOINT, "keep": 2, "tensorboard": False,
+    "num-classes": 4, "epochs": EPOCHS, "start-clean": 2, "threshold": 0.3, "calibrate": False, "lr": 0.02,
+    "cache": "device", "deterministic": True, "log-every": 1, "checkpoint-every": CHECKPOINT, "keep": 2,
+    "tensorboard": False,
 }  # fmt: skip
 FULL = {"batch-size": 64, "arch": "resnet50", "stem": "imagenet", "image-size": 112, "queue-size": 256}
 SMALL = {"batch-size": 8, "arch": "resnet18", "width": 1 / 16, "embed-dim": 8, "image-size": 16, "queue-size": 32}
