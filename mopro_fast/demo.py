@@ -81,16 +81,16 @@ def write_images(folder: Path, seed: int) -> None:
 
     true = classes[train]
     given = true.copy()
-    for digit_rows in (np.flatnonzero(true == c) for c in range(10)):  # the same shares of each; the order is random
-        wrong, alike = (round(share * len(digit_rows)) for share in (SYMMETRIC, CLASS_DEPENDENT))
-        given[digit_rows[:wrong]] += 1 + np.arange(wrong) % 9
-        given[digit_rows[wrong : wrong + alike]] = LOOKS_LIKE[true[digit_rows[0]]]
-    given %= 10
+    for c in range(10):  # the same shares of every digit
+        rows = rng.permutation(np.flatnonzero(true == c))
+        symmetric, class_dependent = (round(share * len(rows)) for share in (SYMMETRIC, CLASS_DEPENDENT))
+        given[rows[:symmetric]] = (c + 1 + np.arange(symmetric) % 9) % 10
+        given[rows[symmetric : symmetric + class_dependent]] = LOOKS_LIKE[c]
     strangers = round(len(train) * OUT_OF_DISTRIBUTION / (1 - OUT_OF_DISTRIBUTION))
     photographs = load_sample_images().images
     images = [digit(pixels[i]) for i in train] + [crop(photographs, rng) for _ in range(strangers)]
     true = np.concatenate([true, np.full(strangers, -1)])
-    given = np.concatenate([given, np.arange(strangers) % 10])
+    given = np.concatenate([given, rng.permutation(strangers) % 10])
 
     for sub in ("info", "google", "val_images_256"):
         (folder / sub).mkdir(parents=True, exist_ok=True)

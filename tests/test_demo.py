@@ -1,8 +1,9 @@
-"""`mopro-fast demo` as the README has it: by its exit status, its words, and what it leaves behind."""
+"""`mopro-fast demo` as the README has it: by its exit status, its words, and what it leaves behind; its benchmark."""
 
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -24,3 +25,18 @@ def test_the_demo_corrects_labels_and_is_done_when_called_again(tmp_path):
     assert json.loads((tmp_path / "demo/results.json").read_text()) == results
     report = [sys.executable, "-m", "mopro_fast", "report", str(tmp_path / "demo/mopro")]
     assert subprocess.run(report, capture_output=True, text=True).returncode == 0
+
+
+def test_settings_of_the_demo_are_compared_on_held_out_images(tmp_path):
+    tiny = "--epochs 2 --start-clean 1 --width 0.0625"
+    command = [sys.executable, "bench/demo_accuracy.py", "--seeds", "2", "--first-seed", "7"]
+    command += ["--choose", f"ce=--method ce {tiny}", "--choose", f"mopro={tiny} --alpha {{0,1}}"]
+    command += ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert ended.returncode == 0, ended.stderr
+    runs = json.loads((tmp_path / "demo_choice.json").read_text())["runs"]
+    assert [(r["name"], r["seed"]) for r in runs] == [
+        (name, seed) for name in ("ce", "mopro alpha=0", "mopro alpha=1") for seed in (7, 8)
+    ]
+    assert all(0 < r["held_out_top1"] < 100 and (r["least_left"] is None) == (r["name"] == "ce") for r in runs)
+    assert "| mopro alpha=1 (`--epochs 2" in ended.stdout

@@ -1,5 +1,6 @@
 """The trainer as a user runs it: interrupted and resumed bit for bit, on one and two ranks, and its refusals."""
 
+import csv
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from processes import on_ranks
 from mopro_fast import cli
 from mopro_fast.checkpoints import state as checkpoint
 from mopro_fast.config import OptimConfig, TrainConfig, recipe
-from mopro_fast.demo import write_images
+from mopro_fast.demo import LOOKS_LIKE, write_images
 from mopro_fast.errors import UserError
 from mopro_fast.labels import UNSEEN
 from mopro_fast.training.loop import Trainer
@@ -172,6 +173,16 @@ def test_a_run_writes_the_table_of_every_epoch_that_corrects(uninterrupted):
     assert sum(found["relabelled"]) == sum(found["joined"]) == round(epoch["relabelled"] * shown)
     assert sum(found["removed"]) == round((1 - epoch["kept"]) * shown)
     assert all(score is None or 0.1 <= score <= 1 for score in found["score"])
+
+
+def test_every_digit_has_the_same_shares_of_wrong_labels(digits):
+    with (digits / "truth.csv").open(newline="") as file:
+        given, true = np.array([[int(row[name]) for name in ("given", "true")] for row in csv.DictReader(file)]).T
+    for c in range(10):
+        of_class = given[true == c]
+        assert np.mean(of_class == c) == pytest.approx(0.5, abs=1 / len(of_class))
+        assert np.mean(of_class == LOOKS_LIKE[c]) == pytest.approx(0.15 + 0.35 / 9, abs=2 / len(of_class))
+    assert np.ptp(np.bincount(given[true < 0])) <= 1
 
 
 def holding_out(digits: Path, out: Path, holdout: str) -> TrainConfig:
