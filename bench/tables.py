@@ -94,12 +94,13 @@ def cifar10n(result: dict) -> str:
         if held:
             cells.append(_mean(own, "agreement"))
         lines.append(f"| {' | '.join(cells)} |")
-    seeds = max(len(own) for own in of_run.values())
+    seeds, fewest = (f(len(own) for own in of_run.values()) for f in (max, min))
+    fewer = " (one where there is no deviation)" if fewest == 1 < seeds else ""
     commits = ", ".join(sorted({r["commit"] for r in runs}))
     note = (
         f"{s['images']} images, {s['out_of_distribution']} of them outsiders, of the others {100 * s['wrong']:.0f} % "
-        f"with a wrong label; {s['test_images']} test images; `small {s['common']}`; {seeds} seeds, mean ± standard "
-        f"deviation, differences ± standard error; counts: a number per seed. Settings: {s['chosen']}. "
+        f"with a wrong label; {s['test_images']} test images; `small {s['common']}`; {seeds} seeds{fewer}, mean ± "
+        f"standard deviation, differences ± standard error; counts: a number per seed. Settings: {s['chosen']}. "
         f"{c['gpu'] or c['cpu']}; PyTorch {c['torch']}; commit {commits}."
     )
     return "\n".join([*lines, "", note])
