@@ -29,6 +29,7 @@ def demo_accuracy(result: dict) -> str:
         return f"{min(min(r[f'{method}_class_recall']) for r in runs):.0f}"
 
     c, runs = result["conditions"], result["runs"]
+    alarmed = sum(r["alarms"] > 0 for r in runs)
     gains = [r["mopro_top1"] - r["ce_top1"] for r in runs]
     rows = [
         "| `mopro-fast demo` | cross-entropy | MoPro |",
@@ -41,7 +42,7 @@ def demo_accuracy(result: dict) -> str:
     ]
     note = (
         f"Mean ± standard deviation of {len(runs)} seeds; MoPro is ahead on {sum(g > 0 for g in gains)} of them, by "
-        f"{min(gains):.1f} points at least. {sum(r['alarms'] > 0 for r in runs)} of the runs raised an alarm. "
+        f"{min(gains):.1f} points at least; {alarmed or 'none'} of its runs raised an alarm. "
         f"{c['gpu'] or c['cpu']}; PyTorch {c['torch']}; commit {c['commit']}. "
         f"Both trainings of a seed together took {statistics.mean(r['seconds'] for r in runs):.0f} s."
     )
