@@ -10,6 +10,7 @@ labels given to them, never by the test accuracy.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
@@ -21,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +58,8 @@ class Run:
     options: list[str]
     """All."""
     folder: Path
+    identity: str
+    """Digest of its resolved settings and of the lists."""
     process: subprocess.Popen | None = None
 
     def ended(self) -> bool:
@@ -100,15 +103,15 @@ def main(argv: list[str] | None = None) -> int:
     runs = []
     for name, options in expand(a.run or ["ce=--method ce", "mopro="]):
         words = shlex.split(a.common) + options
-        checked(words, data)
+        identity = digest(checked(words, data), a.runs)
         for seed in range(a.seeds):
             folder = a.runs / re.sub(r"[^\w.=-]+", "_", name) / f"seed{seed}"
             ours = [*data, "--out", str(folder), "--seed", str(seed), "--tensorboard", "False", "--threads", "1"]
-            runs.append(Run(name, seed, options, words + ours, folder))
-            if runs[-1].result.is_file() and json.loads(runs[-1].result.read_text())["all_options"] != shlex.join(
-                words
-            ):
-                raise SystemExit(f"{folder} holds a run with other options: choose another --runs, or remove it")
+            runs.append(Run(name, seed, options, words + ours, folder, identity))
+            if runs[-1].result.is_file() and json.loads(runs[-1].result.read_text())["identity"] != identity:
+                raise SystemExit(
+                    f"{folder} holds a run with other settings or images: choose another --runs, or remove it"
+                )
     runs.sort(key=lambda run: run.seed)  # after the first seed all can be compared
     for split, file in (("train", "train_list.txt"), ("val", "test_list.txt")):
         check(load_index(a.runs / file, split, num_classes=None, root=a.folder), workers=a.processes, progress=False)
@@ -153,32 +156,43 @@ def write_lists(
     return tuple(np.array([int(lines[i].rsplit(None, 1)[1]) for i in rows]) for lines in (given, truth))
 
 
-def expand(given: list[str]) -> list[tuple[str, list[str]]]:
+def expand(given: list[str], flag: str = "--run") -> list[tuple[str, list[str]]]:
     """NAME=OPTIONS with {a,b} in them -> (name with what differs, options) for every combination."""
     runs = []
     for one in given:
         name, equals, options = one.partition("=")
         if not equals or not name:
-            raise SystemExit(f"--run {one}: expected NAME=OPTIONS, such as ce='--method ce'")
+            raise SystemExit(f"{flag} {one}: expected NAME=OPTIONS, such as ce='--method ce'")
         parts = re.split(r"\{([^}]*)\}", options)  # text, alternatives, text, …
+        if not all(before.strip() for before in parts[0:-1:2]):
+            raise SystemExit(f"{flag} {one}: write {{…}} after the option that it belongs to")
         for chosen in itertools.product(*(alternatives.split(",") for alternatives in parts[1::2])):
             text = parts[0] + "".join(c + after for c, after in zip(chosen, parts[2::2], strict=True))
             named = [f"{before.split()[-1].lstrip('-')}={c}" for before, c in zip(parts[0::2], chosen, strict=False)]
             runs.append((" ".join([name, *named]), shlex.split(text)))
     names = [name for name, _ in runs]
     if len({*names}) < len(names):
-        raise SystemExit(f"--run: two runs have the name {statistics.mode(names)!r}")
+        raise SystemExit(f"{flag}: two runs have the name {statistics.mode(names)!r}")
     return runs
 
 
-def checked(words: list[str], data: list[str]) -> TrainConfig:
+def checked(words: list[str], data: list[str], recipe: str = "small", own: Collection[str] = OWN) -> TrainConfig:
     """The config of these options; ends with one line for one that cannot be."""
     for word in words:
-        if word.partition("=")[0].replace("_", "-") in OWN:
-            raise SystemExit(f"{word} is set by this bench: leave it out of --run and --common")
-    config = parse(["small", *words, *data, "--out", "runs"])
+        if word.partition("=")[0].replace("_", "-") in own:
+            raise SystemExit(f"{word} is set by this bench: leave it out")
+    config = parse([recipe, *words, *data, "--out", "runs"])
     config.validate()
     return config
+
+
+def digest(config: TrainConfig, runs: Path) -> str:
+    """Of the settings, whatever the recipe was when they were given, and of the lists of images."""
+    lists = [(runs / f"{name}_list.txt").read_bytes() for name in ("train", "rest", "test")]
+    settings = config.as_dict()
+    settings["data"] |= {"path": "", "root": "", "val": ""}
+    parts = [json.dumps(settings).encode(), *lists]
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
 
 
 def train(runs: list[Run], processes: int, environment: dict, done) -> tuple[int, list[Run]]:
@@ -241,7 +255,7 @@ def finish(run: Run, folder: Path, given: np.ndarray, true: np.ndarray, environm
         "name": run.name,
         "seed": run.seed,
         "options": shlex.join(run.own),
-        "all_options": shlex.join(run.options[: run.options.index("--data")]),
+        "identity": run.identity,
         "top1": curves["val"][-1],
         "curves": curves,
         "classes": corrected,

@@ -3,8 +3,9 @@
     python bench/demo_accuracy.py [--seeds 10] [--runs FOLDER] [--results FOLDER]
     python bench/demo_accuracy.py --first-seed 100 --seeds 4 --choose ce="--method ce" --choose "mopro=--alpha {0,1}"
 
-Every seed draws its own noise, weights and order. Interrupted, it goes on where it stopped. With --choose, settings of
-the recipe are compared on 150 training images that are held out with their true labels; no test image is looked at.
+Every seed draws its own noise, weights and order. Interrupted, the same command goes on where it stopped; the result
+file is written when all is done. With --choose, settings of the recipe are compared on 150 training images that are
+held out with their true labels; no test image is looked at.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import csv
 import os
 import shlex
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import cifar10n
@@ -20,12 +22,13 @@ import record
 import tables
 
 from mopro_fast import demo
+from mopro_fast.errors import UserError
 from mopro_fast.report.figures import left_of_classes
-from mopro_fast.training.command import parse
 from mopro_fast.training.loop import Trainer
 from mopro_fast.training.tasks import task_of
 
 TRUSTED = 150
+OWN = {"--data", "--root", "--val", "--out", "--seed", "--holdout"}
 
 
 def main() -> int:
@@ -36,42 +39,50 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/demo_accuracy"))
     parser.add_argument("--results", type=Path, default=record.RESULTS)
     a = parser.parse_args()
+    if a.seeds < 1:
+        parser.error(f"--seeds must be at least 1, got {a.seeds}")
     seeds = range(a.first_seed, a.first_seed + a.seeds)
     name, runs = ("demo_choice", chosen(a.choose, seeds, a.runs)) if a.choose else ("demo_accuracy", measured(seeds, a))
-    done = []
-    for run in runs:
-        if "stopped" in run:
-            return 128 + run["stopped"]
-        done.append(run)
-        path = record.write(name, {"recipe": "demo", "runs": done}, a.results)  # anew after every run
+    runs = list(runs)
+    if "stopped" in runs[-1]:
+        return 128 + runs[-1]["stopped"]
+    held_out = {"held_out": TRUSTED} if a.choose else {}
+    path = record.write(name, {"recipe": "demo", **held_out, "runs": runs}, a.results)
     print(f"\n{tables.table(name, a.results)}\n\n{path}")
     return 0
 
 
-def measured(seeds: range, a: argparse.Namespace):
+def measured(seeds: range, a: argparse.Namespace) -> Iterator[dict]:
     """Of each seed the demo's results, the accuracy on each class and the alarms."""
     for seed in seeds:
         began, out = time.time(), a.runs / f"seed{seed}"
+        whole = not out.exists()  # otherwise a part of it ran before
         result = demo.run(out, seed)
-        if "stopped" not in result:
-            seconds = round(time.time() - began, 1)
-            print(demo.table(result))
-            for method in ("ce", "mopro"):
-                found = cifar10n.evaluate(out / method, {"test": out / "images"}, os.environ)
-                result[f"{method}_class_recall"] = [c["top1"] for c in found["test"]["per_class"]]
-            result |= {"alarms": len(demo.entries(out / "mopro", "alarm")), "seconds": seconds}
-        yield result
+        if "stopped" in result:
+            yield result
+            return
+        result["seconds"] = round(time.time() - began, 1) if whole else None
+        print(demo.table(result))
+        for method in ("ce", "mopro"):
+            found = cifar10n.evaluate(out / method, {"test": out / "images"}, os.environ)
+            result[f"{method}_class_recall"] = [c["top1"] for c in found["test"]["per_class"]]
+        yield result | {"alarms": len(demo.entries(out / "mopro", "alarm"))}
 
 
-def chosen(given: list[str], seeds: range, folder: Path):
+def chosen(given: list[str], seeds: range, folder: Path) -> Iterator[dict]:
     """Of each setting and seed the accuracy on held-out training images."""
-    for name, options in cifar10n.expand(given):
+    settings = cifar10n.expand(given, "--choose")
+    for _, options in settings:  # before any is trained
+        cifar10n.checked(options, ["--data", "images"], recipe="demo", own=OWN)
+    for name, options in settings:
         for seed in seeds:
             images, out = folder / f"images{seed}", folder / name.replace(" ", "_") / f"seed{seed}"
             demo.write_images(images, seed)
-            words = ["--data", str(images), "--holdout", str(trusted(images, seed))]
-            words += ["--out", str(out), "--seed", str(seed)]
-            if received := Trainer(task_of(parse(["demo", *options, *words]))).run():
+            words = ["--data", str(images / "info/train_filelist_google.txt"), "--root", str(images)]
+            words += ["--holdout", str(trusted(images, seed)), "--seed", str(seed)]
+            config = cifar10n.checked(options, words, recipe="demo", own=OWN)
+            config.run.out = str(out)
+            if received := Trainer(task_of(config)).run():
                 yield {"stopped": received}
                 return
             left = [left_of_classes(e)["least"] for e in demo.entries(out, "classes")]
@@ -96,4 +107,7 @@ def trusted(images: Path, seed: int) -> Path:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except UserError as error:
+        raise SystemExit(f"bench/demo_accuracy.py: {error}") from None

@@ -45,7 +45,7 @@ def main() -> int:
         for precision in ("fp32", "bf16"):
             c = recipe("small")
             c.model.width, c.optim.epochs, c.optim.batch_size, c.run.seed = a.width, a.epochs, a.batch_size, seed
-            c.mopro.start_clean = max(1, a.epochs // 2)
+            c.mopro.start_clean, c.mopro.threshold, c.mopro.calibrate = max(1, a.epochs // 2), 0.8, False
             c.mopro.queue_size = 2 * a.batch_size
             c.data.path, c.data.root = str(a.runs / "train_list.txt"), str(a.root or a.train.parent)
             c.data.val = str(a.test)

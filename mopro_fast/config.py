@@ -95,6 +95,13 @@ class DataConfig:
     hw_decoder_load: float = 0.65
     """Share of the JPEGs that a GPU's own decoder takes, where it has one."""
 
+    def held_out_share(self) -> float | None:
+        """``holdout`` as a share of the images; None: it names a list of images whose labels are trusted."""
+        try:
+            return float(self.holdout)
+        except ValueError:
+            return None
+
 
 @dataclass
 class ModelConfig:
@@ -132,8 +139,9 @@ class MoProConfig:
     """First epoch (0-based) whose labels are corrected."""
     calibrate: bool = False
     """Let label correction be only as sure, and each class only as rare, as the labels that came with the images bear
-    out, so that no class gets lost by labels of the model's own making. θ then compares with the share of given
-    labels that are met: with half of the labels wrong hardly any score exceeds 0.6. Not in the paper."""
+    out, so that classes are lost less easily to labels of the model's own making. It needs some epochs before
+    start_clean. θ then compares with the share of given labels that are met: with half of the labels wrong hardly any
+    score exceeds 0.6. Not in the paper."""
     w_inst: float = 1.0
     """Weight of the instance contrastive loss."""
     w_proto: float = 1.0
@@ -229,6 +237,8 @@ class Settings:
         _at_least(0, threads=d.threads, shuffle_shards=d.shuffle_shards, seed=r.seed)
         _at_least(0, lr=o.lr, weight_decay=o.weight_decay, warmup_epochs=o.warmup_epochs)
         _shares(max_broken=d.max_broken, hw_decoder_load=d.hw_decoder_load)
+        share = d.held_out_share()
+        _require(share is None or 0 < share < 1, f"--holdout {d.holdout}: a share must lie between 0 and 1")
         if d.eval_resize is not None:
             _at_least(d.image_size, eval_resize=d.eval_resize)
         _require(0 <= o.momentum < 1, f"--momentum must lie in [0, 1), got {o.momentum}")
@@ -320,8 +330,8 @@ def google500() -> TrainConfig:
 def small() -> TrainConfig:
     """Ten classes at 32 px with a ResNet-18 (CIFAR-like data).
 
-    Labels are corrected after the same share of the epochs, with the same θ, as in the setting of docs/choosing.md that
-    agreed best with held-out labels.
+    Labels are corrected after the same share of the epochs and with the same θ as in the calibrated runs of
+    docs/choosing.md; nothing was tuned at this size.
     """
     return TrainConfig(
         data=DataConfig(num_classes=10, image_size=32, eval_resize=32),

@@ -16,6 +16,7 @@ import tyro
 from PIL import Image
 
 from mopro_fast.config import TrainConfig, recipe
+from mopro_fast.errors import UserError
 
 SIDE = 32  # of the image files, px
 TEST = 500  # digits that keep their true label and are never trained on
@@ -70,8 +71,6 @@ def config(method: str, out: Path, seed: int) -> TrainConfig:
 
 def write_images(folder: Path, seed: int) -> None:
     """WebVision's layout: info/*_filelist*.txt, google/, val_images_256/; truth.csv holds what nobody trains on."""
-    if (folder / "truth.csv").is_file():
-        return
     from sklearn.datasets import load_digits, load_sample_images
 
     rng = np.random.default_rng(seed)
@@ -86,6 +85,14 @@ def write_images(folder: Path, seed: int) -> None:
         symmetric, class_dependent = (round(share * len(rows)) for share in (SYMMETRIC, CLASS_DEPENDENT))
         given[rows[:symmetric]] = (c + 1 + np.arange(symmetric) % 9) % 10
         given[rows[symmetric : symmetric + class_dependent]] = LOOKS_LIKE[c]
+    if (folder / "truth.csv").is_file():
+        with (folder / "truth.csv").open(newline="") as file:
+            found = [int(row["given"]) for row in csv.DictReader(file)]
+        if found[: len(given)] != given.tolist():
+            raise UserError(
+                f"{folder} holds other images, of another seed or version: remove it or choose another --out"
+            )
+        return
     strangers = round(len(train) * OUT_OF_DISTRIBUTION / (1 - OUT_OF_DISTRIBUTION))
     photographs = load_sample_images().images
     images = [digit(pixels[i]) for i in train] + [crop(photographs, rng) for _ in range(strangers)]
@@ -128,18 +135,25 @@ def decisions(out: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return given, true, assigned
 
 
-def judge(given: np.ndarray, true: np.ndarray, assigned: np.ndarray) -> dict[str, float]:
-    """How good the label correction of the last epoch was, over the images shown in it (assigned ≠ −2)."""
+def judge(given: np.ndarray, true: np.ndarray, assigned: np.ndarray) -> dict[str, float | None]:
+    """How good the label correction of the last epoch was, over the images shown in it (assigned ≠ −2).
+
+    None: the share of no image.
+    """
+
+    def share(what: np.ndarray, images: np.ndarray) -> float | None:
+        return float(what[images].mean()) if images.any() else None
+
     seen = assigned != -2
     corrected = seen & (assigned >= 0) & (assigned != given)
     wrong = seen & (true >= 0) & (given != true)
     strangers = seen & (true < 0)
     return {
         "corrections": int(corrected.sum()),
-        "precision": float((assigned == true)[corrected].mean()) if corrected.any() else 0.0,
-        "recall": float((assigned == true)[wrong].mean()),
-        "ood_removed": float((assigned == -1)[strangers].mean()),
-        "clean_removed": float((assigned == -1)[seen & (true >= 0)].mean()),
+        "precision": share(assigned == true, corrected),
+        "recall": share(assigned == true, wrong),
+        "ood_removed": share(assigned == -1, strangers),
+        "clean_removed": share(assigned == -1, seen & (true >= 0)),
     }
 
 
@@ -155,7 +169,7 @@ def entries(run_folder: Path, split: str) -> list[dict]:
 
 def table(results: dict) -> str:
     def percent(name: str) -> str:
-        return f"{100 * results[name]:5.1f} %"
+        return "    –" if results[name] is None else f"{100 * results[name]:5.1f} %"
 
     return f"""
 accuracy on clean test images, after the last epoch

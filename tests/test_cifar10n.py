@@ -172,4 +172,4 @@ def test_what_is_stopped_goes_on_to_the_same_result(tmp_path):
     result = json.loads((tmp_path / "whole" / "cifar10n.json").read_text())
     assert result["failed"] == [["broken", 0], ["broken", 1]]
     words[words.index("--common") + 1] += " --lr 0.2"
-    assert "holds a run with other options" in call("whole", "cifar10n.py").stderr
+    assert "holds a run with other settings" in call("whole", "cifar10n.py").stderr

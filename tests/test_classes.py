@@ -1,12 +1,17 @@
 """Label correction per class: the table, the alarms, and what a run writes of them."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from small_step import CLASSES, run_steps, small_model, train_step
 
+from mopro_fast.config import TrainConfig
 from mopro_fast.labels import REMOVED, UNSEEN
-from mopro_fast.training.classes import agreement_alarm, class_alarms, precision_alarm, table
+from mopro_fast.training.classes import Alarm, ClassWatch, agreement_alarm, class_alarms, precision_alarm, table
+from mopro_fast.training.evaluate import held_out
+from mopro_fast.training.tasks import MoProTask
 
 C, EACH = 5, 80
 
@@ -17,6 +22,10 @@ def given() -> np.ndarray:
 
 
 def judged(given, assigned, names=None) -> list[str]:
+    return [alarm.text for alarm in alarms_of(given, assigned, names)]
+
+
+def alarms_of(given, assigned, names=None) -> list[Alarm]:
     return class_alarms(table(given, assigned, torch.ones(C, 2, dtype=torch.int64)), given, assigned, names)
 
 
@@ -51,8 +60,8 @@ def test_a_class_that_empties_is_named_with_where_its_images_went(given):
     assigned[rows[:60]], assigned[rows[60:74]] = REMOVED, 0
     (line,) = judged(given, assigned, names=["ant", "bee", "cat", "dog", "elk"])
     assert line == (
-        "1 of 5 classes are being lost: "
-        "class 2 (cat) came with 80 images and has 6 (60 removed, 14 relabelled, 0 joined)"
+        "label correction empties 1 of 5 classes: "
+        "class 2 (cat) was shown with 80 images and has 6 (60 removed, 14 relabelled, 0 joined)"
     )
     assigned[rows[:2]] = 2
     assert judged(given, assigned) == []  # a tenth is left
@@ -63,21 +72,25 @@ def test_a_class_that_empties_is_named_with_where_its_images_went(given):
 def test_classes_that_turn_into_each_other_are_lost_whatever_joins_them(given):
     turned = np.where(given < 3, (given + 1) % 3, given)
     (line,) = judged(given, turned)
-    assert line.startswith("3 of 5 classes are being lost: class 0 came with 80 images and has 80 (0 removed, 80 ")
+    assert line.startswith(
+        "label correction empties 3 of 5 classes: class 0 was shown with 80 images and has 80 (0 removed, 80 "
+    )
 
 
 def test_a_class_that_takes_over_others_is_named(given):
     assigned = given.copy()
     assigned[:50], assigned[81:113] = 4, 4
     (line,) = judged(given, assigned)
-    assert line.startswith("1 of 5 classes take over others: class 4 came with 80 images and has 162 (")
+    assert line.startswith(
+        "label correction gives others' images to 1 of 5 classes: class 4 was shown with 80 images and has 162 ("
+    )
 
 
 def test_classes_that_change_places_are_named(given):
     assigned = given.copy()
     assigned[0:41], assigned[80:130] = 1, 0
     (line,) = judged(given, assigned)
-    assert line.startswith("classes change places: 41 of 0 became 1, 50 the other way: ")
+    assert line.startswith("classes change places: 41 of 0 became 1, 50 the other way")
     assigned[0] = 0
     assert judged(given, assigned) == []  # half of them
 
@@ -93,16 +106,70 @@ def test_classes_that_change_places_are_named(given):
     ],
 )
 def test_agreement_with_the_holdout_that_falls_is_named(agreement, told):
-    line = agreement_alarm(agreement, 12, 5000)
-    assert bool(line) == told
-    assert not told or "43.0 % of the held-out labels, in epoch 11 it was 50.0 %" in line
+    lines = [alarm.text for alarm in agreement_alarm(agreement, 12, 5000)]
+    assert lines == ["the model agrees with 43.0 % of the held-out labels, in epoch 11 it was 50.0 %"] * told
     assert not agreement_alarm(agreement, 12, 300)  # so few images cannot tell
     assert not agreement_alarm([100, 60, 60], 12, 5)
 
 
 def test_relabelling_that_is_wrong_on_trusted_images_is_named():
-    assert precision_alarm([[20, 10], [4, 5]]).startswith("of 30 trusted images that would get another label 9 would")
+    (alarm,) = precision_alarm([[20, 10], [4, 5]])
+    assert alarm.text == "of 30 trusted images that would get another label 9 would get the right one"
     assert not precision_alarm([[20, 10], [10, 5]]) and not precision_alarm([[10, 9], [0, 0]])
+
+
+class Log:
+    """In the place of a RunLog."""
+
+    active = True
+
+    def __init__(self) -> None:
+        self.entries, self.said = [], []
+
+    def entry(self, split, *place_and_values) -> None:
+        self.entries.append((split, place_and_values[-1]))
+
+    def say(self, text) -> None:
+        self.said.append(text)
+
+
+def test_the_terminal_says_an_alarm_when_it_begins_and_the_log_every_time(given):
+    log, index = Log(), SimpleNamespace(labels=given, classes=None, held_out=np.empty(0, np.int64))
+    task = MoProTask(TrainConfig())
+    watch = ClassWatch(log, index, task.advice, [], trusted=False)
+
+    def epoch(*lost: int, to: int) -> None:
+        assigned = np.where(np.isin(given, lost), to, given)
+        watch.end_epoch(0, 9, 9, torch.from_numpy(assigned), torch.ones(C, 2, dtype=torch.int64), None)
+
+    epoch(2, to=REMOVED)
+    assert log.said == [
+        "epoch 1: ATTENTION: label correction empties 1 of 5 classes: class 2 was shown with 80 images and has 0 "
+        "(80 removed, 0 relabelled, 0 joined): begin label correction later (--start-clean), or set --calibrate True"
+    ]
+    epoch(2, to=REMOVED)
+    epoch(to=0)
+    epoch(2, to=REMOVED)  # it begins anew
+    epoch(2, 4, to=REMOVED)  # another class
+    epoch(4, to=REMOVED)
+    epoch(4, to=0)  # the same class, otherwise
+    assert len(log.said) == 3 and [split for split, _ in log.entries].count("alarm") == 6
+    task.config.mopro.calibrate = True
+    epoch(3, to=0)
+    assert log.said[-1].endswith(": begin label correction later (--start-clean), or raise --threshold")
+
+
+def test_held_out_images_are_counted_by_the_class_that_they_would_become():
+    model = small_model()
+    given, trusted = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3]), torch.tensor([0, 2, 2, 1, 3, 1, 2, 0])
+    new, kept = torch.tensor([0, 2, 2, 2, -1, 1, 2, 0]), torch.tensor([1, 1, 1, 1, 0, 1, 1, 1], dtype=torch.bool)
+    score = torch.tensor([0.9, 0.9, 0.9, 0.9, 0.1, 0.1, 0.1, 0.9])
+    model.correct = lambda *_: (new, kept, new.clamp(min=0), score)
+    images = torch.zeros(8, 16, 16, 3, dtype=torch.uint8)
+    found = held_out(model, [(images, trusted, torch.arange(8))], torch.device("cpu"), False, given, trusted=True)
+    assert found["of_class"] == [[1, 0, 2, 0], [1, 0, 1, 0]]
+    assert [found[n] for n in ("images", "relabelled", "removed", "sure")] == [8, 3 / 8, 1 / 8, 5 / 8]
+    assert found["sure_right"] == 4 / 5
 
 
 def test_the_step_counts_the_winners():

@@ -15,9 +15,9 @@ def test_the_demo_corrects_labels_and_is_done_when_called_again(tmp_path):
     first = subprocess.run(command, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr
     results = json.loads((tmp_path / "demo/results.json").read_text())
-    # docs/performance.md has the figures; these hold on a seed that loses two digits, too.
-    assert results["ce_top1"] > 70 and results["mopro_top1"] > 70
-    assert results["precision"] > 0.5 and results["recall"] > 0.5 and results["corrections"] > 300
+    # docs/performance.md has the figures; a run that mixes up two digits falls below 90 %.
+    assert results["ce_top1"] > 70 and results["mopro_top1"] > max(90, results["ce_top1"])
+    assert results["precision"] > 0.7 and results["recall"] > 0.7 and results["corrections"] > 300
     assert f"MoPro                                      {results['mopro_top1']:5.1f} %" in first.stdout
     assert (tmp_path / "demo/demo.png").stat().st_size > 10_000
     again = subprocess.run(command, capture_output=True, text=True)

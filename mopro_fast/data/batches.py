@@ -76,7 +76,8 @@ class TrainBatches(Batches):
     repeats: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        require_rows(len(self.index.usable), self.batch_size * self.world_size, self.index.source)
+        held_out = f" without the {len(self.index.held_out)} of --holdout" if len(self.index.held_out) else ""
+        require_rows(len(self.index.usable), self.batch_size * self.world_size, self.index.source + held_out)
         self.steps_per_epoch = len(self.index.usable) // (self.batch_size * self.world_size)
         self.lost: list[tuple[int, int, Lost]] = []
         self._latest: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))  # an epoch and its order

@@ -89,28 +89,18 @@ def readable(index: Index, name: str, workers: int, left_out: np.ndarray | None 
     return dataclasses.replace(index, checked=checked, left_out=left_out)
 
 
-def held_out_share(holdout: str) -> float | None:
-    """``--holdout`` as a share of the images; None: it is a list of images whose labels are trusted."""
-    try:
-        return float(holdout)
-    except ValueError:
-        return None
-
-
 def hold_out(index: Index, data: DataConfig) -> tuple[Index, Index]:
     """-> the index without the images that ``--holdout`` names, and one of these alone, with their rows as ids.
 
     A share takes the same images whatever ``--seed`` is, so that runs can be compared, and leaves each class one at
     least. Raises a UserError.
     """
-    holdout, labels, share = data.holdout, index.labels, held_out_share(data.holdout)
+    holdout, labels, share = data.holdout, index.labels, data.held_out_share()
     if share is None:
         rows, trusted = _trusted(index, holdout, data.num_classes)
         labels = labels.copy()
         labels[rows] = trusted
     else:
-        if not 0 < share < 1:
-            raise UserError(f"--holdout {holdout}: a share must lie between 0 and 1")
         order = np.random.default_rng(_HOLDOUT).permutation(len(index))
         order = order[labels[order] >= 0]
         of_class = labels[order]
@@ -119,6 +109,8 @@ def hold_out(index: Index, data: DataConfig) -> tuple[Index, Index]:
         rows = np.sort(order[place_in_class(of_class) < taken[of_class]])
     if not len(np.setdiff1d(rows, index.left_out)):
         raise UserError(f"--holdout {holdout}: no labelled image of {index.source} is held out by it: name more")
+    if not len(np.setdiff1d(index.usable, rows)):
+        raise UserError(f"--holdout {holdout} holds out every image of {index.source}: none is left to train on")
     rest = np.union1d(np.delete(index.ids, rows), index.left_out)
     return dataclasses.replace(index, held_out=rows), dataclasses.replace(index, labels=labels, left_out=rest)
 

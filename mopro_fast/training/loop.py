@@ -80,7 +80,7 @@ class Trainer:
             log_bytes = 0 if state is None else state.log_bytes
             self.log = RunLog(self.out, self.rank == 0, log_bytes, self.global_step, config.run.tensorboard)
         agreement = [] if state is None else state.agreement
-        trusted = inputs.held_out_share(config.data.holdout) is None
+        trusted = config.data.held_out_share() is None
         self.classes = ClassWatch(self.log, self.index, self.task.advice, agreement, trusted)
         self.replaced = Replaced(self.log, self.index, config.data.max_broken)
         if state is not None:

@@ -27,9 +27,6 @@ class Task:
     initial = ""
     """The digest of the weights that the run begins with; it goes on with the same alone. Empty: whatever they were."""
 
-    advice = ""
-    """What to do where label correction loses classes."""
-
     def __init__(self, config: Settings) -> None:
         self.config = config
 
@@ -48,6 +45,10 @@ class Task:
     def batches(self, batches: Iterable[Batch], global_step: int) -> Iterator[tuple[Batch, tuple[Tensor, ...]]]:  # noqa: ARG002
         """Each batch, the first of ``global_step``, with what else the model's ``forward`` takes."""
         return ((batch, ()) for batch in batches)
+
+    def advice(self, relabelling: bool) -> str:  # noqa: ARG002
+        """What to do where label correction goes wrong: by changing labels, or by removing images."""
+        return ""
 
     def learning_rates(self, epoch: int, step: int, steps: int) -> list[float]:
         """Of each group of ``Method.trained``, at this step of ``steps`` in the epoch; the log has the first."""

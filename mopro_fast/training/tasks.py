@@ -29,10 +29,10 @@ class MoProTask(Task):
     config: TrainConfig
     two_views = True
 
-    @property
-    def advice(self) -> str:
-        other = "another --threshold" if self.config.mopro.calibrate else "raise --threshold, or set --calibrate True"
-        return f"label correction feeds on itself: begin it later (--start-clean), {other}"
+    def advice(self, relabelling: bool) -> str:
+        ways = ["begin label correction later (--start-clean)"]
+        ways += ["raise --threshold"] * relabelling + ["set --calibrate True"] * (not self.config.mopro.calibrate)
+        return ", or ".join(ways)
 
     def build(self) -> Method:
         return build(self.config)
