@@ -125,9 +125,11 @@ def precision_alarm(of_class: list[list[int]]) -> list[Alarm]:
 class ClassWatch:
     """Writes :func:`table` and the alarms of each epoch into the log; new alarms are shown on the terminal, too."""
 
-    def __init__(self, log: RunLog, index: Index, advice: Callable, agreement: list[float], trusted: bool) -> None:
-        """advice: Task.advice. agreement: as of :func:`agreement_alarm`, so far. trusted: the held-out labels are not
-        those that the images came with.
+    def __init__(
+        self, log: RunLog, index: Index, advice: Callable[[bool], str], agreement: list[float], trusted: bool
+    ) -> None:
+        """advice: Task.advice. agreement: as of :func:`agreement_alarm`, so far. trusted: the held-out labels are known
+        to be right.
         """
         self._log, self._index, self._advice, self._trusted = log, index, advice, trusted
         self.agreement = list(agreement)

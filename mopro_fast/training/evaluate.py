@@ -32,8 +32,8 @@ def held_out(
     have the held-out label that it prefers (None without any).
 
     given: int64 [images], the labels that the images came with, by id; these are what is corrected.
-    trusted: the held-out labels are not these. Then of_class has two lists [C]: how many images would become each
-    class, and how many of them rightly.
+    trusted: the held-out labels are known to be right. Then of_class has two lists [C]: how many images would become
+    each class, and how many of them rightly.
     """
     classes = model.encoder_q.classifier.out_features
     counts = torch.zeros(7 + 2 * classes, dtype=torch.int64, device=device)
