@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
             folder = a.runs / re.sub(r"[^\w.=-]+", "_", name) / f"seed{seed}"
             ours = [*data, "--out", str(folder), "--seed", str(seed), "--tensorboard", "False", "--threads", "1"]
             runs.append(Run(name, seed, options, words + ours, folder, identity))
-            if runs[-1].result.is_file() and json.loads(runs[-1].result.read_text())["identity"] != identity:
+            if runs[-1].result.is_file() and json.loads(runs[-1].result.read_text()).get("identity") != identity:
                 raise SystemExit(
                     f"{folder} holds a run with other settings or images: choose another --runs, or remove it"
                 )

@@ -36,7 +36,7 @@ def demo_accuracy(result: dict) -> str:
         "| `mopro-fast demo` | cross-entropy | MoPro |",
         "|---|---|---|",
         f"| clean test accuracy, % | {mean('ce_top1')} | **{mean('mopro_top1')}** |",
-        f"| the digit met worst on any seed, % | {worst('ce')} | {worst('mopro')} |",
+        f"| the worst digit of all seeds, % | {worst('ce')} | {worst('mopro')} |",
         f"| label correction: precision, % | – | {mean('precision', 100)} |",
         f"| label correction: recall, % | – | {mean('recall', 100)} |",
         f"| out-of-distribution images removed, % | 0 | {mean('ood_removed', 100)} |",

@@ -134,7 +134,7 @@ class Log:
 
 
 def test_the_terminal_says_an_alarm_when_it_begins_and_the_log_every_time(given):
-    log, index = Log(), SimpleNamespace(labels=given, classes=None, held_out=np.empty(0, np.int64))
+    log, index = Log(), SimpleNamespace(labels=given, classes=None)
     task = MoProTask(TrainConfig())
     watch = ClassWatch(log, index, task.advice, [], trusted=False)
 
