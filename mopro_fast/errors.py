@@ -6,3 +6,8 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's exception says, for the middle of a UserError."""
+    return getattr(error, "strerror", None) or str(error).partition("\n")[0].rstrip(":. ") or type(error).__name__

@@ -283,7 +283,7 @@ def test_a_place_that_cannot_be_written(odd, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("builtins.open", refusing(str(odd.parent / "list.txt.index")))
     checked = check(load(odd), workers=1, progress=False)
-    assert checked.path.startswith(str(tmp_path / "cache" / "mopro_fast")) and checked.path in capsys.readouterr().out
+    assert checked.path.startswith(str(tmp_path / "cache" / "mopro_fast")) and checked.path in capsys.readouterr().err
     assert check(load(odd), workers=1, progress=False).read == 1
     assert len(list((tmp_path / "cache" / "mopro_fast").iterdir())) == 1
 

@@ -49,6 +49,8 @@ class Weights:
     """The config of the run, where the file has one."""
     keys_updated: bool
     """encoder_k has moved after encoder_q's last step; the official code moves it at the beginning of the next."""
+    classes: list[str] | None = None
+    """The names of the classes in the order of their labels, where the training data had them."""
 
     def encoder(self) -> dict[str, Tensor]:
         """The query encoder's tensors by ResNet's names."""

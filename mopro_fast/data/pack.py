@@ -28,6 +28,7 @@ from mopro_fast.data import workers as processes
 from mopro_fast.data.check import load_splits, worker_count
 from mopro_fast.data.decode import CANNOT_READ
 from mopro_fast.data.index import Index
+from mopro_fast.data.paths import Paths
 from mopro_fast.data.shards import MANIFEST, STATE, ShardJob, is_pack, read_manifest, write_shard
 from mopro_fast.errors import UserError
 from mopro_fast.files import locked, replacing
@@ -39,12 +40,13 @@ _TABLE = pa.schema(
     [
         ("id", pa.int64()),
         ("label", pa.int64()),
-        ("path", pa.string()),
+        ("path", pa.string()),  # binary where a name is not UTF-8
         ("offset", pa.int64()),
         ("size", pa.int64()),
         ("shard", pa.int32()),
     ]
 )
+_PATH = _TABLE.get_field_index("path")
 
 
 @dataclass
@@ -106,7 +108,7 @@ def pack(splits: dict[str, Index], options: Pack, workers: int) -> str:
                 raise UserError(f"none of the images of {splits[split].source} can be read: see `mopro-fast check`")
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([("split", "id", "label", "path", "reason"), *skipped])
-        _write(options.out, SKIPPED, text.getvalue().encode())
+        _write(options.out, SKIPPED, os.fsencode(text.getvalue()))
         manifest = {"format": shards.FORMAT, "version": shards.VERSION, **made_of}
         manifest |= {"classes": splits["train"].classes, "splits": listed}
         _write(options.out, MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
@@ -186,10 +188,14 @@ def _write_table(out: str, split: str, names: list[str]) -> tuple[dict, list[lis
         rows = record.pop("rows")
         entries.append({**record, "images": len(rows)})
         columns = [*(zip(*rows, strict=True) if rows else [[]] * 5), [number] * len(rows)]
-        arrays = [pa.array(column, f.type) for column, f in zip(columns, _TABLE, strict=True)]
-        tables.append(pa.table(arrays, schema=_TABLE))
+        arrays = [
+            pa.array(columns[i], f.type) if i != _PATH else Paths(columns[i]).column for i, f in enumerate(_TABLE)
+        ]
+        tables.append(pa.table(arrays, _TABLE.names))
+    joined = pa.concat_tables(tables).combine_chunks()
+    joined = joined.set_column(_PATH, "path", Paths(joined["path"]).for_table())
     table = io.BytesIO()
-    pq.write_table(pa.concat_tables(tables).combine_chunks(), table, compression="zstd")
+    pq.write_table(joined, table, compression="zstd")
     _write(out, f"{split}.parquet", table.getvalue())
     listed = {"name": f"{split}.parquet", "sha256": hashlib.sha256(table.getvalue()).hexdigest()}
     return {"images": sum(map(len, tables)), "skipped": len(skipped), "table": listed, "shards": entries}, skipped

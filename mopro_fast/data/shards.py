@@ -18,23 +18,43 @@ import zlib
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 from mopro_fast.data import decode
 from mopro_fast.data import workers as processes
 from mopro_fast.data.decode import CANNOT_READ, OK, UNREADABLE, DecodeError
-from mopro_fast.errors import UserError
-from mopro_fast.files import replacing
+from mopro_fast.data.paths import Paths
+from mopro_fast.errors import UserError, first_line
+from mopro_fast.files import misfit, replacing
 
 MANIFEST = "manifest.json"
 RECORDS = "records"
 STATE = ".packing.json"  # what a pack that is not complete is made of
 VERSION = 1
 FORMAT = "mopro_fast pack"
+_AGAIN = "run the same `mopro-fast pack` again"
+_FILE = {"name": Path, "sha256": str}
+_OF_MANIFEST = {
+    "options": dict,
+    "data": {None: str},
+    "classes": ([str], type(None)),
+    "splits": {None: {"table": _FILE, "shards": [{**_FILE, "images": int, "bytes": int, "index": _FILE}]}},
+}
+_OF_RECORD = {
+    **_FILE,
+    "index": _FILE,
+    "source": str,
+    "bytes_before": int,
+    "bytes": int,
+    "rows": [list],
+    "skipped": [list],
+}
 _OPEN = 512  # files kept open per set: many systems allow a process 1024
 _PIECE = 1 << 22  # bytes hashed at a time
 
@@ -56,8 +76,8 @@ class ShardSet:
     """int64 [n]; -1: none given."""
     id: np.ndarray
     """int64 [n]: its row in the data that was packed."""
-    paths: np.ndarray
-    """StringDType [n]: its path there."""
+    paths: Paths
+    """[n]: its path there."""
     classes: list[str] | None
     """The classes' names, where the data had them."""
     digest: str
@@ -95,7 +115,21 @@ class ShardSet:
 
 
 def is_pack(folder: str | os.PathLike) -> bool:
-    return os.path.isfile(os.path.join(folder, MANIFEST))
+    """Whether `mopro-fast pack` made it: many folders hold a manifest.json of somebody else's.
+
+    One that is damaged counts beside a pack's records.
+    """
+    path = os.path.join(folder, MANIFEST)
+    if not os.path.isfile(path):
+        return False
+    try:
+        with open(path, encoding="utf-8") as file:
+            manifest = json.load(file)
+        if isinstance(manifest, dict) and manifest.get("format") == FORMAT:
+            return True
+    except (OSError, ValueError, RecursionError):
+        pass
+    return any(Path(folder, RECORDS).glob("*.json.gz"))
 
 
 def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
@@ -106,12 +140,14 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
             manifest = json.load(file)
     except FileNotFoundError:
         raise UserError(f"{folder} holds no {MANIFEST}: run `mopro-fast pack` to its end") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}): run `mopro-fast pack` again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path} ({first_line(error)}): run `mopro-fast pack` again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{path} was not written by `mopro-fast pack`: give a folder that it made")
-    if manifest["version"] != VERSION:
-        raise UserError(f"{path} has version {manifest['version']}, this mopro_fast reads {VERSION}: pack again")
+    if manifest.get("version") != VERSION:
+        raise UserError(f"{path} has version {manifest.get('version')}, this mopro_fast reads {VERSION}: pack again")
+    if wrong := misfit(manifest, _OF_MANIFEST):
+        raise UserError(f"{path} is damaged: {wrong}: {_AGAIN}")
     return manifest
 
 
@@ -124,28 +160,44 @@ def open_shards(folder: str | os.PathLike, split: str = "train") -> ShardSet:
     if split not in manifest["splits"]:
         raise UserError(f"{folder} holds no {split} images: it was packed from data without them")
     listed = manifest["splits"][split]
-    again = "run the same `mopro-fast pack` again"
     try:
         for shard in listed["shards"]:
             path = os.path.join(folder, shard["name"])
             if (size := os.path.getsize(path)) != shard["bytes"]:
-                raise UserError(f"{path} has {size} bytes, its manifest says {shard['bytes']}: {again}")
+                raise UserError(f"{path} has {size} bytes, its manifest says {shard['bytes']}: {_AGAIN}")
         path = os.path.join(folder, listed["table"]["name"])
         content = Path(path).read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): {again}") from None
+        raise UserError(f"cannot read {path} ({error.strerror}): {_AGAIN}") from None
     if hashlib.sha256(content).hexdigest() != listed["table"]["sha256"]:
-        raise UserError(f"{path} is not as it was made: {again}")
-    table = pq.read_table(io.BytesIO(content))
-    columns = {name: table[name].to_numpy() for name in ("shard", "offset", "size", "label", "id")}
+        raise UserError(f"{path} is not as it was made: {_AGAIN}")
+    try:
+        table = pq.read_table(io.BytesIO(content))
+        columns = {name: table[name].cast(pa.int64()) for name in ("shard", "offset", "size", "label", "id")}
+        paths = Paths(table["path"])
+        if any(column.null_count for column in (*columns.values(), paths.column)):
+            raise ValueError("a value is missing")
+        columns = {name: column.to_numpy() for name, column in columns.items()}
+        bytes_of = np.array([shard["bytes"] for shard in listed["shards"]] or [0], np.int64)
+        ends = columns["offset"] + columns["size"]
+        if not (_within(columns["shard"], len(bytes_of)) and (ends <= bytes_of[columns["shard"]]).all()):
+            raise ValueError("images outside of the shards")
+        if not all(_within(columns[name], 1 << 62) for name in ("offset", "size", "id")):
+            raise ValueError("numbers below 0")
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {first_line(error)}: {_AGAIN}") from None
     return ShardSet(
         folder,
         [shard["name"] for shard in listed["shards"]],
-        paths=np.array(table["path"].to_pylist(), np.dtypes.StringDType()),
+        paths=paths,
         classes=manifest["classes"],
         digest=listed["table"]["sha256"],
         **columns,
     )
+
+
+def _within(numbers: np.ndarray, end: int) -> bool:
+    return numbers.min(initial=0) >= 0 and numbers.max(initial=0) < end
 
 
 def verify_pack(folder: str, workers: int) -> list[str]:
@@ -185,8 +237,8 @@ class ShardJob(NamedTuple):
     """int64 [n]."""
     labels: np.ndarray
     """int64 [n]."""
-    paths: np.ndarray
-    """StringDType [n], relative to root."""
+    paths: Paths
+    """[n], relative to root."""
     size: int
     quality: int
     crashed: dict[int, str]
@@ -282,19 +334,26 @@ def _source(job: ShardJob) -> str:
             size = os.stat(os.path.join(job.root, path)).st_size
         except OSError:
             size = -1
-        digest.update(f"{number} {label} {size} {path}\n".encode())
+        digest.update(os.fsencode(f"{number} {label} {size} {path}\n"))
     return digest.hexdigest()
 
 
 def _is_finished(job: ShardJob, source: str) -> bool:
     try:
         record = read_record(job.out, job.name)
-        files = [record, record["index"]]
+        if misfit(record, _OF_RECORD) or not all(map(_is_row, record["rows"], repeat((int, int, str, int, int)))):
+            return False
+        if not all(map(_is_row, record["skipped"], repeat((int, int, str, str)))):
+            return False
         return record["source"] == source and all(
-            _sha256(os.path.join(job.out, file["name"])) == file["sha256"] for file in files
+            _sha256(os.path.join(job.out, file["name"])) == file["sha256"] for file in (record, record["index"])
         )
-    except (OSError, EOFError, ValueError, KeyError, zlib.error):
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error):
         return False
+
+
+def _is_row(row: list, types: tuple[type, ...]) -> bool:
+    return tuple(map(type, row)) == types
 
 
 def _packed_file(job: ShardJob, number: int, path: str) -> tuple[int, bytes, str]:
