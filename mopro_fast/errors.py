@@ -9,5 +9,6 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's exception says, for the middle of a UserError."""
-    return getattr(error, "strerror", None) or str(error).partition("\n")[0].rstrip(":. ") or type(error).__name__
+    """What a library's exception says, short enough for the middle of a UserError."""
+    said = getattr(error, "strerror", None) or str(error).partition("\n")[0].rstrip(":. ")
+    return said[:200] or type(error).__name__

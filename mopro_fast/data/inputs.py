@@ -23,11 +23,12 @@ from mopro_fast.data.decode import UNREADABLE, VERDICTS
 from mopro_fast.data.index import Checked, Index, load_index, synsets, val_layout
 from mopro_fast.data.lists import read_list
 from mopro_fast.data.order import place_in_class
-from mopro_fast.data.paths import Paths, shown
+from mopro_fast.data.paths import Paths, read_columns, shown
 from mopro_fast.data.pipeline import EvalLoader, TrainLoader
 from mopro_fast.distributed import by_rank0, say, world
 from mopro_fast.errors import UserError, first_line
-from mopro_fast.files import replacing
+from mopro_fast.files import misfit, replacing
+from mopro_fast.labels import NO_LABEL
 
 _HOLDOUT = 4  # word of the generator's seed; order.py and batches.py have 0 to 2, supervised.py 3
 IMAGES = "images.parquet"  # in a run's folder: the images of class folders, with their labels
@@ -77,19 +78,22 @@ def write_images(index: Index, folder: Path) -> None:
 def begun(folder: Path, digest: str | None) -> Index | None:
     """The index of this digest (None: of any), with which the run in ``folder`` began, if it noted one."""
     path, old = folder / IMAGES, folder / "images.txt"  # of versions before
-    try:
-        if path.is_file():
-            table = pq.read_table(path, memory_map=False)
-            paths, labels = Paths(table["path"]), table["label"].to_numpy().astype(np.int64)
-            classes = [str(name) for name in json.loads(table.schema.metadata[b"classes"])]
-        elif old.is_file():
-            paths, labels, _ = read_list(str(old), lambda _: True)
-            names = dict(zip(labels.tolist(), (name.partition("/")[0] for name in paths), strict=True))
-            classes = [names.get(label, str(label)) for label in range(max(names, default=-1) + 1)]
-        else:
-            return None
-    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {path} ({first_line(error)}): choose another --out") from None
+    if path.is_file():
+        try:
+            paths, columns, about = read_columns(path, "label")
+            labels, classes = columns["label"], json.loads(about.get(b"classes", b"null"))
+            if wrong := misfit(classes, [str], "classes"):
+                raise ValueError(wrong)
+            if not (labels.min(initial=0) >= NO_LABEL and labels.max(initial=NO_LABEL) < len(classes)):
+                raise ValueError("labels outside of the classes")
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"cannot read {path} ({first_line(error)}): choose another --out") from None
+    elif old.is_file():
+        paths, labels, _ = read_list(str(old), lambda _: True)
+        names = dict(zip(labels.tolist(), (name.partition("/")[0] for name in paths), strict=True))
+        classes = [names.get(label, str(label)) for label in range(max(names, default=-1) + 1)]
+    else:
+        return None
     index = Index(str(folder), paths, labels, classes, str(path))
     return index if digest in (None, index.digest()) else None
 

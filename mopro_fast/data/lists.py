@@ -34,11 +34,11 @@ class Rows(NamedTuple):
     """int64 [n]: line numbers, from 1."""
 
 
-def read_list(name: str, exists: Callable[[str], bool]) -> Rows:
+def read_list(name: str, exists: Callable[[str], bool], form: str = "path label") -> Rows:
     """The rows of a list file. Raises a UserError that names the first line of another form.
 
     exists: whether there is an image of this path. A line that begins with "#" is a comment, which is counted, unless
-    it names an image that is there.
+    it names an image that is there. form: for messages.
     """
     lines, numbers = _lines(name)
     found = pc.extract_regex(lines, _ROW)
@@ -50,7 +50,7 @@ def read_list(name: str, exists: Callable[[str], bool]) -> Rows:
     bad[comments] = False
     if bad.any():
         i = int(bad.argmax())
-        raise UserError(f"{name}:{numbers[i]}: expected: path label; found: {_quoted(lines[i])}")
+        raise UserError(f"{name}:{numbers[i]}: expected lines of the form: {form}; found: {_quoted(lines[i])}")
     if comments:
         text = f"line {numbers[comments[0]]}: {_quoted(lines[comments[0]])}"
         say(f"{name}: comments: {len(comments)}, such as {text}")

@@ -31,7 +31,7 @@ from mopro_fast.data.index import Index
 from mopro_fast.data.paths import Paths
 from mopro_fast.data.shards import MANIFEST, STATE, ShardJob, is_pack, read_manifest, write_shard
 from mopro_fast.errors import UserError
-from mopro_fast.files import locked, replacing
+from mopro_fast.files import locked, misfit, replacing
 
 SKIPPED = "skipped.csv"
 LEAST_SIZE = 16  # px: the smallest image the recipes train on
@@ -219,8 +219,11 @@ def _state(out: str, made_of: dict[str, Any]) -> Iterator[None]:
     with locked(os.path.join(out, STATE), busy) as file:
         file.seek(0)
         try:
-            _compare(out, json.loads(file.read()), made_of)
-        except ValueError:  # new, or cut short by an interruption: then nothing else was written
+            there = json.loads(file.read())
+            if misfit(there, {"options": dict, "data": {None: str}}):
+                raise ValueError
+            _compare(out, there, made_of)
+        except (ValueError, RecursionError):  # new, or cut short by an interruption: then nothing else was written
             file.truncate(0)
             try:
                 file.write(json.dumps(made_of).encode())

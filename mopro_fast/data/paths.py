@@ -2,10 +2,13 @@
 
 import os
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from mopro_fast.errors import first_line
 
 _PIECE = 1 << 20  # names joined at a time
 
@@ -57,6 +60,28 @@ class Paths:
         """The names with a line feed between them, in pieces."""
         for first in range(0, len(self), _PIECE):
             yield b"\n" * (first > 0) + b"\n".join(self.column[first : first + _PIECE].to_pylist())
+
+
+def read_columns(file: Any, *numbers: str) -> tuple[Paths, dict[str, np.ndarray], dict[bytes, bytes]]:
+    """Of a Parquet file (a path or an open one) the column "path", these others as int64, and its metadata.
+
+    Raises a ValueError where one is missing, of another type, or has no value somewhere; an OSError.
+    """
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(file, memory_map=False)
+        columns = {name: table[name].combine_chunks() for name in ("path", *numbers)}
+        for name, column in columns.items():
+            if column.null_count or (name != "path" and not pa.types.is_integer(column.type)):
+                raise ValueError(f"{name} is not {'text' if name == 'path' else 'whole numbers'} everywhere")
+        paths = Paths(columns.pop("path"))
+        found = {name: column.cast(pa.int64()).to_numpy() for name, column in columns.items()}
+        return paths, found, table.schema.metadata or {}
+    except KeyError as error:
+        raise ValueError(f"no column {error}") from None
+    except (pa.ArrowException, NotImplementedError) as error:
+        raise ValueError(first_line(error)) from None
 
 
 def shown(name: str) -> str:

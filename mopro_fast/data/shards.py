@@ -18,18 +18,16 @@ import zlib
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import repeat
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 from PIL import Image
 
 from mopro_fast.data import decode
 from mopro_fast.data import workers as processes
 from mopro_fast.data.decode import CANNOT_READ, OK, UNREADABLE, DecodeError
-from mopro_fast.data.paths import Paths
+from mopro_fast.data.paths import Paths, read_columns
 from mopro_fast.errors import UserError, first_line
 from mopro_fast.files import misfit, replacing
 
@@ -153,8 +151,6 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
 
 def open_shards(folder: str | os.PathLike, split: str = "train") -> ShardSet:
     """The images of a split. Raises UserError where a file is missing, cut or altered (of shards: by their size)."""
-    import pyarrow.parquet as pq
-
     folder = os.fspath(folder)
     manifest = read_manifest(folder)
     if split not in manifest["splits"]:
@@ -172,19 +168,14 @@ def open_shards(folder: str | os.PathLike, split: str = "train") -> ShardSet:
     if hashlib.sha256(content).hexdigest() != listed["table"]["sha256"]:
         raise UserError(f"{path} is not as it was made: {_AGAIN}")
     try:
-        table = pq.read_table(io.BytesIO(content))
-        columns = {name: table[name].cast(pa.int64()) for name in ("shard", "offset", "size", "label", "id")}
-        paths = Paths(table["path"])
-        if any(column.null_count for column in (*columns.values(), paths.column)):
-            raise ValueError("a value is missing")
-        columns = {name: column.to_numpy() for name, column in columns.items()}
+        paths, columns, _ = read_columns(io.BytesIO(content), "shard", "offset", "size", "label", "id")
         bytes_of = np.array([shard["bytes"] for shard in listed["shards"]] or [0], np.int64)
-        ends = columns["offset"] + columns["size"]
-        if not (_within(columns["shard"], len(bytes_of)) and (ends <= bytes_of[columns["shard"]]).all()):
+        inside = _within(columns["shard"], len(bytes_of)) and _within(columns["offset"], 1 << 62)
+        if not inside or not _within(columns["size"], bytes_of[columns["shard"]] - columns["offset"] + 1):
             raise ValueError("images outside of the shards")
-        if not all(_within(columns[name], 1 << 62) for name in ("offset", "size", "id")):
-            raise ValueError("numbers below 0")
-    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        if not _within(columns["id"], 1 << 62):
+            raise ValueError("numbers of images below 0")
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged: {first_line(error)}: {_AGAIN}") from None
     return ShardSet(
         folder,
@@ -196,8 +187,8 @@ def open_shards(folder: str | os.PathLike, split: str = "train") -> ShardSet:
     )
 
 
-def _within(numbers: np.ndarray, end: int) -> bool:
-    return numbers.min(initial=0) >= 0 and numbers.max(initial=0) < end
+def _within(numbers: np.ndarray, ends: np.ndarray | int) -> bool:
+    return bool(((numbers >= 0) & (numbers < ends)).all())
 
 
 def verify_pack(folder: str, workers: int) -> list[str]:
@@ -341,19 +332,18 @@ def _source(job: ShardJob) -> str:
 def _is_finished(job: ShardJob, source: str) -> bool:
     try:
         record = read_record(job.out, job.name)
-        if misfit(record, _OF_RECORD) or not all(map(_is_row, record["rows"], repeat((int, int, str, int, int)))):
+        if misfit(record, _OF_RECORD) or record["source"] != source:
             return False
-        if not all(map(_is_row, record["skipped"], repeat((int, int, str, str)))):
+        if any(_sha256(os.path.join(job.out, file["name"])) != file["sha256"] for file in (record, record["index"])):
             return False
-        return record["source"] == source and all(
-            _sha256(os.path.join(job.out, file["name"])) == file["sha256"] for file in (record, record["index"])
+        lines = Path(job.out, record["index"]["name"]).read_text().splitlines()[1:]
+        places = [list(map(int, line.split()[1:3])) for line in lines]
+        named = record["rows"] + record["skipped"]
+        return places == [row[3:] for row in record["rows"]] and sorted(row[:3] for row in named) == sorted(
+            map(list, job.rows())
         )
-    except (OSError, EOFError, ValueError, RecursionError, zlib.error):
+    except (OSError, EOFError, ValueError, TypeError, RecursionError, zlib.error):
         return False
-
-
-def _is_row(row: list, types: tuple[type, ...]) -> bool:
-    return tuple(map(type, row)) == types
 
 
 def _packed_file(job: ShardJob, number: int, path: str) -> tuple[int, bytes, str]:

@@ -158,7 +158,7 @@ def _voc_list(folder: str, name: str, split: str) -> dict[str, int]:
     path = os.path.join(folder, "ImageSets", "Main", f"{name}_{split}.txt")
     if not os.path.isfile(path):
         raise UserError(f"cannot read {path}: no such file: unpack VOC2007's trainval and test there")
-    images, numbers, _ = read_list(path, lambda _: True)
+    images, numbers, _ = read_list(path, lambda _: True, form="image label")
     labels = dict(zip(images, numbers.tolist(), strict=True))
     if not labels or not set(labels.values()) <= {-1, 0, 1}:
         raise UserError(f"{path}: expected labels 1, 0 and -1")

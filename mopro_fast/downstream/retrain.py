@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mopro_fast.data.index import Index
-from mopro_fast.data.paths import Paths, shown
+from mopro_fast.data.paths import Paths, read_columns, shown
 from mopro_fast.downstream import supervised
 from mopro_fast.downstream.supervised import SupervisedConfig, SupervisedOptim, SupervisedTask
 from mopro_fast.errors import UserError, first_line
+from mopro_fast.files import misfit
 from mopro_fast.labels import NO_LABEL
 
 
@@ -87,15 +86,14 @@ def _read(path: Path) -> tuple[Paths, np.ndarray]:
     try:
         if path.suffix == ".json":
             found = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
-            paths, given = Paths(found["images"]), pa.array(found["labels"], pa.int64())
+            if wrong := misfit(found, {"images": [str], "labels": [int]}):
+                raise ValueError(wrong)
+            paths, labels = Paths(found["images"]), np.array(found["labels"], np.int64)
         else:
-            table = pq.read_table(path, columns=["path", "label"])
-            paths, given = Paths(table["path"]), table["label"].cast(pa.int64())
-        if paths.column.null_count or given.null_count:
-            raise ValueError("a path or a label is missing")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, pa.ArrowException) as error:
+            paths, columns, _ = read_columns(path, "label")
+            labels = columns["label"]
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read the cleaned labels {path}: {first_line(error)}") from None
-    labels = given.to_numpy().astype(np.int64)
     if len(paths) != len(labels) or labels.min(initial=0) < NO_LABEL:
         raise UserError(f"{path} is damaged: {len(paths)} images, {len(labels)} labels from {labels.min(initial=0)}")
     return paths, labels
