@@ -44,7 +44,7 @@ def parse(argv: list[str]) -> TrainConfig:
     if config.method == "ce" and os.environ.get("RANK", "0") == "0":
         changed = differences(recipe(argv[0]).as_dict(), config.as_dict())
         for name in (name for name in changed if name in MOPRO | VIEW_K):
-            print(f"note: {flag(name.rpartition('.')[2])} has no effect with --method ce", file=sys.stderr)
+            print(f"note: {flag(name)} has no effect with --method ce", file=sys.stderr)
     return config
 
 
