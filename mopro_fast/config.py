@@ -444,7 +444,9 @@ def read(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"cannot read the config {path}: {error}") from None
+        whys = {UnicodeDecodeError: "it is not UTF-8 text", RecursionError: "it is nested too deeply"}
+        whys[ValueError] = "a number in it has too many digits"
+        raise UserError(f"cannot read the config {path}: {whys.get(type(error), error)}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} is no config: it must be an object of settings, got {_told(values)}")
     return values

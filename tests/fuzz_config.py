@@ -22,13 +22,13 @@ def mutated(seed: int) -> bytes:
     config = recipe("demo")
     config.data.path, config.run.out, config.data.extra_val = "images", "run", {"other": "others"}
     values = json.loads(config.to_json())
-    for _ in range(rng.randint(0, 3)):
+    for _ in range(rng.choice([0, 1, 1, 2, 3])):
         rng.choice([_value, _value, _value, _rename, _drop, _nest])(rng, values)
     text = json.dumps(values, indent=rng.choice([None, 2]), ensure_ascii=rng.random() < 0.8)
-    if rng.random() < 0.4:
+    if rng.random() < 0.25:
         text = rng.choice([_twice, _cut, _deep, _number, _wrapped])(rng, text)
-    data = text.encode(rng.choice(ENCODINGS) if rng.random() < 0.2 else "utf-8", "replace")
-    return _flip(rng, data) if rng.random() < 0.2 else data
+    data = text.encode(rng.choice(ENCODINGS) if rng.random() < 0.1 else "utf-8", "replace")
+    return _flip(rng, data) if rng.random() < 0.1 else data
 
 
 def _place(rng: random.Random, values: dict) -> tuple[dict, str]:

@@ -9,7 +9,7 @@ from mopro_fast.config import TrainConfig, from_dict, load, read
 from mopro_fast.errors import UserError
 
 INPUTS = int(os.environ.get("MOPRO_FAST_FUZZ", 100))
-GROUPS = 10
+GROUPS = 4
 
 
 @pytest.mark.parametrize("group", range(GROUPS))
@@ -27,4 +27,4 @@ def test_a_config_is_read_or_refused_in_one_line(group, tmp_path):
         path.write_text(config.to_json())
         assert load(path) == config, seed
         assert from_dict(TrainConfig, read(path), "again") == config, seed
-    assert len(results) < 10 or set(results) == {"refused", "read"}
+    assert len(results) < 20 or set(results) == {"refused", "read"}
