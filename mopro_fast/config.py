@@ -4,6 +4,7 @@ The docstring under a field is its ``--help``. :meth:`TrainConfig.validate` refu
 :func:`from_dict` unknown ones and values of other types, both those outside of ``LIMITS``, with a UserError.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -51,6 +52,8 @@ _INTERVALS = {
 }
 LIMITS = {name: interval for interval, names in _INTERVALS.items() for name in names.split()}
 """Where the numbers of every setting lie, those of re-training and fine-tuning included."""
+PATHS = {f"data.{name}" for name in ("path", "root", "val", "extra_val", "holdout")}
+PATHS |= {"run.out", "run.resume", "run.init", "cleaned", "list"}
 
 
 @dataclass(frozen=True)
@@ -261,8 +264,9 @@ class Settings:
         _require(r.out, "no output folder given: set --out")
         for name, default, value in _settings(self):
             _require_in_limits(name, flag(name), value)
-            for path in value.values() if isinstance(value, dict) else (value,):
-                _require_path(flag(name), path, default)
+            if name in PATHS:
+                for path in value.values() if isinstance(value, dict) else (value,):
+                    _require_path(flag(name), path, default)
         share = d.held_out_share()
         _require(share is None or 0 < share < 1, f"--holdout {d.holdout}: a share must lie between 0 and 1")
         if d.eval_resize is not None:
@@ -480,16 +484,19 @@ def from_dict(cls: type, values: dict[str, Any], where: str, prefix: str = "") -
 
 
 def _as(hint: Any, value: Any) -> Any:
-    """The value as a setting of this type has it; a TypeError where it is of another."""
+    """The value as a setting of this type has it; a TypeError where it is of another. Types of others' own pass."""
     kind, inner = typing.get_origin(hint), typing.get_args(hint)
-    if kind in (typing.Union, types.UnionType):  # X | None
-        return None if value is None else _as(inner[0], value)
-    if kind is tuple and isinstance(value, (list, tuple)):
-        each = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
-        if len(each) == len(value):
-            return tuple(map(_as, each, value))
+    if kind in (typing.Union, types.UnionType):
+        for option in inner:
+            with contextlib.suppress(TypeError):
+                return _as(option, value)
+    elif kind is tuple:
+        if isinstance(value, (list, tuple)):
+            each = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+            if len(each) == len(value):
+                return tuple(map(_as, each, value))
     elif kind is Literal:
-        if isinstance(value, str) and value in inner:
+        if any(value == choice and type(value) is type(choice) for choice in inner):
             return value
     elif kind is dict:
         if isinstance(value, dict):
@@ -497,23 +504,27 @@ def _as(hint: Any, value: Any) -> Any:
     elif hint is float:
         if type(value) in (int, float) and abs(value) <= sys.float_info.max:
             return value
-    elif type(value) is hint:
+    elif type(value) is hint or hint not in _PLAIN:
         return value
     raise TypeError
+
+
+_PLAIN = {int: "a whole number", str: "a string", bool: "true or false", types.NoneType: "null"}
 
 
 def _wanted(hint: Any) -> str:
     """For messages: what a setting of this type takes."""
     kind, inner = typing.get_origin(hint), typing.get_args(hint)
     if kind in (typing.Union, types.UnionType):
-        return f"{_wanted(inner[0])} or null"
+        return " or ".join(map(_wanted, inner))
     if kind is tuple:
         return f"a list{'' if inner[-1] is Ellipsis else f' of {len(inner)}'}, each {_wanted(inner[0])}"
     if kind is Literal:
-        return " or ".join(filter(None, (", ".join(inner[:-1]), inner[-1])))
+        *most, last = map(str, inner)
+        return f"{', '.join(most)} or {last}" if most else last
     if kind is dict:
         return "an object of strings"
-    return {int: "a whole number", float: "a finite number", str: "a string", bool: "true or false"}.get(hint, "null")
+    return _PLAIN.get(hint, "a finite number")
 
 
 def _told(value: Any) -> str:
@@ -528,7 +539,8 @@ def _told(value: Any) -> str:
 
 def _in_run(folder: Path) -> bool:
     """Whether this is the folder of a run."""
-    return any((folder / part).exists() for part in ("checkpoints", "log.jsonl", ".mopro_fast"))
+    traces = ("checkpoints", "log.jsonl", ".mopro_fast")
+    return (folder / "config.json").exists() and any((folder / trace).exists() for trace in traces)
 
 
 def _command_of(values: dict[str, Any], folder: Path) -> str:
@@ -596,8 +608,8 @@ def _require_in_limits(name: str, shown: str, value: Any) -> None:
 
 
 def _require_path(shown: str, path: Any, default: Any) -> None:
-    """Strings but choices are paths. Only settings that are empty by themselves may be."""
-    if not isinstance(path, str):
+    """A file can have this path. Only settings that are empty by themselves may be."""
+    if path is None:
         return
     _require(path or default == "", f"{shown} is empty: name a path, or leave it out")
     try:

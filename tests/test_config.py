@@ -265,6 +265,7 @@ def test_a_moved_run_goes_on_where_it_lies(trace, tmp_path, monkeypatch):
     monkeypatch.chdir(run)
     assert recipe("config.json").run.out == "."
     shutil.copy("config.json", "../copy.json")
+    (tmp_path / "checkpoints").mkdir()  # of something else
     assert recipe("../copy.json") == c
 
 
@@ -311,3 +312,15 @@ def state_dict():
     c = config()
     c.model.width, c.model.embed_dim, c.mopro.queue_size = 1 / 64, 2, 64
     return build(c).state_dict()
+
+
+def test_a_method_of_ones_own_may_have_settings_of_any_type():
+    @dataclasses.dataclass
+    class Own(Settings):
+        sizes: list[int] | int = 1
+        folds: typing.Literal[2, 3] = 2
+        word: str = "x" * 999
+
+    assert from_dict(Own, {"sizes": [1]}, "e.json").sizes == [1]
+    assert refusal({"folds": 2.0}, Own) == "e.json: folds must be 2 or 3, got 2.0"
+    assert refusal({"folds": True}, Own) == "e.json: folds must be 2 or 3, got true"

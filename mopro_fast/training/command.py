@@ -52,8 +52,9 @@ def _usage() -> str:
     recipes = "\n".join(f"  {name:15s} {make.__doc__.splitlines()[0]}" for name, make in RECIPES.items())
     return f"""usage: mopro-fast train RECIPE --data PATH --out FOLDER [options]
 
-RECIPE is a saved config.json or one of
+RECIPE is one of
 {recipes}
+or a saved config.json; one that lies in a run's folder goes on with that run, there.
 
 `mopro-fast train RECIPE --help` lists every option with the recipe's values.
 The same command run again goes on where it was interrupted."""
