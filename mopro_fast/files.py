@@ -106,3 +106,14 @@ def write_json(path: Path, value: Any) -> None:
             file.write(json.dumps(value, indent=2).encode() + b"\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def home(path: str) -> str:
+    """The path with the home folder in place of a ``~`` or ``~user`` that it begins with."""
+    if not path.startswith("~"):
+        return path
+    user, _, _ = path.partition("/")
+    full = os.path.expanduser(path)
+    if full == path or (user == "~" and os.environ.get("HOME") == ""):
+        raise UserError(f"{path!r}: no home folder is known for {user!r}: write the path without ~, or begin with ./~")
+    return full

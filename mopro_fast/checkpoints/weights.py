@@ -3,6 +3,7 @@
 A file can hold wrong numbers, but nothing in it is ever executed. Formats: formats.py.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from mopro_fast.checkpoints import formats
 from mopro_fast.checkpoints import state as checkpoint
 from mopro_fast.checkpoints.formats import HEADS, K, Q, Weights
-from mopro_fast.config import ModelConfig
+from mopro_fast.config import DataConfig, ModelConfig, MoProConfig, from_dict
 from mopro_fast.errors import UserError
 from mopro_fast.models.calibration import BIAS, LOG_SCALE
 from mopro_fast.models.resnet import LAYERS, BasicBlock, Bottleneck, ResNet
@@ -37,7 +38,7 @@ def load_weights(path: str | Path) -> Weights:
         state = formats.own_names(tensors, transposed_queue=kind == "official")
         model, num_classes = _architecture(state, path)
         _require_rest(state, model, num_classes, path)
-        size, resize = _evaluation(config, model)
+        size, resize = _evaluation(config, model, path)
     except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(f"{path} is no checkpoint that this package knows: {type(error).__name__}: {error}") from None
     epoch = found.get("epoch")
@@ -149,9 +150,16 @@ def _require_shapes(
             raise UserError(f"{message}: {name} is {found}{expected.format(wanted)}")
 
 
-def _evaluation(config: dict | None, model: ModelConfig) -> tuple[int | None, int | None]:
-    """-> image_size, eval_resize."""
-    data = (config or {}).get("data", {})
+def _evaluation(config: dict | None, model: ModelConfig, path: Path) -> tuple[int | None, int | None]:
+    """-> image_size, eval_resize. Raises a UserError where a part of the config that commands read is wrong."""
+    config = {} if config is None else config
+    for part, cls in (("data", DataConfig), ("mopro", MoProConfig)):
+        values = config.get(part, {})
+        if isinstance(values, dict):  # a newer version may have more
+            known = {f.name for f in dataclasses.fields(cls)} - {"augment"}
+            values = {name: value for name, value in values.items() if name in known}
+        from_dict(cls, values, str(path), f"{part}.")
+    data = config.get("data", {})
     size = data.get("image_size", 224 if model.stem == "imagenet" else None)
     resize = data.get("eval_resize") or (None if size is None else round(size * 256 / 224))
     if size is not None and not 0 < size <= resize:

@@ -51,8 +51,6 @@ class FinetuneTask(SupervisedTask):
 
 def with_share(config: Finetune, index: Index) -> Index:
     """The index with the label −1 for all images but the chosen ones."""
-    if not 0 < config.share <= 1:
-        raise UserError(f"--share must lie in (0, 1], got {config.share}")
     if config.list is not None:
         if config.share != 1 or config.balanced:
             raise UserError("--list names the images: it goes with neither --share nor --balanced")

@@ -72,8 +72,6 @@ class SupervisedConfig(Settings):
 
     def validate(self, ranks: int = 1) -> None:
         super().validate(ranks)
-        if self.mixup < 0:
-            raise UserError(f"--mixup must be at least 0, got {self.mixup}")
         if self.freeze and self.optim.encoder_lr is not None:
             raise UserError("--encoder-lr has no effect on a frozen encoder: set --freeze False as well")
         if self.freeze and self.run.recompute:

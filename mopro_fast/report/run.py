@@ -13,7 +13,7 @@ import torch
 
 from mopro_fast.checkpoints.state import RunState, all_of
 from mopro_fast.checkpoints.state import load as load_state
-from mopro_fast.config import TrainConfig, load
+from mopro_fast.config import TrainConfig, load, read
 from mopro_fast.data import inputs
 from mopro_fast.data.index import Index, load_index
 from mopro_fast.data.paths import shown
@@ -48,10 +48,9 @@ class Run:
     def raw_config(self) -> dict[str, Any]:
         """config.json as it is, also where this version does not know its settings."""
         try:
-            values = json.loads((self.folder / "config.json").read_text())
-            return values if isinstance(values, dict) else {}
-        except (OSError, ValueError) as error:
-            self.missing["the settings"] = f"cannot read config.json ({_why(error)})"
+            return read(self.folder / "config.json")
+        except UserError as error:
+            self.missing["the settings"] = str(error)
             return {}
 
     @cached_property
