@@ -257,7 +257,7 @@ def _require_known(folders: Sequence[str], numbers: dict[str, int], classes: Seq
         absent = [name for name in classes if name not in folders]
         there = f"; {shown(absent[0])} is there and not here" if absent else ""
         raise UserError(
-            f"{source}: class {shown(unknown[0])} is none of the {len(classes)} classes that it is to agree with{there}: "
+            f"{source}: class {shown(unknown[0])} is none of the {len(classes)} classes it must agree with{there}: "
             "name the folders alike, or give a list file with the labels"
         )
 
