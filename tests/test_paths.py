@@ -36,6 +36,7 @@ def test_paths():
     assert paths.tolist() == NAMES == list(paths) and len(paths) == len(NAMES)
     assert paths[1] == "new\nline" and paths[np.int64(0)] == "caf\udce9"
     assert paths[2:4].tolist() == NAMES[2:4] and paths[np.array([3, 0])].tolist() == [NAMES[3], NAMES[0]]
+    assert paths[np.array([name == NAMES[2] for name in NAMES])].tolist() == [NAMES[2]]
     assert paths.rows_of(Paths([NAMES[4], "none", NAMES[0]])).tolist() == [4, -1, 0]
     assert b"".join(paths.joined()) == os.fsencode("\n".join(NAMES))
     assert paths.for_table().type == pa.binary() and paths[1:].for_table().type == pa.string()

@@ -222,5 +222,5 @@ def _by_kind(index: Index, checked: Checked, rows: np.ndarray) -> str:
     for i in rows.tolist():
         kinds.setdefault(checked.reason[i].partition(":")[0], []).append(i)
     most = sorted(kinds.items(), key=lambda kind: -len(kind[1]))
-    shown = [f"{len(found)} {kind} (such as {shown(index.paths[found[0]])})" for kind, found in most[:_KINDS]]
-    return ", ".join(shown) + (", ..." if len(most) > _KINDS else "")
+    named = [f"{len(found)} {kind} (such as {shown(index.paths[found[0]])})" for kind, found in most[:_KINDS]]
+    return ", ".join(named) + (", ..." if len(most) > _KINDS else "")

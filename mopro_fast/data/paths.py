@@ -28,8 +28,8 @@ class Paths:
         return len(self.column)
 
     def __getitem__(self, rows):
-        """A row's name, or the Paths of a slice or an array of rows."""
-        if isinstance(rows, slice):
+        """A row's name, or the Paths of a slice, a mask or an array of rows."""
+        if isinstance(rows, slice) or (isinstance(rows, np.ndarray) and rows.dtype == bool):
             rows = np.arange(len(self))[rows]
         if isinstance(rows, np.ndarray) and rows.ndim:
             return Paths(self.column.take(pa.array(rows)))
