@@ -15,7 +15,7 @@ import tyro
 from torch import Tensor
 
 from mopro_fast.checkpoints.formats import digest
-from mopro_fast.data.class_folders import is_number, subfolders
+from mopro_fast.data.class_folders import class_numbers, is_number, subfolders
 from mopro_fast.data.index import Index, load_index, synsets, with_numbers
 from mopro_fast.data.paths import shown
 from mopro_fast.distributed import leave, say, world
@@ -119,7 +119,8 @@ def class_names(
 
 def _read_names(path: str) -> list[str]:
     if os.path.isdir(path):
-        return subfolders(path)
+        numbers = class_numbers(subfolders(path), None, path)
+        return sorted(numbers, key=numbers.__getitem__)
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             return [line.split()[0] for line in file if line.strip()]
