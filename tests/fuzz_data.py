@@ -38,7 +38,7 @@ TYPES = (
     pa.uint8(),
     pa.bool_(),
 )
-TYPES += (pa.list_(pa.int64()), pa.null(), pa.dictionary(pa.int32(), pa.string()), pa.timestamp("s"))
+TYPES += (pa.list_(pa.int64()), pa.null(), pa.dictionary(pa.int32(), pa.string()), pa.timestamp("ns"))
 
 
 def flipped(data: bytes, rng: np.random.Generator) -> bytes:

@@ -241,7 +241,7 @@ def _compare(out: str, there: dict[str, Any], here: dict[str, Any]) -> None:
         before = there["options"].get(name)
         if before != value:
             flag = name.replace("_", "-")
-            raise UserError(f"{out} holds a pack with --{flag} {before}, not {value}: name another folder")
+            raise UserError(f"{out} holds a pack with --{flag} {str(before)[:20]}, not {value}: name another folder")
     if there["data"] != here["data"]:
         raise UserError(f"{out} holds a pack of other data (other paths, labels or splits): name another folder")
 
