@@ -33,6 +33,7 @@ from mopro_fast.files import locked, replacing
 
 FILE = ".mopro_fast_index.parquet"
 EXAMPLES = 3  # named per kind of fault
+_MARK = b"mopro_fast.check"
 _VERSION = b"1"  # of the verdicts' meaning: raise it, and everything is read again
 _CHUNK = 64  # files a worker is given at a time
 _STAT_THREADS = 16  # a network file system answers each stat in a millisecond
@@ -48,7 +49,7 @@ _SCHEMA = pa.schema(
         ("bytes", pa.int64()),
         ("mtime_ns", pa.int64()),
     ],
-    metadata={b"mopro_fast.check": _VERSION},
+    metadata={_MARK: _VERSION},
 )
 _FOUND = pa.schema([field for field in _SCHEMA if field.name != "label"])  # what reading a file finds
 
@@ -59,6 +60,7 @@ def check(index: Index, *, workers: int, progress: bool, path: str | None = None
     workers: processes. forget: leave out what ``path`` knows of files that are not in ``index``; a check of a part of
     the data should not. Raises UserError where neither ``path`` nor the user's cache folder can be written.
     """
+    _require_ours(path or default_path(index), named=path is not None)
     path, files = path or default_path(index), _stat(index)
     # 1. If all is known nothing is locked or written: trainings that begin together need not wait for each other.
     for place in () if forget else (path, _in_cache(path)):
@@ -88,6 +90,24 @@ def check(index: Index, *, workers: int, progress: bool, path: str | None = None
             with replacing(path) as file:
                 pq.write_table(written, file, compression="zstd")
         return _checked(table, path, len(todo))
+
+
+def _require_ours(path: str, named: bool) -> None:
+    """Raise a UserError where the index would replace something else. named: a damaged file may be anything."""
+    partial = f"{path}.partial"
+    for file in (path, partial):
+        if os.path.lexists(file) and not os.path.isfile(file):
+            raise UserError(f"{file} is no file: remove it, or set --index to another place")
+    try:
+        ours = not os.path.isfile(path) or _MARK in (pq.read_schema(path).metadata or {})
+    except (OSError, pa.ArrowInvalid):
+        ours = not named
+    if not ours:
+        raise UserError(f"{path} is no index of `mopro-fast check`: remove it, or set --index to another place")
+    with contextlib.suppress(OSError), open(partial, "rb") as file:
+        begun = file.read(1 << 12).lstrip(b"\0\n")  # a power failure may have left zeros
+        if begun and not begun.startswith(b'["'):
+            raise UserError(f"{partial} is no unfinished check: remove it, or set --index to another place")
 
 
 def _holds(known: pa.Table, rows: np.ndarray, files: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
@@ -250,9 +270,12 @@ def main(argv: list[str]) -> int:
         again = f"{len(wrong)} files of this pack are not as they were made: run the same `mopro-fast pack` again"
         print(*wrong, again if wrong else f"{options.data}: every file is as it was made", sep="\n")
         return 1 if wrong else 0
-    readable = 0
-    for split, index in load_splits(options.data, options.layout, options.root).items():
-        path = options.index and options.index + ("" if split == "train" else f".{split}")
+    readable, splits = 0, load_splits(options.data, options.layout, options.root)
+    paths = {split: options.index and options.index + ("" if split == "train" else f".{split}") for split in splits}
+    for path in filter(None, paths.values()):
+        _require_ours(path, named=True)  # before the first, which may take hours
+    for split, index in splits.items():
+        path = paths[split]
         checked = check(index, workers=workers, progress=True, path=path, forget=True)
         readable += (checked.verdict != UNREADABLE).sum()
         print(f"{split}: {summary(index, checked)}")
