@@ -202,8 +202,10 @@ def test_refusals(model, data, tmp_path):
     found["model"] = {n: t for n, t in found["model"].items() if n.startswith("encoder_q")}
     torch.save(found, tmp_path / "ce.pt")
     with pytest.raises(UserError, match=r"ce\.pt has no prototypes"):
-        clean(options(tmp_path / "ce.pt", data, tmp_path))
-    assert not (tmp_path / "clean.json").exists()
+        clean(options(tmp_path / "ce.pt", data, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match=r"holds other files, such as ce\.pt"):
+        clean(options(model, data, tmp_path))
     (tmp_path / "file").touch()
     for out in ("file", "file/x"):
         with pytest.raises(UserError, match=f"{out}.*(name a folder|Not a directory: name another folder)"):

@@ -67,6 +67,7 @@ def main(argv: list[str]) -> int:
     if not 16 <= options.thumb <= 512:
         raise UserError(f"--thumb must lie in [16, 512] px, got {options.thumb}")
     out = Path(options.out or Path(options.run) / "report.html")
+    Run(Path(options.run))  # it is a run: else nothing is written there
     with output(out, is_page) as path:
         contents = collect(options)
         size = write(contents, path)
