@@ -117,7 +117,7 @@ def own_folder(
                     marker.flush()
                     os.fsync(marker.fileno())
             except BaseException:
-                if not _owner(path):
+                if _mark(path)[1]:
                     os.unlink(path / MARKER)
                 raise
         if command == FEATURES:
@@ -140,8 +140,11 @@ def require_own(path: Path, command: str, old: Callable[[Path], str | None], fla
             raise UserError(f"{shown} is {'a file' if path.exists() else 'a link to nothing'}: name a folder")
         return
     with writing(shown, _OTHER):
-        owner = _owner(path) or old(path)
-        others = _others(path) if owner is None else []
+        names = os.listdir(path)  # before the mark is read, which is written before all else
+        owner, begun = _mark(path)
+        owner = owner or old(path)
+        others = [name for name in names if not (_LEFT.fullmatch(name) or (begun and name == MARKER))]
+    others = sorted(others, key=lambda name: (name.startswith("."), name)) if owner is None else []
     if others:
         raise UserError(f"{shown} holds other files, such as {others[0]}: name a new or an empty folder")
     if owner not in (None, command):
@@ -177,18 +180,16 @@ def write_json(path: Path, value: Any) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
-def _owner(folder: Path) -> str | None:
-    owner = json_object(folder / MARKER).get("command")
-    return owner if isinstance(owner, str) else None
-
-
-def _others(folder: Path) -> list[str]:
-    """The names of files that are nobody's; those that are not hidden first."""
-    names = [name for name in os.listdir(folder) if not _LEFT.fullmatch(name)]
+def _mark(folder: Path) -> tuple[str | None, bool]:
+    """Whose the folder is, and whether the mark is but begun: its process was killed, or is about to write it."""
     marker = folder / MARKER
-    if MARKER in names and marker.is_file() and not marker.read_bytes().strip(b"\0"):
-        names.remove(MARKER)  # of a process that was killed as it made the folder
-    return sorted(names, key=lambda name: (name.startswith("."), name))
+    text = marker.read_bytes().strip(b"\0") if marker.is_file() else b""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None, not text
+    owner = found.get("command") if isinstance(found, dict) else None
+    return (owner if isinstance(owner, str) else None), False
 
 
 def _beside(path: str | os.PathLike, ending: str) -> str:
