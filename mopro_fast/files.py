@@ -135,12 +135,13 @@ def own_folder(
 def require_own(path: Path, command: str, old: Callable[[Path], str | None], flag: str = "--out ") -> None:
     """Raise a UserError where :func:`own_folder` would, the lock aside. Nothing is written."""
     shown = f"{flag}{path}"
-    if not path.is_dir():
-        if os.path.lexists(path):
-            raise UserError(f"{shown} is {'a file' if path.exists() else 'a link to nothing'}: name a folder")
-        return
+    if os.path.lexists(path) and not path.is_dir() and (path.exists() or path.is_symlink()):
+        raise UserError(f"{shown} is {'a file' if path.exists() else 'a link to nothing'}: name a folder")
     with writing(shown, _OTHER):
-        names = os.listdir(path)  # before the mark is read, which is written before all else
+        try:
+            names = os.listdir(path)  # before the mark is read, which is written before all else
+        except (FileNotFoundError, NotADirectoryError):
+            return
         owner, begun = _mark(path)
         owner = owner or old(path)
         others = [name for name in names if not (_LEFT.fullmatch(name) or (begun and name == MARKER))]

@@ -1,4 +1,4 @@
-"""Two processes with the same command line at once: python tests/two_writers.py [ROUNDS] prints a table of every command.
+"""Two processes with the same command line at once: python tests/two_writers.py [ROUNDS [COMMAND ...]] prints a table.
 
 One must work, with the result that it has alone; the other must end with one line.
 """
