@@ -68,7 +68,9 @@ def main() -> int:
     run("probe", trained, "--data", clean_list, "--test", str(test), "--root", str(a.folder),
         "--out", str(out / "probe"), "--features", str(out / "features"), "--steps", "100")  # fmt: skip
 
-    # 5. Out to the official format and back, and to safetensors.
+    # 5. Out to the official format and back, and to safetensors. A file that exists is refused.
+    for name in ("model.safetensors", "official.tar", "imported.pt"):
+        (out / name).unlink(missing_ok=True)
     run("export", retrained, str(out / "model.safetensors"), "--format", "safetensors")
     run("export", trained, str(out / "official.tar"), "--format", "official")
     run("import", str(out / "official.tar"), str(out / "imported.pt"))

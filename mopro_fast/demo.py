@@ -17,6 +17,7 @@ from PIL import Image
 
 from mopro_fast.config import TrainConfig, recipe
 from mopro_fast.errors import UserError
+from mopro_fast.files import own_folder, write_json
 
 SIDE = 32  # of the image files, px
 TEST = 500  # digits that keep their true label and are never trained on
@@ -36,8 +37,13 @@ class Demo:
 
 def main(argv: list[str]) -> int:
     options = tyro.cli(Demo, args=argv, prog="mopro-fast demo")
-    out = Path(options.out)
-    results = run(out, options.seed)
+    with own_folder(Path(options.out), "demo", _made_by):
+        return demo(Path(options.out), options.seed)
+
+
+def demo(out: Path, seed: int) -> int:
+    """-> 0, or 128 + the number of the signal that stopped it."""
+    results = run(out, seed)
     if "stopped" in results:
         return 128 + results["stopped"]
     print(table(results))
@@ -45,6 +51,14 @@ def main(argv: list[str]) -> int:
     print(f"\nfigure: {out / 'demo.png'}    numbers: {out / 'results.json'}    TensorBoard: tensorboard --logdir {out}")
     print(f"what MoPro did, image by image: mopro-fast report {out / 'mopro'}")
     return 0
+
+
+def _made_by(folder: Path) -> str | None:
+    try:
+        with (folder / "images/truth.csv").open() as file:
+            return "demo" if file.readline().strip() == "path,given,true" else None
+    except (OSError, ValueError):
+        return None
 
 
 def run(out: Path, seed: int) -> dict:
@@ -59,7 +73,7 @@ def run(out: Path, seed: int) -> dict:
             return {"stopped": received}
     results = {"seed": seed} | {f"{m}_top1": curve(out / m, "val", "top1")[-1] for m in ("ce", "mopro")}
     results |= judge(*decisions(out))
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_json(out / "results.json", results)
     return results
 
 

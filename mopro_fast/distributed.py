@@ -1,11 +1,12 @@
 """What one rank needs of the others. Every function works unchanged with a single process."""
 
+import contextlib
 import datetime
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -157,6 +158,23 @@ def by_rank0(compute: Callable[[], T]) -> T:
     value = from_rank0(compute() if world()[0] == 0 else None, group)
     dist.destroy_process_group(group)
     return value
+
+
+@contextlib.contextmanager
+def on_rank0(made: Callable[[], contextlib.AbstractContextManager]) -> Iterator[None]:
+    """The context that ``made`` makes, on rank 0 alone. Where it is refused by a UserError the others end, too."""
+    with contextlib.ExitStack() as stack:
+        refused = None
+        if world()[0] == 0:
+            try:
+                stack.enter_context(made())
+            except UserError as error:
+                refused = error
+        if from_rank0(refused is not None):
+            if refused is None:
+                sys.exit(2)  # rank 0 says why
+            raise refused
+        yield
 
 
 def gather_lists(mine: list, patient: bool = False) -> list:

@@ -1,16 +1,27 @@
-"""Files that are whole or not there, and files of one process at a time."""
+"""Files that are whole or not there; files and folders of one process at a time; nothing of the user's is written over.
+
+A lock is ``flock`` on a file: it goes with the process, however that ends. Some network file systems have none; there
+all goes on without.
+"""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+import re
+import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from mopro_fast.errors import UserError
 
-MARKER = ".mopro_fast"  # in folders that a command of this package made
+MARKER = ".mopro_fast"  # in a folder: whose it is, {"command": "train"}; its lock
+FEATURES = "features"  # an owner that is no command: several commands share such a folder
+_LEFT = re.compile(r"\.lock$|\..+\.tmp$")  # hidden files that earlier versions left where they were killed
+_OTHER = "name another folder"
+_TRIES = 9  # of opening a lock's file that another process removes meanwhile
 
 
 class Busy(UserError):
@@ -18,23 +29,26 @@ class Busy(UserError):
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike, own: str = "") -> Iterator[BinaryIO]:
+def replacing(path: str | os.PathLike, own: str = "", new: bool = False) -> Iterator[BinaryIO]:
     """A file for writing that appears as ``path`` when it is complete and on the disk, or not at all.
 
-    own: told apart by this, files of several writers do not mix.
+    own: told apart by this, files of several writers do not mix; of two with the same one is refused. new: refuse to
+    replace a file that has come meanwhile.
     """
-    folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f".{name}{own}.tmp")
-    try:
-        with open(temporary, "wb") as file:
+    temporary = _beside(path, f"{own}{MARKER}.tmp")
+    with _held(temporary, f"another process writes {path}: wait for it") as file:
+        try:
+            file.truncate(0)
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+            if new:
+                require_new(path)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
 
 
 @contextlib.contextmanager
@@ -43,18 +57,113 @@ def locked(path: str, busy: str) -> Iterator[BinaryIO]:
 
     busy: message of the Busy where another process has it.
     """
-    with open(path, "a+b", buffering=0) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Busy(busy) from None
-        except OSError:
-            pass  # some network file systems have no locks
-        if os.fstat(file.fileno()).st_nlink == 0:  # the other one has removed it meanwhile
-            raise Busy(busy)
+    with _held(path, busy, append=True) as file:
         yield file
         with contextlib.suppress(FileNotFoundError):  # where there are no locks another one may have removed it
             os.unlink(path)
+
+
+@contextlib.contextmanager
+def output(path: str | os.PathLike, mine: Callable[[Path], bool] | None = None) -> Iterator[Path]:
+    """Keep ``path``, a file that the user named, for this process while the command works; -> where to write it.
+
+    It is refused where it exists, so it can be no input, unless ``mine`` knows it as what the command wrote before.
+    """
+    require_new(path, mine)
+    path = Path(os.path.realpath(path))
+    lock = _beside(path, f"{MARKER}.lock")
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(_held(lock, f"another process writes {path}: wait for it, or name another file"))
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}: name another file") from None
+        try:
+            require_new(path, mine)  # by a process that had the lock
+            yield path
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(lock)
+
+
+def require_new(path: str | os.PathLike, mine: Callable[[Path], bool] | None = None) -> None:
+    """Raise a UserError where ``path`` cannot be a new file, unless ``mine`` knows what is there."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file")
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+    if os.path.lexists(path) and not (path.is_file() and mine is not None and mine(path)):
+        raise UserError(f"{path} exists already: remove it, or name another file")
+
+
+@contextlib.contextmanager
+def own_folder(
+    path: Path, command: str, old: Callable[[Path], str | None] = lambda _: None, flag: str = "--out "
+) -> Iterator[None]:
+    """The folder ``path``, made if need be, for this process of this command alone; a UserError where it is not its.
+
+    One that was made and stays empty goes again. FEATURES as the command: several processes share the folder. old: ->
+    the command that made a folder which has no mark yet, or None; it must be sure. flag: before the path in messages.
+    """
+    shown = f"{flag}{path}"
+    with contextlib.ExitStack() as lock:
+        with writing(shown, _OTHER):
+            require_own(path, command, old, flag)
+            made = not path.exists()
+            busy = f"another process writes into {shown}: wait for it, or name another folder"
+            marker = lock.enter_context(_held(path / MARKER, busy, wait=command == FEATURES, folder=True))
+            try:
+                require_own(path, command, old, flag)  # by a process that had the lock
+                if not marker.read().strip(b"\0"):
+                    marker.truncate(0)
+                    marker.seek(0)
+                    marker.write(json.dumps({"command": command}).encode() + b"\n")
+                    marker.flush()
+                    os.fsync(marker.fileno())
+            except BaseException:
+                if _mark(path)[1]:
+                    os.unlink(path / MARKER)
+                raise
+        if command == FEATURES:
+            lock.close()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if set(os.listdir(path)) <= {MARKER}:
+                    (path / MARKER).unlink(missing_ok=True)
+                    if made:
+                        path.rmdir()
+
+
+def require_own(path: Path, command: str, old: Callable[[Path], str | None], flag: str = "--out ") -> None:
+    """Raise a UserError where :func:`own_folder` would, the lock aside. Nothing is written."""
+    shown = f"{flag}{path}"
+    if os.path.lexists(path) and not path.is_dir() and (path.exists() or path.is_symlink()):
+        raise UserError(f"{shown} is {'a file' if path.exists() else 'a link to nothing'}: name a folder")
+    with writing(shown, _OTHER):
+        try:
+            names = os.listdir(path)  # before the mark is read, which is written before all else
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        owner, begun = _mark(path)
+        owner = owner or old(path)
+        others = [name for name in names if not (_LEFT.fullmatch(name) or (begun and name == MARKER))]
+    others = sorted(others, key=lambda name: (name.startswith("."), name)) if owner is None else []
+    if others:
+        raise UserError(f"{shown} holds other files, such as {others[0]}: name a new or an empty folder")
+    if owner not in (None, command):
+        whose = "is where features are kept" if owner == FEATURES else f"belongs to `mopro-fast {owner}`"
+        raise UserError(f"{shown} {whose}: name another folder")
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is none that can be read."""
+    try:
+        found = json.loads(path.read_bytes()) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else {}
 
 
 @contextlib.contextmanager
@@ -117,3 +226,59 @@ def home(path: str) -> str:
     if full == path or (user == "~" and os.environ.get("HOME") == ""):
         raise UserError(f"{path!r}: no home folder is known for {user!r}: write the path without ~, or begin with ./~")
     return full
+
+
+def _mark(folder: Path) -> tuple[str | None, bool]:
+    """Whose the folder is, and whether the mark is but begun: its process was killed, or is about to write it."""
+    marker = folder / MARKER
+    text = marker.read_bytes().strip(b"\0") if marker.is_file() else b""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None, not text
+    owner = found.get("command") if isinstance(found, dict) else None
+    return (owner if isinstance(owner, str) else None), False
+
+
+def _beside(path: str | os.PathLike, ending: str) -> str:
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f".{name}{ending}")
+
+
+@contextlib.contextmanager
+def _held(
+    path: str | os.PathLike, busy: str, wait: bool = False, append: bool = False, folder: bool = False
+) -> Iterator[BinaryIO]:
+    """A file of ours to read and write, locked; made if need be, never reached through a link.
+
+    busy: message of the Busy where another process has it. wait: for that one's end. folder: make its folder.
+    """
+
+    def opened(path: str, flags: int) -> int:
+        if folder:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+        number = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        if not stat.S_ISREG(os.fstat(number).st_mode):
+            os.close(number)
+            raise OSError(errno.EEXIST, "there is something else than a file", path)
+        return number
+
+    for _ in range(_TRIES):
+        with open(path, "a+b" if append else "r+b", buffering=0 if append else -1, opener=opened) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise Busy(busy) from None
+            except OSError:
+                pass  # some network file systems have no locks
+            if _is_still(path, file):
+                yield file
+                return
+    raise Busy(busy)
+
+
+def _is_still(path: str | os.PathLike, file: BinaryIO) -> bool:
+    """Whether the open file is the one of this name: another process may have removed or renamed it meanwhile."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
+    return False

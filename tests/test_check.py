@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from odd_images import SHARED, decode_cases, encoded, odd_images, picture
@@ -326,6 +327,17 @@ def test_training_does_without_an_index_that_cannot_be_kept(odd, monkeypatch, ca
     assert len(found.verdict) == found.read
     assert "cannot be written (Permission denied): the result of the check is not kept" in capsys.readouterr().err
     with pytest.raises(UserError, match="set --index to another place"):
+        check(index, workers=1, progress=False)
+
+
+def test_training_leaves_a_file_alone_that_lies_where_the_index_would(odd, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    index = load(odd)
+    module.pq.write_table(pa.table({"mine": [1]}), default_path(index))
+    before = Path(default_path(index)).read_bytes()
+    found = check(index, workers=1, progress=False, required=False)
+    assert found.path.startswith(str(tmp_path / "cache")) and Path(default_path(index)).read_bytes() == before
+    with pytest.raises(UserError, match="is no index of `mopro-fast check`: remove it"):
         check(index, workers=1, progress=False)
 
 

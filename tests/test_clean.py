@@ -18,6 +18,7 @@ from mopro_fast.downstream import image_map
 from mopro_fast.downstream.clean import OFFICIAL, TABLE, Clean, clean
 from mopro_fast.downstream.features import EncoderConfig
 from mopro_fast.errors import UserError
+from mopro_fast.files import MARKER, own_folder
 from mopro_fast.models.build import build
 
 IMAGES, BATCH, BROKEN = 150, 4, 77  # three groups of 64 rows, 16 + 16 + 6 batches
@@ -103,7 +104,7 @@ def test_the_official_file_is_what_json_dump_writes(whole):
     stay = [r for r in pq.read_table(whole / TABLE).to_pylist() if r["label"] >= 0]
     expected = {"images": [r["path"] for r in stay], "labels": [r["label"] for r in stay]}
     assert (whole / OFFICIAL).read_text() == json.dumps(expected)
-    assert sorted(p.name for p in whole.iterdir()) == ["clean.json", TABLE, OFFICIAL]
+    assert sorted(p.name for p in whole.iterdir()) == [MARKER, "clean.json", TABLE, OFFICIAL]
 
 
 def interrupted(model: Path, data: Path, out: Path, after: int, **changes) -> None:
@@ -148,11 +149,11 @@ def test_interrupted_before_the_table_is_written_it_scores_nothing_again(whole, 
     assert sum(scored) == IMAGES - 1 and not (tmp_path / TABLE).exists()
     clean(options(model, data, tmp_path))
     assert sum(scored) == IMAGES - 1 and files(tmp_path) == files(whole)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["clean.json", TABLE, OFFICIAL]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [MARKER, "clean.json", TABLE, OFFICIAL]
 
 
 def test_two_at_a_time_are_refused(model, data, tmp_path):
-    with image_map.locked(tmp_path / TABLE), pytest.raises(UserError, match=f"another process computes .*{TABLE}"):
+    with own_folder(tmp_path, "clean"), pytest.raises(UserError, match=f"another process writes into --out {tmp_path}"):
         clean(options(model, data, tmp_path))
     assert not (tmp_path / "clean.json").exists()
 
@@ -201,12 +202,15 @@ def test_refusals(model, data, tmp_path):
     found["model"] = {n: t for n, t in found["model"].items() if n.startswith("encoder_q")}
     torch.save(found, tmp_path / "ce.pt")
     with pytest.raises(UserError, match=r"ce\.pt has no prototypes"):
-        clean(options(tmp_path / "ce.pt", data, tmp_path))
-    assert not (tmp_path / "clean.json").exists()
+        clean(options(tmp_path / "ce.pt", data, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match=r"holds other files, such as ce\.pt"):
+        clean(options(model, data, tmp_path))
     (tmp_path / "file").touch()
     for out in ("file", "file/x"):
-        with pytest.raises(UserError, match=f"{out}.*(name a folder|Not a directory: choose another --out)"):
+        with pytest.raises(UserError, match=f"{out}.*(name a folder|Not a directory: name another folder)"):
             clean(options(model, data, tmp_path / out))
+    (tmp_path / MARKER).write_text('{"command": "clean"}')
     (tmp_path / "clean.json").write_text("[]")
     with pytest.raises(UserError, match=r"clean\.json cannot be read: remove it"):
         clean(options(model, data, tmp_path))

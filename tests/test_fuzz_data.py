@@ -117,8 +117,9 @@ def test_records(data, packed, copy, rng):
 
 
 @pytest.mark.parametrize("rng", each("indexes"))
-def test_indexes(data, tmp_path, rng):
+def test_indexes(data, tmp_path, monkeypatch, rng):
     """A check that finds one reads what it cannot trust, and the result is as without it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     index = load_splits(str(data), "folder", None)["train"]
     path = tmp_path / "index.parquet"
     good = check(index, workers=1, progress=False, path=str(path))

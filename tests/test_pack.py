@@ -24,6 +24,7 @@ from mopro_fast.data import shards
 from mopro_fast.data.decode import UNREADABLE, decode, examine
 from mopro_fast.data.shards import open_shards
 from mopro_fast.errors import UserError
+from mopro_fast.files import MARKER
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +60,8 @@ def sources(data, split):
 def test_every_image_is_there_or_named(data, packed):
     with (packed / "skipped.csv").open(newline="") as file:
         skipped = list(csv.DictReader(file))
-    names = {".".join(p.name.split(".")[1:]) for p in packed.iterdir() if p.is_file()}
-    assert names == {"json", "csv", "parquet", "tar", "idx"} and not list(packed.glob(".*"))
+    names = {".".join(p.name.split(".")[1:]) for p in packed.iterdir() if p.is_file() and p.name != MARKER}
+    assert names == {"json", "csv", "parquet", "tar", "idx"} and [p.name for p in packed.glob(".*")] == [MARKER]
     listed = sources(data, "train")
     bad = [
         i for i, (path, _) in enumerate(listed) if examine((data / "train" / path).read_bytes()).verdict == UNREADABLE
@@ -336,9 +337,9 @@ def test_mistakes_end_in_one_line(data, packed, tmp_path, run):  # noqa: F811
     before = snapshot(packed)
     for args, named in (
         ([tmp_path / "nowhere", tmp_path / "out"], ["no such file or folder", "nowhere"]),
-        ([data, tmp_path / "file"], ["cannot write", "file"]),
+        ([data, tmp_path / "file"], ["file is a file: name a folder"]),
         ([data, tmp_path / "file/out"], ["cannot write", "file/out"]),
-        ([data, tmp_path / "full"], ["full is not empty and holds no pack"]),
+        ([data, tmp_path / "full"], ["full holds other files, such as photo.jpg"]),
         ([data, tmp_path / "out", "--size", 3], ["--size must be 0 or from 16", "got 3"]),
         ([data, tmp_path / "out", "--quality", 0], ["--quality must be from 1 to 95"]),
         ([data, tmp_path / "out", "--workers", -2], ["--workers"]),

@@ -59,13 +59,13 @@ def test_a_method_of_one_file_has_progress_log_resume_and_evaluation(tmp_path, c
 def test_a_folder_is_one_run_s_at_a_time(tmp_path):
     config = TrainConfig(run=RunConfig(str(tmp_path / "run")))
     folder = RunFolder(config)
-    with pytest.raises(UserError, match=r"another process trains in --out .*run: wait for it, or choose another"):
+    with pytest.raises(UserError, match=r"another process writes into --out .*run: wait for it, or name another"):
         RunFolder(config)
     folder.close()
     assert not (tmp_path / "run").exists()  # nothing was written
     RunFolder(config).close()
     (tmp_path / "run").mkdir()
     folder = RunFolder(config)
-    (tmp_path / "run/.lock").unlink()  # as a user may who thinks that it is stale
+    (tmp_path / "run/.mopro_fast").unlink()  # as a user may who thinks that it is stale
     folder.close()
     assert (tmp_path / "run").exists()  # it is the user's

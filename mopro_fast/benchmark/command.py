@@ -1,5 +1,6 @@
 """``mopro-fast bench``: images a second of a training step, ours and its peers', on this machine."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from mopro_fast import environment
 from mopro_fast.benchmark import report, throughput
 from mopro_fast.benchmark.throughput import Case
 from mopro_fast.errors import UserError
-from mopro_fast.files import write_json
+from mopro_fast.files import json_object, output, write_json, writing
 
 
 @dataclass
@@ -64,19 +65,27 @@ def main(argv: list[str]) -> int:
     import tyro  # here: bench/step.py does without
 
     options = tyro.cli(Bench, args=argv, prog="mopro-fast bench")
-    if options.out and options.out.is_dir():
-        raise UserError(f"--out {options.out} is a folder: name a file")
-    conditions = environment.collect()
+    with contextlib.ExitStack() as stack:
+        out = options.out
+        if out:
+            with writing(out.parent, "name another file"):
+                out.parent.mkdir(parents=True, exist_ok=True)
+            out = stack.enter_context(output(out, _is_result))
+        conditions = environment.collect()
 
-    def keep(result: dict[str, Any]) -> None:
-        if options.out:
-            write_json(options.out, {"conditions": conditions, **result})
+        def keep(result: dict[str, Any]) -> None:
+            if out:
+                write_json(out, {"conditions": conditions, **result})
 
-    result = run(options, keep)
+        result = run(options, keep)
     print(report.table(result))
     if options.out:
         print(f"\nnumbers: {options.out}")
     return int(report.failed(result))
+
+
+def _is_result(path: Path) -> bool:
+    return {"conditions", "settings", "cases", "not_reached"} <= json_object(path).keys()
 
 
 def run(options: Bench, keep: Callable[[dict[str, Any]], object] = lambda _: None) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from mopro_fast.files import Busy, locked, replacing
 
 FILE = ".mopro_fast_index.parquet"
 EXAMPLES = 3  # named per kind of fault
+_MARK = b"mopro_fast.check"
 _VERSION = b"1"  # of the verdicts' meaning: raise it, and everything is read again
 _CHUNK = 64  # files a worker is given at a time
 _POLL = 0.2  # seconds between two looks for another process's check
@@ -51,7 +52,7 @@ _SCHEMA = pa.schema(
         ("bytes", pa.int64()),
         ("mtime_ns", pa.int64()),
     ],
-    metadata={b"mopro_fast.check": _VERSION},
+    metadata={_MARK: _VERSION},
 )
 _HELD = pa.schema([_SCHEMA.field(0).with_type(pa.large_binary()), *list(_SCHEMA)[1:]])
 _FOUND = _HELD.remove(1)  # what reading a file finds
@@ -66,6 +67,9 @@ def check(
     the data should not. required: raise a UserError where another process writes ``path``, or neither ``path`` nor
     the user's cache folder can be written; else wait for the other one, and do without the file.
     """
+    foreign = _is_foreign(path or default_path(index), named=path is not None)
+    if foreign and required:
+        raise UserError(f"{foreign}: remove it, or set --index to another place")
     path, files = path or default_path(index), _stat(index)
     # 1. If all is known nothing is locked or written: trainings that begin together need not wait for each other.
     for place in () if forget else filter(None, (path, _in_cache(path))):
@@ -75,7 +79,7 @@ def check(
             found = old.take(rows)
             if np.array_equal(found["label"].to_numpy(), index.labels):
                 return _checked(found, place, 0)
-    with _open_partial(path, required) as partial:
+    with _open_partial(path, required, foreign) as partial:
         old = _read(partial.path)
         known = pa.concat_tables([partial.read(), old.select(_FOUND.names)])
         # 2. Read what is not known or has changed.
@@ -94,6 +98,25 @@ def check(
         if not written.equals(old):
             partial.finish(written)
         return _checked(table, partial.path, len(todo))
+
+
+def _is_foreign(path: str, named: bool) -> str | None:
+    """Why the index would replace something else, if it would. named: a damaged file may be anything."""
+    partial = f"{path}.partial"
+    for file in (path, partial):
+        if os.path.lexists(file) and not os.path.isfile(file):
+            return f"{file} is no file"
+    try:
+        ours = not os.path.isfile(path) or _MARK in (pq.read_schema(path).metadata or {})
+    except (OSError, pa.ArrowInvalid):
+        ours = not named
+    if not ours:
+        return f"{path} is no index of `mopro-fast check`"
+    with contextlib.suppress(OSError), open(partial, "rb") as file:
+        begun = file.read(1 << 12).lstrip(b"\0\n")  # a power failure may have left zeros
+        if begun and not begun.startswith(b'["'):
+            return f"{partial} is no unfinished check"
+    return None
 
 
 def _holds(known: pa.Table, rows: np.ndarray, files: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
@@ -202,9 +225,12 @@ class _Partial:
 
 
 @contextlib.contextmanager
-def _open_partial(path: str, required: bool = True) -> Iterator[_Partial]:
-    """The partial file beside the Parquet file at ``path`` or in the cache folder, locked; removed at a normal end."""
-    place = _writable(path, required)
+def _open_partial(path: str, required: bool = True, foreign: str | None = None) -> Iterator[_Partial]:
+    """The partial file beside the Parquet file at ``path`` or in the cache folder, locked; removed at a normal end.
+
+    foreign: why it cannot be at ``path``.
+    """
+    place = _writable(path, required, foreign)
     if place is None:
         yield _Partial(path, None, required)
         return
@@ -227,12 +253,10 @@ def _open_partial(path: str, required: bool = True) -> Iterator[_Partial]:
             raise UserError(f"cannot write {place}: {error.strerror}: make room there, or set --index") from None
 
 
-def _writable(path: str, required: bool) -> str | None:
+def _writable(path: str, required: bool, foreign: str | None) -> str | None:
     """``path``, or a place in the user's cache folder where nothing can be written beside it; None: nowhere."""
-    reasons = []
-    for place in (path, _in_cache(path)):
-        if place is None:
-            continue
+    reasons = [foreign] if foreign else []
+    for place in filter(None, (None if foreign else path, _in_cache(path))):
         try:
             if place != path:
                 os.makedirs(os.path.dirname(place), exist_ok=True)
@@ -311,9 +335,13 @@ def main(argv: list[str]) -> int:
         again = f"{len(wrong)} files of this pack are not as they were made: run the same `mopro-fast pack` again"
         print(*wrong, again if wrong else f"{options.data}: every file is as it was made", sep="\n")
         return 1 if wrong else 0
-    readable = 0
-    for split, index in load_splits(options.data, options.layout, options.root).items():
-        path = options.index and options.index + ("" if split == "train" else f".{split}")
+    readable, splits = 0, load_splits(options.data, options.layout, options.root)
+    paths = {split: options.index and options.index + ("" if split == "train" else f".{split}") for split in splits}
+    for path in filter(None, paths.values()):
+        if foreign := _is_foreign(path, named=True):  # before the first, which may take hours
+            raise UserError(f"{foreign}: remove it, or name another --index")
+    for split, index in splits.items():
+        path = paths[split]
         checked = check(index, workers=workers, progress=True, path=path, forget=True)
         readable += (checked.verdict != UNREADABLE).sum()
         print(f"{split}: {summary(index, checked)}")

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -31,9 +32,10 @@ from mopro_fast.data.index import Index
 from mopro_fast.data.paths import Paths
 from mopro_fast.data.shards import MANIFEST, STATE, ShardJob, is_pack, read_manifest, write_shard
 from mopro_fast.errors import UserError
-from mopro_fast.files import locked, misfit, replacing
+from mopro_fast.files import json_object, misfit, own_folder, replacing
 
 SKIPPED = "skipped.csv"
+_TEMPORARY = re.compile(r"\.((train|val)(-\d{6})?\.(tar|idx|json\.gz|parquet)|skipped\.csv|manifest\.json)\..*tmp")
 LEAST_SIZE = 16  # px: the smallest image the recipes train on
 _SHARD_IMAGES = 500, 10_000  # fewest and most, where the user leaves it to us: then there are 64 shards
 _TABLE = pa.schema(
@@ -96,8 +98,10 @@ def pack(splits: dict[str, Index], options: Pack, workers: int) -> str:
         "data": {split: index.digest() for split, index in splits.items()},
     }
     jobs = {split: _jobs(split, index, options) for split, index in splits.items()}
+    for index in splits.values():
+        _require_outside(options.out, index)
     start = time.monotonic()
-    with _state(options.out, made_of):
+    with own_folder(Path(options.out), "pack", _made_by, flag=""), _state(options.out, made_of):
         new = _write_shards([job for of_split in jobs.values() for job in of_split], workers)
         seconds = time.monotonic() - start
         listed, skipped = {}, []
@@ -201,38 +205,40 @@ def _write_table(out: str, split: str, names: list[str]) -> tuple[dict, list[lis
     return {"images": sum(map(len, tables)), "skipped": len(skipped), "table": listed, "shards": entries}, skipped
 
 
+def _require_outside(out: str, index: Index) -> None:
+    """The pack's folder must not lie among the images of a class."""
+    folder = os.path.realpath(out)
+    for name in index.classes or ():
+        inside = os.path.realpath(os.path.join(index.root, name))
+        if os.path.commonpath((inside, folder)) == inside:
+            raise UserError(f"{out} lies in {os.path.join(index.root, name)}, a class of the data: name another folder")
+
+
+def _made_by(folder: Path) -> str | None:
+    """For own_folder, of packs that have no mark yet."""
+    return "pack" if is_pack(folder) or (folder / STATE).is_file() else None
+
+
 @contextmanager
 def _state(out: str, made_of: dict[str, Any]) -> Iterator[None]:
-    """Make and lock the folder; refuse it where it holds something else."""
+    """Keep in the folder what the pack is made of until it is complete; refuse one of other data or options."""
+    if is_pack(out):
+        _compare(out, read_manifest(out), made_of)
+    state = Path(out, STATE)
+    before = json_object(state)
+    if not misfit(before, {"options": dict, "data": {None: str}}):  # else it is new, or was cut short
+        _compare(out, before, made_of)
+    _write(out, STATE, json.dumps(made_of).encode())
     try:
-        os.makedirs(out, exist_ok=True)
-        if is_pack(out):
-            _compare(out, read_manifest(out), made_of)
-        present = os.listdir(out)
-        if present and not {MANIFEST, STATE} & set(present):
-            raise UserError(f"{out} is not empty and holds no pack: name an empty folder")
-        open(os.path.join(out, STATE), "ab").close()  # first: it marks the folder as ours
         os.makedirs(os.path.join(out, shards.RECORDS), exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}: name another folder") from None
-    busy = f"another process packs into {out}: wait for it, or name another folder"
-    with locked(os.path.join(out, STATE), busy) as file:
-        file.seek(0)
-        try:
-            there = json.loads(file.read())
-            if misfit(there, {"options": dict, "data": {None: str}}):
-                raise ValueError
-            _compare(out, there, made_of)
-        except (ValueError, RecursionError):  # new, or cut short by an interruption: then nothing else was written
-            file.truncate(0)
-            try:
-                file.write(json.dumps(made_of).encode())
-            except OSError as error:
-                raise UserError(f"cannot write {out}: {error.strerror}: make room there") from None
-        try:
-            yield
-        finally:
-            for left in Path(out).rglob(".*.tmp"):  # of workers that were killed, or ended because of another's error
+    try:
+        yield
+        state.unlink(missing_ok=True)
+    finally:
+        for left in Path(out).glob("**/.*.tmp"):  # of workers that were killed, or ended because of another's error
+            if _TEMPORARY.fullmatch(left.name):
                 left.unlink(missing_ok=True)
 
 

@@ -4,8 +4,8 @@ FOLDER/pseudo_label.json has the images that stay and their labels in the offici
 for every image: the same bytes whatever the number of ranks and interruptions.
 """
 
+import contextlib
 import json
-import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ from mopro_fast.data.index import Index, Layout, load_index
 from mopro_fast.downstream import image_map
 from mopro_fast.downstream.features import EncoderConfig, Frozen
 from mopro_fast.errors import UserError
-from mopro_fast.files import replacing, write_json, writing
+from mopro_fast.files import json_object, own_folder, replacing, require_own, write_json, writing
 from mopro_fast.labels import DECISIONS, REMOVED
 from mopro_fast.models.calibration import BIAS, LOG_SCALE, calibrated
 from mopro_fast.ops.reference import decide, mixed_scores
@@ -93,6 +93,7 @@ def clean(o: Clean) -> dict[str, int]:
     """-> how many images have which verdict."""
     # 1. The model, the data, and all that the result depends on.
     out = Path(o.out)
+    require_own(out, "clean", _made_by)
     frozen = Frozen(o.checkpoint, o.encoder, out)
     weights, options = frozen.weights, frozen.loader_options
     _fill_in(o, weights)
@@ -112,11 +113,7 @@ def clean(o: Clean) -> dict[str, int]:
     # 2. A finished cleaning is told, also from a folder that cannot be written; another one there is refused.
     if totals := distributed.by_rank0(lambda: _finished(out, settings)):
         return totals
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file: name a folder")
-    with writing(out, _HINT):
-        out.mkdir(parents=True, exist_ok=True)
-    with image_map.locked(out / TABLE):
+    with distributed.on_rank0(lambda: own_folder(out, "clean", _made_by)):
         totals = distributed.by_rank0(lambda: _finished(out, settings))  # by a process that had the lock
         # 3. Score every image. No batch reaches over the end of a group of rows.
         if not totals:
@@ -138,7 +135,7 @@ def clean(o: Clean) -> dict[str, int]:
             totals = distributed.by_rank0(lambda: _finish(out, index, numbers, settings))
         if distributed.world()[0] == 0:
             (out / _NUMBERS).unlink(missing_ok=True)
-            shutil.rmtree(out / "parts", ignore_errors=True)  # of an earlier version that was interrupted
+            _remove_parts(out / "parts")
     return totals
 
 
@@ -155,6 +152,19 @@ def _fill_in(o: Clean, weights: Weights) -> None:
         raise UserError(f"--temperature must be above 0, got {o.temperature}")
     if "prototypes" not in weights.state or weights.num_classes is None:
         raise UserError(f"{o.checkpoint} has no prototypes to clean with: give a checkpoint of MoPro's training")
+
+
+def _made_by(folder: Path) -> str | None:
+    settings = json_object(folder / "clean.json").get("settings")
+    return "clean" if isinstance(settings, dict) and {"threshold", "weights", "data"} <= settings.keys() else None
+
+
+def _remove_parts(folder: Path) -> None:
+    """Of an earlier version that was interrupted."""
+    for part in folder.glob("[0-9]*.parquet"):
+        part.unlink()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _finished(out: Path, settings: dict[str, Any]) -> dict[str, int] | None:

@@ -19,7 +19,7 @@ from mopro_fast.data.class_folders import class_numbers, is_number, subfolders
 from mopro_fast.data.index import Index, load_index, synsets, with_numbers
 from mopro_fast.data.paths import shown
 from mopro_fast.distributed import leave, say, world
-from mopro_fast.downstream.features import EncoderConfig, Frozen
+from mopro_fast.downstream.features import EncoderConfig, Frozen, folders
 from mopro_fast.errors import UserError
 from mopro_fast.files import write_json
 
@@ -60,6 +60,12 @@ def main(argv: list[str]) -> int:
     if o.top < 0:
         raise UserError(f"--top must be at least 0, got {o.top}")
     paths = _sets(o)
+    with folders("eval", o.out, None, o.encoder.device):
+        return evaluate(o, paths)
+
+
+def evaluate(o: Eval, paths: dict[str, str]) -> int:
+    """Write eval.json and print the table; -> 0."""
     options = {"num_classes": None, "root": o.root, "keep_classes": o.keep_classes}
     indexes = {name: load_index(path, "val", **options) for name, path in paths.items()}
     frozen = Frozen(o.checkpoint, o.encoder, Path(o.out) / "predictions")

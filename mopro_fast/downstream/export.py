@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mopro_fast.checkpoints.formats import Weights, about, detectron2, official, safetensors, strings, torchvision
 from mopro_fast.checkpoints.weights import build_encoder, load_weights
 from mopro_fast.errors import UserError
-from mopro_fast.files import replacing
+from mopro_fast.files import output, replacing
 from mopro_fast.models.calibration import CALIBRATION
 from mopro_fast.ops.colour import IMAGENET_MEAN, IMAGENET_STD
 
@@ -41,8 +41,9 @@ class Export:
 
 def main(argv: list[str]) -> int:
     o = tyro.cli(Export, args=argv, prog="mopro-fast export", config=(tyro.conf.FlagConversionOff,))
-    weights = load_weights(o.checkpoint)
-    export(weights, o.out, o.format, o.classifier)
+    with output(o.out) as out:
+        weights = load_weights(o.checkpoint)
+        export(weights, out, o.format, o.classifier)
     m = weights.model
     classes = "no classifier" if weights.num_classes is None else f"{weights.num_classes} classes"
     print(f"{o.out}: {o.format}, {m.arch} of width {m.width:g}, {classes}")
@@ -69,11 +70,9 @@ def export(weights: Weights, out: str | Path, format: str, classifier: bool = Tr
 
 @contextmanager
 def new_file(out: Path) -> Iterator[BinaryIO]:
-    """replacing(), with a UserError where ``out`` cannot be written."""
-    if out.is_dir() or not out.parent.is_dir():
-        raise UserError(f"cannot write {out}: name a file in a folder that exists")
+    """replacing() for a file that is not there yet, with a UserError where it cannot be written."""
     try:
-        with replacing(out) as file:
+        with replacing(out, new=True) as file:
             yield file
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from None

@@ -1,7 +1,9 @@
 """A frozen encoder's outputs for every image of an index, computed once and kept on disk."""
 
+import contextlib
 import hashlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +20,11 @@ from mopro_fast.data import inputs
 from mopro_fast.data.index import Index
 from mopro_fast.downstream.image_map import compute
 from mopro_fast.errors import UserError
+from mopro_fast.files import FEATURES, json_object, own_folder
 
 _VERSION = "1"  # of what an output means: raise it, and everything is computed again
+_OUTPUT = re.compile(r".+-[0-9a-f]{16}\.(npy|parts|lock)")
+_RESULT = {"eval": {"checkpoint", "sets"}, "lowshot": {"checkpoint", "k"}, "probe": {"checkpoint", "lambdas"}}  # keys
 
 
 @dataclass
@@ -38,6 +43,38 @@ class EncoderConfig:
     """auto: the GPU of each local rank if there is one."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast, faster on a GPU and less exact; scores near a threshold may fall on its other side."""
+
+
+@contextlib.contextmanager
+def folders(command: str, out: str, features: str | None, device: str) -> Iterator[None]:
+    """--out and, if there is one, --features for this command: rank 0 keeps them for all ranks.
+
+    features: "" stands for the folder of this name in --out. device: as for distributed.start.
+    """
+    distributed.start(device)
+    with distributed.on_rank0(lambda: own_folder(Path(out), command, lambda folder: _made_by(folder, command))):
+        if features is None:
+            yield
+            return
+        kept, flag = Path(features or Path(out, FEATURES)), "--features "
+        with distributed.on_rank0(lambda: own_folder(kept, FEATURES, _made_of_features, flag)):
+            yield
+
+
+def _made_by(folder: Path, command: str) -> str | None:
+    """For own_folder: a result, or what an interrupted command left."""
+    for name in (command, *_RESULT):
+        if _RESULT[name] <= json_object(folder / f"{name}.json").keys():
+            return name
+    names = {path.name for path in folder.iterdir()}
+    begun = re.compile(rf"\.{command}-[0-9a-f]{{16}}\.\d+\.jsonl")
+    inner = "predictions" if command == "eval" else FEATURES
+    only_outputs = {n for n in names if n[0] != "."} == {inner} and _made_of_features(folder / inner)
+    return command if only_outputs or any(map(begun.fullmatch, names)) else None
+
+
+def _made_of_features(folder: Path) -> str | None:
+    return FEATURES if folder.is_dir() and any(_OUTPUT.fullmatch(path.name) for path in folder.iterdir()) else None
 
 
 class Frozen:

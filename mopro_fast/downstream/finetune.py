@@ -43,6 +43,7 @@ def main(argv: list[str]) -> int:
 class FinetuneTask(SupervisedTask):
     """Trains on the chosen images."""
 
+    command = "finetune"
     free = frozenset({"list"})
 
     def labelled(self, index: Index) -> Index:

@@ -17,6 +17,7 @@ from mopro_fast.config import DataConfig, MoProConfig, TrainConfig, from_dict
 from mopro_fast.data import inputs
 from mopro_fast.downstream.export import new_file
 from mopro_fast.errors import UserError
+from mopro_fast.files import output
 from mopro_fast.labels import UNSEEN
 from mopro_fast.models.build import build
 from mopro_fast.models.calibration import CALIBRATION
@@ -39,10 +40,11 @@ def main(argv: list[str]) -> int:
     if len(argv) < 2 or argv[0].startswith("-") or argv[1].startswith("-"):
         raise UserError("two files come first: mopro-fast import FILE OUT (more: mopro-fast import --help)")
     source, out, rest = argv[0], Path(argv[1]), argv[2:]
-    weights = load_weights(source)
-    config = command.parse(rest) if rest else config_of(weights)
-    with new_file(out) as file:
-        write(file, resumable(weights, config) if rest else to_state(weights, config))
+    with output(out) as path:
+        weights = load_weights(source)
+        config = command.parse(rest) if rest else config_of(weights)
+        with new_file(path) as file:
+            write(file, resumable(weights, config) if rest else to_state(weights, config))
     m = weights.model
     done = "" if weights.epoch is None else f", {weights.epoch} epochs done"
     print(f"{out}: {m.arch} of width {m.width:g}, {weights.num_classes or 'no'} classes{done}, from {weights.kind}")

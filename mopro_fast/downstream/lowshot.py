@@ -21,7 +21,7 @@ from mopro_fast.data.lists import read_list
 from mopro_fast.data.paths import Paths
 from mopro_fast.distributed import leave, world
 from mopro_fast.downstream.done import Done
-from mopro_fast.downstream.features import EncoderConfig, Frozen
+from mopro_fast.downstream.features import EncoderConfig, Frozen, folders
 from mopro_fast.downstream.svm import MAX_ITER, train_and_score, unit
 from mopro_fast.errors import UserError
 from mopro_fast.files import write_json
@@ -79,6 +79,12 @@ def main(argv: list[str]) -> int:
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)
     o = tyro.cli(Lowshot, args=argv, prog="mopro-fast lowshot", config=config)
     _validate(o)
+    with folders("lowshot", o.out, o.features or "", o.encoder.device):
+        return lowshot(o)
+
+
+def lowshot(o: Lowshot) -> int:
+    """Write lowshot.json and print the table; -> 0."""
     task = load(o.data, o.val, o.root)
     _require_enough(task, o.k)
     draws = draw(task.train_labels, o.k, o.runs, o.seed)

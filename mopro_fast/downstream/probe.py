@@ -26,7 +26,7 @@ from mopro_fast.data.index import Index, load_index, val_layout
 from mopro_fast.data.order import place_in_class
 from mopro_fast.distributed import gather_lists, leave, world
 from mopro_fast.downstream.done import Done
-from mopro_fast.downstream.features import EncoderConfig, Frozen
+from mopro_fast.downstream.features import EncoderConfig, Frozen, folders
 from mopro_fast.errors import UserError
 from mopro_fast.files import write_json
 
@@ -80,6 +80,12 @@ def main(argv: list[str]) -> int:
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)
     o = tyro.cli(Probe, args=argv, prog="mopro-fast probe", config=config)
     _validate(o)
+    with folders("probe", o.out, o.features or "", o.encoder.device):
+        return probe(o)
+
+
+def probe(o: Probe) -> int:
+    """Write probe.json and print the table; -> 0."""
     sets = load(o)
     out = Path(o.out)
     folder = Path(o.features) if o.features else out / "features"

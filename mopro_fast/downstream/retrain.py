@@ -41,6 +41,7 @@ def main(argv: list[str]) -> int:
 class RetrainTask(SupervisedTask):
     """Trains on the cleaned labels."""
 
+    command = "retrain"
     free = frozenset({"cleaned"})
 
     def labelled(self, index: Index) -> Index:

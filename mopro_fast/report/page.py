@@ -18,7 +18,7 @@ import tyro
 
 from mopro_fast.config import TrainConfig
 from mopro_fast.errors import UserError
-from mopro_fast.files import replacing
+from mopro_fast.files import output, replacing
 from mopro_fast.labels import SHOWN, by_class, relabellings, verdicts
 from mopro_fast.models.method import Method
 from mopro_fast.models.mopro import MoPro
@@ -67,10 +67,10 @@ def main(argv: list[str]) -> int:
     if not 16 <= options.thumb <= 512:
         raise UserError(f"--thumb must lie in [16, 512] px, got {options.thumb}")
     out = Path(options.out or Path(options.run) / "report.html")
-    if out.is_dir():
-        raise UserError(f"--out {out} is a folder: name a file")
-    contents = collect(options)
-    size = write(contents, out)
+    Run(Path(options.run))  # it is a run: else nothing is written there
+    with output(out, is_page) as path:
+        contents = collect(options)
+        size = write(contents, path)
     for name, why in contents["missing"].items():
         print(f"not in the report: {name}: {why}", file=sys.stderr)
     unread = f", {len(contents['unread'])} could not be read" if contents["unread"] else ""
@@ -118,6 +118,15 @@ def write(contents: dict[str, Any], out: Path) -> int:
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}; name another file with --out") from None
     return len(page)
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is such a page, of this version or an earlier one."""
+    with path.open("rb") as file:
+        head = file.read(1 << 16).partition(b"<style>")[0]
+    return b'content="mopro_fast report">' in head or (
+        b"content=\"default-src 'none'; img-src data:; style-src 'sha256-" in head and b": MoPro report</title>" in head
+    )
 
 
 def render(contents: dict[str, Any]) -> str:

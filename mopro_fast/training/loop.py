@@ -38,7 +38,7 @@ class Trainer:
         self.config.validate(self.ranks)
         backends.require(self.device.type)
         sgd_class(optim.sgd, self.device)
-        self.folder = RunFolder(self.config)
+        self.folder = RunFolder(self.config, task.command)
         self.out = self.folder.path
         try:
             self._prepare()

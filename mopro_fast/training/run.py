@@ -1,7 +1,7 @@
 """A run's folder: its lock, the checkpoint to go on from, and whether that is of the same run."""
 
 import contextlib
-from functools import reduce
+import functools
 from operator import getitem
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from mopro_fast.config import VIEW_K, Settings, differences, from_dict
 from mopro_fast.data import inputs
 from mopro_fast.data.index import Index
 from mopro_fast.errors import UserError
-from mopro_fast.files import locked, replacing, write_json, writing
+from mopro_fast.files import json_object, own_folder, replacing, write_json, writing
 from mopro_fast.models.method import Method
 from mopro_fast.training.task import Task
 
@@ -38,18 +38,13 @@ class RunFolder:
     state: what it holds, or None.
     """
 
-    def __init__(self, config: Settings) -> None:
+    def __init__(self, config: Settings, command: str = "train") -> None:
         self.config, self.path = config, Path(config.run.out)
         self.checkpoints = self.path / "checkpoints"
         self._rank, self._ranks = distributed.world()
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"--out {self.path} is a file: name a folder")
-        self._lock, self._made = contextlib.ExitStack(), not self.path.exists()
-        if self._rank == 0:
-            with self.writing():
-                self.path.mkdir(parents=True, exist_ok=True)
-                busy = f"another process trains in --out {self.path}: wait for it, or choose another --out"
-                self._lock.enter_context(locked(str(self.path / ".lock"), busy))
+        self._lock = contextlib.ExitStack()
+        made = functools.partial(own_folder, self.path, command, functools.partial(_made_by, command=command))
+        self._lock.enter_context(distributed.on_rank0(made))
         try:
             self.found = self._newest()
             self.state = None if self.found is None else checkpoints.load(self.found)
@@ -60,9 +55,6 @@ class RunFolder:
     def close(self) -> None:
         """Give the folder free; one that was made and stayed empty goes."""
         self._lock.close()
-        if self._rank == 0 and self._made:
-            with contextlib.suppress(OSError):
-                self.path.rmdir()
 
     def writing(self) -> contextlib.AbstractContextManager[None]:
         """An OSError inside becomes a UserError that names the folder."""
@@ -114,7 +106,7 @@ class RunFolder:
         theirs = from_dict(type(self.config), self.state.config, str(self.found)).as_dict()
         ours, free = self.config.as_dict(), FREE | task.free | (set() if task.two_views else VIEW_K)
         changed = [name for name in differences(theirs, ours) if name not in free]
-        return {name: tuple(reduce(getitem, name.split("."), c) for c in (theirs, ours)) for name in changed}
+        return {name: tuple(functools.reduce(getitem, name.split("."), c) for c in (theirs, ours)) for name in changed}
 
     def _refuse(self, changed: dict[str, tuple[Any, Any]], task: Task) -> None:
         for name, (then, now) in changed.items():
@@ -164,6 +156,14 @@ class RunFolder:
         if path and saved and Path(path).resolve() in [p.resolve() for p in saved[:-1]]:
             raise UserError(f"{path} is older than {saved[-1]}: to go back to it, choose another --out")
         return distributed.from_rank0(path)
+
+
+def _made_by(folder: Path, command: str) -> str | None:
+    """The command whose run a folder without a mark holds; without its settings it may be of ``command``."""
+    settings = json_object(folder / "config.json")
+    if {"data", "optim", "run"} <= settings.keys() and (folder / "log.jsonl").is_file():
+        return "retrain" if "cleaned" in settings else "finetune" if "share" in settings else "train"
+    return command if checkpoints.all_of(folder / "checkpoints") else None
 
 
 def _other(task: Task) -> str:

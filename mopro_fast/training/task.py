@@ -20,6 +20,8 @@ class Task:
     ``two_views``), ``config.optim`` and ``config.run``.
     """
 
+    command = "train"
+    """Whose run a folder is."""
     two_views = False
     """Whether batches have a view_k."""
     free: frozenset[str] = frozenset()
