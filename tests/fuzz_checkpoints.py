@@ -1,19 +1,62 @@
 """Checkpoints and weights with something wrong in them: given a seed, always the same."""
 
+import contextlib
 import copy
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
+
+from mopro_fast.config import TrainConfig
+from mopro_fast.training.loop import Trainer
+from mopro_fast.training.tasks import task_of
+
+CLASSES = ("a", "b")
 
 JUNK: list[Any] = [
     None, True, False, 0, 1, 3, -1, 10**9, 2**40, 2**70, 10**5000, 0.5, -2.5, float("nan"), float("inf"), "", "x", "3",
     "\udcff\n", [], [None], [1, 2], [0, 0, 0], [-1, -1], [[0, 0]], ["a", "b", "c"], {}, {"a": None}, {1: 2}, (), (0, 0),
     b"bytes", 1j, np.float64(0.5), np.int64(3), np.bool_(True), torch.float32, torch.Size([2]),
 ]  # fmt: skip
+
+
+def config(folder: Path, out: Path) -> TrainConfig:
+    """Of a small training of folder/images."""
+    c = TrainConfig()
+    c.data.path, c.data.num_classes, c.data.cache = str(folder / "images"), 2, "device"
+    c.data.image_size = c.data.eval_resize = 8
+    c.data.threads, c.data.holdout = 1, "0.2"
+    c.model.arch, c.model.width, c.model.stem, c.model.embed_dim = "resnet18", 1 / 64, "small", 4
+    c.mopro.queue_size, c.mopro.start_clean, c.mopro.calibrate = 8, 1, True
+    c.optim.epochs, c.optim.batch_size, c.optim.lr = 2, 4, 0.01
+    c.run.out, c.run.device, c.run.tensorboard, c.run.checkpoint_every = str(out), "cpu", False, 1
+    return c
+
+
+def write_run(folder: Path) -> Path:
+    """folder/images, and folder/run as it was in the middle of its second epoch; -> the run."""
+    rng = np.random.default_rng(0)
+    for name in CLASSES:
+        (folder / "images" / name).mkdir(parents=True)
+        for i in range(10):
+            Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)).save(folder / f"images/{name}/{i}.png")
+    trainer = Trainer(task_of(config(folder, folder / "run")))
+    step = trainer._train_step
+
+    def stop(*batch):
+        if trainer.global_step == 6:
+            raise KeyboardInterrupt
+        step(*batch)
+
+    trainer._train_step = stop
+    with contextlib.suppress(KeyboardInterrupt):
+        trainer.run()
+    return folder / "run"
 
 
 def tensors(t: Tensor, rng: random.Random) -> Any:
@@ -82,9 +125,13 @@ def mutated(entries: dict[str, Any], seed: int) -> tuple[dict[str, Any], str]:
                     place = place[i]
                     continue
                 place[i] = rng.choice(JUNK)
-                notes.append(f"{'.'.join(map(str, where))}[{i}] = {str(place[i])[:20]}")
+                notes.append(f"{'.'.join(map(str, where))}[{i}] = {_told(place[i])}")
                 break
     return found, "; ".join(notes) or "nothing"
+
+
+def _told(value: Any) -> str:
+    return "an int" if type(value) is int else ascii(value)[:20]
 
 
 def _config(found: dict[str, Any], config: str, rng: random.Random) -> str:
@@ -118,5 +165,5 @@ def _change(place: dict, name: Any, rng: random.Random, where: str) -> str:
         place[name] = rng.choice([{"state_dict": value}, {name: value}, [value], {"model": {"net": value}}])
     else:
         way, place[name] = "junk", rng.choice(JUNK)
-        return f"{where} = {str(place[name])[:20] if type(place[name]) is not int else 'int'}"
+        return f"{where} = {_told(place[name])}"
     return f"{where}: {way}"

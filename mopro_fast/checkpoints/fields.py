@@ -149,12 +149,21 @@ def _check_optimizer(state: Any, path: str | Path) -> None:
             holds = type(value) in (bool, int, float) and math.isfinite(value)
             require(holds, path, f"optimizer.param_groups.{i}.{name}", value, "a number")
     for key, slot in state["state"].items():
-        holds = isinstance(slot, dict) and (slot.get("momentum_buffer") is None or is_finite(slot["momentum_buffer"]))
-        require(_count(key) and holds, path, "optimizer.state", key, "finite momentum buffers by their numbers")
+        require(_count(key), path, "optimizer.state", key, "momentum buffers by their numbers")
+        holds = isinstance(slot, dict) and slot.keys() == {"momentum_buffer"}
+        require(holds, path, f"optimizer.state.{key}", slot, "a momentum_buffer")
+        buffer = slot["momentum_buffer"]
+        holds = buffer is None or is_finite(buffer)
+        require(holds, path, f"optimizer.state.{key}.momentum_buffer", buffer, "a dense tensor of finite numbers")
 
 
-def check_optimizer_fits(saved: dict[str, Any] | None, own: torch.optim.Optimizer, path: str | Path) -> None:
-    """Raise Damaged where ``own`` cannot take this state, or would train with other settings from then on."""
+def check_optimizer_fits(
+    saved: dict[str, Any] | None, own: torch.optim.Optimizer, names: dict[Tensor, str], path: str | Path
+) -> None:
+    """Raise Damaged where ``own`` cannot take this state, or would train with other settings from then on.
+
+    names: of the parameters.
+    """
     require(saved is not None, path, "optimizer", saved, "the state of SGD")
     sizes, had = ([len(g["params"]) for g in groups] for groups in (own.param_groups, saved["param_groups"]))
     require(sizes == had, path, "optimizer.param_groups", str(had), f"groups of {sizes} parameters")
@@ -167,11 +176,14 @@ def check_optimizer_fits(saved: dict[str, Any] | None, own: torch.optim.Optimize
         for name in sorted(_SGD & group.keys() & theirs.keys() - {"lr"}):
             name_of = f"optimizer.param_groups.{i}.{name}"
             require(float(theirs[name]) == float(group[name]), path, name_of, theirs[name], said(group[name]))
-    for key, slot in saved["state"].items():
+    slots = {key: slot["momentum_buffer"] for key, slot in saved["state"].items()}
+    for key, buffer in slots.items():
         require(key < len(params), path, "optimizer.state", key, f"a number below {len(params)}")
-        buffer = slot.get("momentum_buffer")
         holds = buffer is None or (buffer.shape == params[key].shape and buffer.is_floating_point())
-        require(holds, path, f"optimizer.state.{key}.momentum_buffer", buffer, f"float32 {_shape(params[key])}")
+        require(holds, path, f"optimizer.state.{key}.momentum_buffer", buffer, said(params[key]))
+    for key, p in enumerate(params) if any(b is not None for b in slots.values()) else ():
+        projects = names[p].startswith(("encoder_q.fc1.", "encoder_q.fc2."))  # no loss of cross-entropy does
+        require(projects or slots.get(key) is not None, path, f"optimizer.state.{key}", None, f"that of {names[p]}")
 
 
 def check_model_fits(saved: dict[str, Tensor], own: dict[str, Tensor], path: str | Path) -> None:
@@ -181,10 +193,6 @@ def check_model_fits(saved: dict[str, Tensor], own: dict[str, Tensor], path: str
         require(mine is not None, path, f"model.{name}", t, "no such tensor")
         holds = t is not None and t.shape == mine.shape and t.is_floating_point() == mine.is_floating_point()
         require(holds and t.dtype != torch.bool, path, f"model.{name}", t, said(mine))
-
-
-def _shape(t: Tensor) -> str:
-    return "×".join(map(str, t.shape)) or "scalar"
 
 
 def settings(text: Any, path: str | Path) -> dict[str, Any]:
@@ -206,12 +214,14 @@ def _mistyped(cls: type, values: dict[str, Any], prefix: str) -> str:
     for name, value in known.items():
         where, hint = f"{prefix}.{name}", hints[name]
         if dataclasses.is_dataclass(hint):
-            problem = _mistyped(hint, value, where) if isinstance(value, dict) else f"{where} is {said(value)}"
+            plain = isinstance(value, dict)
+            problem = _mistyped(hint, value, where) if plain else f"{where} is {said(value)}, expected settings"
             if problem:
                 return problem
             continue
         if not _is_a(value, hint):
-            return f"{where} is {said(value)}"
+            expected = str(hint) if typing.get_origin(hint) else hint.__name__
+            return f"{where} is {said(value)}, expected {expected.replace('typing.', '')}"
     try:
         cls(**known)
     except UserError as error:

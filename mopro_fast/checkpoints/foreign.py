@@ -1,5 +1,6 @@
 """The ResNet in a file of others: which entry holds it, behind which prefix, and what beside it is not taken."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ _WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
 _TRANSPARENT = {"module", "_orig_mod"}  # of DataParallel, torch.compile
 _MARK = "layer1.0.conv1.weight"
 _DEEPEST = 8  # entries in entries
-_NAMED = 4
+_NAMED = 6
 
 
 def tensors(found: Any, path: Path) -> tuple[dict[str, Tensor], str]:
@@ -80,7 +81,9 @@ def _resnet(state: dict[str, Any], path: Path) -> tuple[dict[str, Tensor], str]:
                 f"{ascii(name)[1:-1]} is of type {type(state[name]).__name__}, not a tensor"
             )
     left = [ascii(name)[1:-1] for name in state if name not in taken]
-    return {short: state[name] for name, short in taken.items()}, f"not taken: {_some(left)}" if left else ""
+    of = Counter(name.partition(".")[0] for name in left)
+    words = {name if of[top := name.partition(".")[0]] <= _NAMED else f"{top}.* ({of[top]})": None for name in left}
+    return {short: state[name] for name, short in taken.items()}, f"not taken: {_some([*words])}" if left else ""
 
 
 def _trunk(state: dict[str, Any], prefix: str) -> dict[str, str]:
@@ -110,4 +113,4 @@ def _is_projection(of: list[Any]) -> bool:
 
 def _some(names: list[str]) -> str:
     more = len(names) - _NAMED
-    return ", ".join(name[:80] for name in names[:_NAMED]) + (f" and {more} others" if more > 0 else "")
+    return ", ".join(name[:80] for name in names[:_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mopro_fast.checkpoints import formats
 from mopro_fast.checkpoints import state as checkpoint
-from mopro_fast.checkpoints.fields import check_classes, settings
+from mopro_fast.checkpoints.fields import check_classes, require, settings
 from mopro_fast.checkpoints.formats import HEADS, K, Q, Weights
 from mopro_fast.config import ModelConfig
 from mopro_fast.errors import UserError
@@ -50,8 +50,11 @@ def _instead(saved: list[Path]) -> str:
 
 def _load(path: Path) -> Weights:
     found, tensors, kind, note = formats.read(path)
-    about = found if kind == "mopro_fast" else found.get("mopro_fast")
-    about = about if isinstance(about, dict) else {}  # of files that this package exported
+    about = found if kind == "mopro_fast" else found.get("mopro_fast", {})  # of files that this package exported
+    require(isinstance(about, dict), path, "mopro_fast", about, "what `mopro-fast export` writes")
+    updated = about.get("keys_updated", kind != "official")
+    updated = str(updated) if isinstance(updated, bool) else updated
+    require(isinstance(updated, str) and updated in ("True", "False"), path, "keys_updated", updated, "True or False")
     try:
         config, classes = about.get("config"), about.get("classes")
         if kind != "mopro_fast":
@@ -62,17 +65,16 @@ def _load(path: Path) -> Weights:
         _require_rest(state, model, num_classes, path)
         size, resize = _evaluation(config, model)
     except (AttributeError, KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no checkpoint that this package knows: {type(error).__name__}: {error}") from None
+        why = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} is no checkpoint that this package knows: {why}") from None
     check_classes(classes, num_classes, path)
     epoch = found.get("epoch")
     epoch = epoch if type(epoch) is int and epoch >= 0 else None
     optimizer = formats.optimizer_of(found.get("optimizer"), state)
-    updated = about.get("keys_updated", kind != "official")
-    updated = updated is True or (isinstance(updated, str) and updated == "True")
     if note and os.environ.get("RANK", "0") == "0":
         print(f"note: {path}: {note}", file=sys.stderr)
     return Weights(
-        path, kind, state, model, num_classes, epoch, size, resize, optimizer, config, updated, classes, note
+        path, kind, state, model, num_classes, epoch, size, resize, optimizer, config, updated == "True", classes, note
     )
 
 
