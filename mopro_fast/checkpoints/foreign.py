@@ -21,7 +21,7 @@ def tensors(found: Any, path: Path) -> tuple[dict[str, Tensor], str]:
     """
     if not isinstance(found, dict):
         raise UserError(f"{path} holds a {type(found).__name__}, not a checkpoint")
-    holders = _holders(found, path)
+    holders = _holders(found, set())
     if not holders:
         entries = _some([ascii(name)[1:-1] if isinstance(name, str) else type(name).__name__ for name in found])
         raise UserError(
@@ -33,14 +33,19 @@ def tensors(found: Any, path: Path) -> tuple[dict[str, Tensor], str]:
     return _resnet(_plain_names(*holders.values(), path), path)
 
 
-def _holders(found: dict, path: Path, depth: int = 0) -> dict[str, dict]:
-    """The dicts with a ResNet's names by where they are; an entry that usually has the weights goes before others."""
+def _holders(found: dict, seen: set[int], depth: int = 0) -> dict[str, dict]:
+    """The dicts with a ResNet's names by where they are; an entry that usually has the weights goes before others.
+
+    seen: ids of the dicts that were looked into.
+    """
+    seen.add(id(found))
     if any(_prefix(name) is not None for name in found):
         return {"": found}
     inner: dict[str, dict] = {}
     for name, value in found.items():
-        if isinstance(name, str) and isinstance(value, dict) and depth < _DEEPEST and name != "optimizer":
-            below = _holders(value, path, depth + 1)
+        inside = isinstance(name, str) and isinstance(value, dict) and name != "optimizer"
+        if inside and id(value) not in seen and depth < _DEEPEST:
+            below = _holders(value, seen, depth + 1)
             inner |= {f"{name}.{place}".rstrip("."): holder for place, holder in below.items()}
     usual = {name: holder for name, holder in inner.items() if name.partition(".")[0] in _WRAPPERS}
     return usual or inner

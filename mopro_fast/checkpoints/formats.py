@@ -1,7 +1,8 @@
 """The formats of others, into this package's names and out of them.
 
-Read are checkpoints of this package, of the official code (salesforce/MoPro) and of torchvision or timm, written by
-torch.save or as safetensors. Written are those, and detectron2's.
+Read are checkpoints of this package, of the official code (salesforce/MoPro) and of torchvision, timm and what else
+holds a ResNet by torchvision's names (foreign.py), written by torch.save or as safetensors. Written are those of this
+package, of the official code and of torchvision, and detectron2's.
 """
 
 import hashlib
