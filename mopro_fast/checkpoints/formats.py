@@ -118,7 +118,8 @@ def own_names(tensors: dict[str, Tensor], transposed_queue: bool) -> dict[str, T
     state = {}
     foreign = not any(name.startswith(Q) for name in tensors)
     for name, t in tensors.items():
-        if not is_dense(t.detach()):
+        t = t.detach()
+        if not is_dense(t):
             raise ValueError(f"{name} is not a dense tensor")
         if 0 in t.shape:
             raise ValueError(f"{name} is empty")
