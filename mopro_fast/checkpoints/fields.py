@@ -51,7 +51,7 @@ def is_finite(t: Any) -> bool:
     return is_dense(t) and not t.is_complex() and bool(t.isfinite().all())
 
 
-def _count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 62
 
 
@@ -77,17 +77,17 @@ def _rows(t: Any) -> bool:
 
 _WHOLE = "a whole number of at least 0"
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "epoch": (_count, _WHOLE),
-    "step": (_count, _WHOLE),
+    "epoch": (is_count, _WHOLE),
+    "step": (is_count, _WHOLE),
     "initial": (_text, "a text"),
     "data_digest": (_text, "a text"),
     "left_out": (_rows, "int64 rows in ascending order"),
     "held_out": (_rows, "int64 rows in ascending order"),
     "held_out_labels": (_integers(torch.int64, 1), "int64 labels"),
-    "ranks": (lambda v: _count(v) and v > 0, "a whole number of at least 1"),
-    "log_bytes": (_count, _WHOLE),
-    "replaced": (_list(_count, 2), "a list of two whole numbers of at least 0"),
-    "counts": (_list(_count, 2), "a list of two whole numbers of at least 0"),
+    "ranks": (lambda v: is_count(v) and v > 0, "a whole number of at least 1"),
+    "log_bytes": (is_count, _WHOLE),
+    "replaced": (_list(is_count, 2), "a list of two whole numbers of at least 0"),
+    "counts": (_list(is_count, 2), "a list of two whole numbers of at least 0"),
     "assigned": (_integers(torch.int32, 1, UNSEEN), f"int32 labels from {UNSEEN} on"),
     "winners": (
         lambda t: _rows(t) or (_integers(torch.int64, 2)(t) and t.shape[1] == 2),
@@ -141,7 +141,7 @@ def _check_optimizer(state: Any, path: str | Path) -> None:
     if state is None:
         return
     groups = state.get("param_groups") if isinstance(state, dict) else None
-    holds = _list(lambda g: isinstance(g, dict) and _list(_count)(g.get("params")))(groups)
+    holds = _list(lambda g: isinstance(g, dict) and _list(is_count)(g.get("params")))(groups)
     require(holds and isinstance(state.get("state"), dict), path, "optimizer", state, "the state of SGD")
     for i, group in enumerate(groups):
         for name in _SGD & group.keys():
@@ -149,7 +149,7 @@ def _check_optimizer(state: Any, path: str | Path) -> None:
             holds = type(value) in (bool, int, float) and math.isfinite(value)
             require(holds, path, f"optimizer.param_groups.{i}.{name}", value, "a number")
     for key, slot in state["state"].items():
-        require(_count(key), path, "optimizer.state", key, "momentum buffers by their numbers")
+        require(is_count(key), path, "optimizer.state", key, "momentum buffers by their numbers")
         holds = isinstance(slot, dict) and slot.keys() == {"momentum_buffer"}
         require(holds, path, f"optimizer.state.{key}", slot, "a momentum_buffer")
         buffer = slot["momentum_buffer"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mopro_fast.checkpoints import formats
 from mopro_fast.checkpoints import state as checkpoint
-from mopro_fast.checkpoints.fields import check_classes, require, settings
+from mopro_fast.checkpoints.fields import check_classes, is_count, require, settings
 from mopro_fast.checkpoints.formats import HEADS, K, Q, Weights
 from mopro_fast.config import ModelConfig
 from mopro_fast.errors import UserError
@@ -69,7 +69,7 @@ def _load(path: Path) -> Weights:
         raise UserError(f"{path} is no checkpoint that this package knows: {why}") from None
     check_classes(classes, num_classes, path)
     epoch = found.get("epoch")
-    epoch = epoch if type(epoch) is int and epoch >= 0 else None
+    epoch = epoch if is_count(epoch) else None
     optimizer = formats.optimizer_of(found.get("optimizer"), state)
     if note and os.environ.get("RANK", "0") == "0":
         print(f"note: {path}: {note}", file=sys.stderr)
