@@ -1,10 +1,12 @@
 """The command line: ``mopro-fast COMMAND …``. One line per mistake, no traceback, exit status 2."""
 
 import os
+import re
 import sys
 import warnings
 
 from mopro_fast.errors import UserError
+from mopro_fast.files import home
 
 COMMANDS = {  # name: module of this package, help
     "demo": ("demo", "train cross-entropy and MoPro on noisy real images, about 3 minutes on 2 cores"),
@@ -64,7 +66,13 @@ def _run(argv: list[str]) -> int:
         from mopro_fast.config import nearest
 
         raise UserError(f"unknown command {name!r}{nearest(name, COMMANDS)}")
-    return import_module(f"mopro_fast.{COMMANDS[name][0]}").main(rest) or 0
+    return import_module(f"mopro_fast.{COMMANDS[name][0]}").main([_at_home(word) for word in rest]) or 0
+
+
+def _at_home(word: str) -> str:
+    """With the home folder in place of ~ where a shell leaves it: in --out=~/runs, name=~/images, "~/runs"."""
+    found = re.match(r"(?:[^=~]*=){0,2}(?=~)", word)
+    return found[0] + home(word[found.end() :]) if found else word
 
 
 def _usage() -> str:

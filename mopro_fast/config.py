@@ -1,13 +1,19 @@
 """Every setting of a run, as dataclasses, and the recipes: functions that give a whole TrainConfig.
 
 The docstring under a field is its ``--help``. :meth:`TrainConfig.validate` refuses contradictory settings,
-:func:`from_dict` unknown ones, both with a UserError.
+:func:`from_dict` unknown ones and values of other types, both those outside of ``LIMITS``, with a UserError.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
+import os
+import shlex
+import sys
+import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +26,34 @@ except ImportError:  # only the command line needs its parser
 
 
 from mopro_fast.errors import UserError
+from mopro_fast.files import home
+
+_INTERVALS = {
+    "[0, 1]": "data.max_broken data.hw_decoder_load data.augment.flip data.augment.grayscale data.augment.brightness "
+    "data.augment.contrast data.augment.saturation mopro.key_momentum mopro.proto_momentum mopro.alpha mopro.threshold",
+    "(0, 1]": "optim.decay share data.augment.scale",
+    "[0, 1)": "optim.momentum",
+    "[0, 0.5]": "data.augment.hue",
+    "[0.0001, 1000]": "mopro.temperature",
+    "[0.015625, 16]": "model.width",  # from one channel in the first stage
+    "[0, 1000]": "optim.weight_decay mixup",
+    "[0, 1000000]": "optim.lr optim.encoder_lr mopro.w_inst mopro.w_proto",
+    "[0, 1000000000]": "data.shuffle_shards mopro.start_clean optim.milestones optim.warmup_epochs",
+    "[0, 1048576]": "model.bn_group",
+    "[0, 4096]": "data.threads",
+    "[0, 9223372036854775808)": "run.seed",
+    "[1, 1000000]": "data.num_classes data.keep_classes",
+    "[1, 1000000000]": "optim.epochs",
+    "[1, 1048576]": "optim.batch_size",
+    "[1, 16384]": "data.eval_resize model.embed_dim",
+    "[1, 16777216]": "mopro.queue_size",
+    "[1, 8192]": "data.image_size",
+    "[1, inf)": "run.log_every run.checkpoint_every run.keep",
+}
+LIMITS = {name: interval for interval, names in _INTERVALS.items() for name in names.split()}
+"""Where the numbers of every setting lie, those of re-training and fine-tuning included."""
+PATHS = {f"data.{name}" for name in ("path", "root", "val", "extra_val", "holdout")}
+PATHS |= {"run.out", "run.resume", "run.init", "cleaned", "list"}
 
 
 @dataclass(frozen=True)
@@ -42,14 +76,10 @@ class AugmentConfig:
     """view_k: hue turns by up to ± this part of a full circle (at most 0.5)."""
 
     def __post_init__(self) -> None:
+        for name, _, value in _settings(self, "data.augment."):
+            _require_in_limits(name, flag(name), value)
         low, high = self.scale
-        if not 0 < low <= high <= 1:
-            raise UserError(f"augment scale {low} {high}: give two numbers with 0 < smallest <= largest <= 1")
-        highest = {"flip": 1, "grayscale": 1, "brightness": 1, "contrast": 1, "saturation": 1, "hue": 0.5}
-        for name, limit in highest.items():
-            value = getattr(self, name)
-            if not 0 <= value <= limit:
-                raise UserError(f"augment {name} must lie in [0, {limit}], got {value}")
+        _require(low <= high, f"--scale {low} {high}: the smallest area comes first")
 
 
 VIEW_K = frozenset(f"data.augment.{name}" for name in ("grayscale", "brightness", "contrast", "saturation", "hue"))
@@ -232,17 +262,18 @@ class Settings:
         d, o, r = self.data, self.optim, self.run
         _require(d.path, "no training data given: set --data to a WebVision folder, a list file or class folders")
         _require(r.out, "no output folder given: set --out")
-        _at_least(1, num_classes=d.num_classes, image_size=d.image_size, epochs=o.epochs, batch_size=o.batch_size)
-        _at_least(1, log_every=r.log_every, keep=r.keep, checkpoint_every=r.checkpoint_every)
-        _at_least(0, threads=d.threads, shuffle_shards=d.shuffle_shards, seed=r.seed)
-        _at_least(0, lr=o.lr, weight_decay=o.weight_decay, warmup_epochs=o.warmup_epochs)
-        _shares(max_broken=d.max_broken, hw_decoder_load=d.hw_decoder_load)
+        for name, default, value in _settings(self):
+            _require_in_limits(name, flag(name), value)
+            if name in PATHS:
+                for path in value.values() if isinstance(value, dict) else (value,):
+                    _require_path(flag(name), path, default)
         share = d.held_out_share()
         _require(share is None or 0 < share < 1, f"--holdout {d.holdout}: a share must lie between 0 and 1")
         if d.eval_resize is not None:
-            _at_least(d.image_size, eval_resize=d.eval_resize)
-        _require(0 <= o.momentum < 1, f"--momentum must lie in [0, 1), got {o.momentum}")
-        _require(0 < o.decay <= 1, f"--decay must lie in (0, 1], got {o.decay}")
+            _require(
+                d.eval_resize >= d.image_size,
+                f"--eval-resize must be at least --image-size {d.image_size}, got {d.eval_resize}",
+            )
         _require(
             o.batch_size % ranks == 0,
             f"--batch-size {o.batch_size} cannot be divided among {ranks} ranks: choose a multiple of {ranks}",
@@ -256,6 +287,8 @@ class Settings:
         )
         taken = {"train", "epoch", "val", "speed", "holdout", "classes", "alarm"} & d.extra_val.keys()
         _require(not taken, f"--extra-val {' '.join(taken)}: the log uses this name itself, choose another")
+        for name in d.extra_val:
+            _require(name.strip() and name.isprintable(), f"--extra-val {name!r}: the log cannot show this name")
         _require(not (o.nesterov and o.momentum == 0), "--nesterov needs --momentum above 0")
         _require(
             o.sgd != "apex" or not r.cuda_graph,
@@ -288,11 +321,6 @@ class TrainConfig(Settings):
     def validate(self, ranks: int = 1) -> None:
         super().validate(ranks)
         m, p, rows = self.model, self.mopro, self.optim.batch_size // ranks
-        _at_least(1, embed_dim=m.embed_dim, queue_size=p.queue_size)
-        _at_least(0, bn_group=m.bn_group, w_inst=p.w_inst, w_proto=p.w_proto)
-        _shares(key_momentum=p.key_momentum, proto_momentum=p.proto_momentum, alpha=p.alpha, threshold=p.threshold)
-        _require(p.temperature > 0, f"--temperature must be above 0, got {p.temperature}")
-        _require(m.width >= 1 / 64, f"--width must be at least 1/64, one channel in the first stage, got {m.width}")
         _require(m.bn_group != 1, "--bn-group 1: BatchNorm needs at least two rows; 0 takes all of a rank")
         _require(
             m.bn_group == 0 or rows % m.bn_group == 0,
@@ -368,37 +396,166 @@ RECIPES = {
 
 
 def recipe(name: str) -> TrainConfig:
-    """The recipe of this name, or the saved config if ``name`` is a .json file."""
+    """The recipe of this name, or the saved config if ``name`` is a .json file: in a run's folder, that run's.
+
+    A run goes on where it lies, wherever it was when it began.
+    """
     if name.endswith(".json"):
-        return load(name)
+        config, folder = load(name), Path(name).parent
+        if _in_run(folder):
+            config.run.out = str(folder)
+            if any((folder / "checkpoints").glob("step_*.pt")):
+                config.run.resume = "auto"
+        return config
     if name not in RECIPES:
         raise UserError(f"unknown recipe {name!r}{nearest(name, RECIPES)}")
     return RECIPES[name]()
 
 
 def load(path: str | Path) -> TrainConfig:
-    """Read a config.json as a run saves it."""
+    """Read a config.json as a run saves it. Paths that begin with ``~`` come with the home folder."""
+    values = read(path)
+    if "freeze" in values:
+        raise UserError(f"{path} is no recipe for `mopro-fast train`: {_command_of(values, Path(path).parent)}")
+    config = from_dict(TrainConfig, values, str(path))
     try:
-        config = from_dict(TrainConfig, json.loads(Path(path).read_text()), str(path))
         config.validate()
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"cannot read the config {path}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return config
 
 
-def from_dict(cls: type, values: dict[str, Any], where: str) -> Any:
-    """Build a config dataclass from plain values; unknown names are refused."""
+def read(path: str | Path) -> dict[str, Any]:
+    """The values of a config.json, whichever they are."""
+
+    def settings(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = {}
+        for name, value in pairs:
+            if name in values:
+                raise UserError(f"{path}: {_told(name)} is there twice: keep one")
+            try:
+                values[name] = home(value) if isinstance(value, str) else value
+            except UserError as error:
+                raise UserError(f"{path}: {_told(name)}: {error}") from None
+        return values
+
+    def no_number(text: str) -> None:
+        raise UserError(f"{path}: {text} is no number that a setting can have")
+
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+        values = json.loads(text, object_pairs_hook=settings, parse_constant=no_number)
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        whys = {UnicodeDecodeError: "it is not UTF-8 text", RecursionError: "it is nested too deeply"}
+        whys[ValueError] = "a number in it has too many digits"
+        raise UserError(f"cannot read the config {path}: {whys.get(type(error), error)}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is no config: it must be an object of settings, got {_told(values)}")
+    return values
+
+
+def from_dict(cls: type, values: dict[str, Any], where: str, prefix: str = "") -> Any:
+    """Build a config dataclass from plain values. A UserError names the first setting that is unknown or wrong.
+
+    where: the file they come from. prefix: of the names, such as "data.".
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: {prefix[:-1] or 'a config'} must be an object of settings, got {_told(values)}")
     hints = typing.get_type_hints(cls)
     arguments = {}
     for name, value in values.items():
+        dotted = prefix + name
         if name not in hints:
-            raise UserError(f"{where}: unknown setting {name!r}{nearest(name, hints)}")
+            raise UserError(f"{where}: unknown setting {_told(dotted)}{nearest(name[:80], hints)}")
         if dataclasses.is_dataclass(hints[name]):
-            value = from_dict(hints[name], value, f"{where}, {name}")
-        elif isinstance(value, list):
-            value = tuple(value)
-        arguments[name] = value
-    return cls(**arguments)
+            arguments[name] = from_dict(hints[name], value, where, f"{dotted}.")
+            continue
+        try:
+            arguments[name] = _as(hints[name], value)
+        except TypeError:
+            raise UserError(f"{where}: {dotted} must be {_wanted(hints[name])}, got {_told(value)}") from None
+        _require_in_limits(dotted, f"{where}: {dotted}", arguments[name])
+    try:
+        return cls(**arguments)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _as(hint: Any, value: Any) -> Any:
+    """The value as a setting of this type has it; a TypeError where it is of another. Types of others' own pass."""
+    kind, inner = typing.get_origin(hint), typing.get_args(hint)
+    if kind in (typing.Union, types.UnionType):
+        for option in inner:
+            with contextlib.suppress(TypeError):
+                return _as(option, value)
+    elif kind is tuple:
+        if isinstance(value, (list, tuple)):
+            each = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+            if len(each) == len(value):
+                return tuple(map(_as, each, value))
+    elif kind is Literal:
+        if any(value == choice and type(value) is type(choice) for choice in inner):
+            return value
+    elif kind is dict:
+        if isinstance(value, dict):
+            return {_as(inner[0], k): _as(inner[1], v) for k, v in value.items()}
+    elif hint is float:
+        if type(value) in (int, float) and abs(value) <= sys.float_info.max:
+            return value
+    elif type(value) is hint or hint not in _PLAIN:
+        return value
+    raise TypeError
+
+
+_PLAIN = {int: "a whole number", str: "a string", bool: "true or false", types.NoneType: "null"}
+
+
+def _wanted(hint: Any) -> str:
+    """For messages: what a setting of this type takes."""
+    kind, inner = typing.get_origin(hint), typing.get_args(hint)
+    if kind in (typing.Union, types.UnionType):
+        return " or ".join(map(_wanted, inner))
+    if kind is tuple:
+        return f"a list{'' if inner[-1] is Ellipsis else f' of {len(inner)}'}, each {_wanted(inner[0])}"
+    if kind is Literal:
+        *most, last = map(str, inner)
+        return f"{', '.join(most)} or {last}" if most else last
+    if kind is dict:
+        return "an object of strings"
+    return _PLAIN.get(hint, "a finite number")
+
+
+def _told(value: Any) -> str:
+    """For messages: a value as a config.json has it, strings in single quotes."""
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, (list, tuple)) and any(isinstance(v, (dict, list, tuple)) for v in value):
+        return "a list of lists or objects"
+    text = repr(value) if isinstance(value, str) else json.dumps(value, default=repr)
+    return text if len(text) <= 80 else f"{text[:70]}…"
+
+
+def _in_run(folder: Path) -> bool:
+    """Whether this is the folder of a run."""
+    traces = ("checkpoints", "log.jsonl", ".mopro_fast")
+    return (folder / "config.json").exists() and any((folder / trace).exists() for trace in traces)
+
+
+def _command_of(values: dict[str, Any], folder: Path) -> str:
+    """How the run of re-training or fine-tuning with these settings goes on."""
+
+    def word(part: str, name: str, otherwise: str) -> str:
+        value = values.get(part)
+        value = value.get(name) if isinstance(value, dict) else value
+        return shlex.quote(value) if isinstance(value, str) and value and value.isprintable() else otherwise
+
+    command = "retrain" if "cleaned" in values else "finetune"
+    words = f"CKPT --cleaned {word('cleaned', '', 'TABLE')}" if command == "retrain" else "CKPT"
+    out = shlex.quote(str(folder)) if _in_run(folder) else word("run", "out", "FOLDER")
+    words += f" --data {word('data', 'path', 'DATA')} --out {out}"
+    return f"`mopro-fast {command}` made it; its run goes on with its own command, mopro-fast {command} {words} …"
 
 
 def nearest(name: str, names: typing.Iterable[str]) -> str:
@@ -422,7 +579,17 @@ def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
 
 def flag(name: str) -> str:
     """The command-line option of a setting."""
-    return "--" + name.replace("_", "-")
+    return "--data" if name == "data.path" else "--" + name.rpartition(".")[2].replace("_", "-")
+
+
+def _settings(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, default, value) of every setting."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from _settings(value, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, f.default, value
 
 
 def _require(condition: object, message: str) -> None:
@@ -430,11 +597,27 @@ def _require(condition: object, message: str) -> None:
         raise UserError(message)
 
 
-def _shares(**values: float) -> None:
-    for name, value in values.items():
-        _require(0 <= value <= 1, f"{flag(name)} must lie in [0, 1], got {value}")
+def _require_in_limits(name: str, shown: str, value: Any) -> None:
+    if name not in LIMITS or value is None:
+        return
+    interval = LIMITS[name]
+    low, high = map(float, interval[1:-1].split(", "))
+    for v in value if isinstance(value, (tuple, list)) else (value,):
+        inside = (low < v if interval[0] == "(" else low <= v) and (v < high if interval[-1] == ")" else v <= high)
+        _require(inside, f"{shown} must lie in {interval}, got {_told(v)}")
 
 
-def _at_least(least: float, **values: float) -> None:
-    for name, value in values.items():
-        _require(value >= least, f"{flag(name)} must be at least {least}, got {value}")
+def _require_path(shown: str, path: Any, default: Any) -> None:
+    """A file can have this path. Only settings that are empty by themselves may be."""
+    if path is None:
+        return
+    _require(path or default == "", f"{shown} is empty: name a path, or leave it out")
+    try:
+        parts = os.fsencode(path).split(b"/")
+    except UnicodeError:
+        parts = [b"\0"]
+    _require(b"\0" not in b"/".join(parts), f"{shown} {_told(path)}: no file can have such a name")
+    _require(
+        max(map(len, parts)) <= 255 and sum(map(len, parts)) + len(parts) <= 4096,
+        f"{shown} {_told(path)}: this path is longer than a file system takes",
+    )

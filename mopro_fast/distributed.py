@@ -3,6 +3,7 @@
 import datetime
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from typing import TypeVar
@@ -22,6 +23,12 @@ T = TypeVar("T")
 def world() -> tuple[int, int]:
     """-> (rank, number of ranks)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def say(text: str) -> None:
+    """A line on the terminal, once for all ranks; also before they have met."""
+    if (dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))) == 0:
+        print(text, file=sys.stderr)
 
 
 def alone() -> bool:

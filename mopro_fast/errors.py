@@ -6,3 +6,9 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's exception says, short enough for the middle of a UserError."""
+    said = getattr(error, "strerror", None) or str(error).partition("\n")[0].rstrip(":. ")
+    return said[:200] or type(error).__name__

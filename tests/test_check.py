@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -283,7 +284,7 @@ def test_a_place_that_cannot_be_written(odd, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("builtins.open", refusing(str(odd.parent / "list.txt.index")))
     checked = check(load(odd), workers=1, progress=False)
-    assert checked.path.startswith(str(tmp_path / "cache" / "mopro_fast")) and checked.path in capsys.readouterr().out
+    assert checked.path.startswith(str(tmp_path / "cache" / "mopro_fast")) and checked.path in capsys.readouterr().err
     assert check(load(odd), workers=1, progress=False).read == 1
     assert len(list((tmp_path / "cache" / "mopro_fast").iterdir())) == 1
 
@@ -299,6 +300,44 @@ def refusing(prefix, really=open):
 
 def test_two_at_a_time(odd):
     with module._open_partial(default_path(load(odd))), pytest.raises(UserError, match="another check"):
+        check(load(odd), workers=1, progress=False)
+
+
+def test_two_trainings_that_meet_in_a_check(odd, capsys):
+    """The second waits for the first, and reads what that found."""
+    index = load(odd)
+    with ThreadPoolExecutor() as pool:
+        with module._open_partial(default_path(index)):
+            second = pool.submit(check, index, workers=1, progress=False, required=False)
+            time.sleep(3 * module._POLL)
+            assert not second.done()
+        found = second.result()
+    assert "another process checks the same images: waiting" in capsys.readouterr().err
+    assert found.read == len(index) and check(index, workers=1, progress=False).read == 1  # the one that is missing
+
+
+def test_training_does_without_an_index_that_cannot_be_kept(odd, monkeypatch, capsys):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(odd.parent / "none"))
+    index = load(odd)
+    monkeypatch.setattr("builtins.open", refusing(default_path(index)))
+    monkeypatch.setattr(os, "makedirs", refusing(str(odd.parent / "none")))
+    found = check(index, workers=1, progress=False, required=False)
+    assert len(found.verdict) == found.read
+    assert "cannot be written (Permission denied): the result of the check is not kept" in capsys.readouterr().err
+    with pytest.raises(UserError, match="set --index to another place"):
+        check(index, workers=1, progress=False)
+
+
+def test_an_index_that_cannot_be_written_any_more_is_let_go(odd, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.pq, "write_table", full)
+    found = check(load(odd), workers=1, progress=False, required=False)
+    assert len(found.verdict) == found.read and not Path(default_path(load(odd))).exists()
+    assert "No space left on device): the result of the check is not kept" in capsys.readouterr().err
+    with pytest.raises(UserError, match="No space left on device"):
         check(load(odd), workers=1, progress=False)
 
 

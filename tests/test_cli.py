@@ -169,7 +169,7 @@ def test_a_broken_config_is_one_line(text, tmp_path, mopro_fast):
 def test_unknown_keys_of_a_config_are_refused():
     values = dataclasses.asdict(recipe("demo"))
     values["optim"]["learning_rate"] = values["optim"].pop("lr")
-    with pytest.raises(UserError, match="unknown setting 'learning_rate'"):
+    with pytest.raises(UserError, match=r"unknown setting 'optim\.learning_rate'"):
         from_dict(TrainConfig, values, "config.json")
 
 

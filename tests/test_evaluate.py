@@ -158,7 +158,7 @@ def test_mistakes(folder, tmp_path, capsys):
         ("c.pt", [], "nothing to evaluate on"),
         ("c.pt", subset, "--classes"),
         ("c.pt", [*subset, "--classes", tmp_path / "few.txt"], "has 2 names, the checkpoint has 6 classes"),
-        ("c.pt", [*subset, "--classes", tmp_path / "others.txt"], "n02 is none of the checkpoint's classes"),
+        ("c.pt", [*subset, "--classes", tmp_path / "others.txt"], "class n02 is none of the 6 classes"),
         ("c.pt", [*subset, "--classes", tmp_path / "no.txt"], "no.txt"),
         ("c.pt", ["--val", folder / "subset"], "NAME=PATH"),
         ("c.pt", [*subset, f"r={folder / 'data'}"], "a set named r already"),

@@ -96,6 +96,21 @@ def test_every_image_is_there_or_named(data, packed):
     assert open_shards(packed, "val").id.tolist() == list(range(36))
 
 
+def test_the_package_webdataset_reads_every_member(packed):
+    pytest.importorskip("webdataset", reason="pip install webdataset")
+    code = """
+import json, sys, webdataset
+samples = webdataset.WebDataset(sys.argv[1:], shardshuffle=False).decode("pil").to_tuple("jpg;png;webp;bmp", "cls")
+print(json.dumps([(min(image.size), label) for image, label in samples]))
+"""
+    for split in ("train", "val"):
+        urls = sorted(map(str, packed.glob(f"{split}-*.tar")))
+        command = [sys.executable, "-W", "ignore", "-c", code, *urls]
+        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        assert [label for _, label in found] == open_shards(packed, split).label.tolist()
+        assert all(side <= 64 for side, _ in found)
+
+
 def test_shards_are_webdataset_with_dalis_index(packed, tmp_path):
     tars = sorted(packed.glob("*.tar"))
     images = {split: open_shards(packed, split) for split in ("train", "val")}

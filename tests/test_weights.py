@@ -211,7 +211,7 @@ def damaged_files(files: dict[str, Path], folder: Path) -> dict[Path, str]:
     cases[changed("far.pt", lambda s: s["module.queue_ptr"].fill_(24))] = "queue_ptr 24 points outside the queue"
     ours = checkpoint.read(files["mopro_fast"])
     torch.save({**ours, "config": '{"data": {"image_size": -3}}'}, folder / "size.pt")
-    cases[folder / "size.pt"] = "image_size -3"
+    cases[folder / "size.pt"] = "image_size must lie in"
     short = torch.zeros(4, 6)
     cases[changed("classes.pt", lambda s: s.update({"module.prototypes": short}))] = "prototypes is 4×6, expected 5×6"
     cases[changed("deep.pt", lambda s: s.update({"module.encoder_q.layer1.2.x": short}))] = "(3, 2, 2, 2) BasicBlocks"

@@ -366,7 +366,7 @@ def on_images(case: Case, data: str, seconds: float) -> dict[str, float]:
     config = case.config()
     config.data.path, config.run.device = data, case.device
     device = torch.device(case.device)
-    index = inputs.readable(inputs.load(config, resumed=False)["train"], "train", inputs.threads(config.data))
+    index = inputs.readable(inputs.load(config)["train"], "train", inputs.threads(config.data))
     loader = inputs.train_loader(config, index, device, two_views=True)
     model = build(config).to(device, memory_format=torch.channels_last).train()
     step = TrainStep(config, model, len(index), device)

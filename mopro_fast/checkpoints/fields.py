@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mopro_fast.config import TrainConfig
+from mopro_fast.config import TrainConfig, from_dict
 from mopro_fast.errors import UserError
 from mopro_fast.labels import UNSEEN
 
@@ -202,47 +201,18 @@ def settings(text: Any, path: str | Path) -> dict[str, Any]:
     except (TypeError, ValueError, RecursionError):
         config = text
     require(isinstance(text, str) and isinstance(config, dict), path, "config", config, "settings as JSON")
-    if problem := _mistyped(TrainConfig, config, "config"):
-        raise Damaged(f"{path} is damaged: its {problem}")
+    try:
+        from_dict(TrainConfig, _known(TrainConfig, config), "config")
+    except UserError as error:
+        raise Damaged(f"{path} is damaged: its {error}") from None
     return config
 
 
-def _mistyped(cls: type, values: dict[str, Any], prefix: str) -> str:
-    """The first setting of another type, or a value out of its range, in words; empty: none. Others are passed over."""
+def _known(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Without what ``cls`` does not have: other commands and newer versions have more."""
     hints = typing.get_type_hints(cls)
-    known = {name: value for name, value in values.items() if name in hints}
-    for name, value in known.items():
-        where, hint = f"{prefix}.{name}", hints[name]
-        if dataclasses.is_dataclass(hint):
-            plain = isinstance(value, dict)
-            problem = _mistyped(hint, value, where) if plain else f"{where} is {said(value)}, expected settings"
-            if problem:
-                return problem
-            continue
-        if not _is_a(value, hint):
-            expected = str(hint) if typing.get_origin(hint) else hint.__name__
-            return f"{where} is {said(value)}, expected {expected.replace('typing.', '')}"
-    try:
-        cls(**known)
-    except UserError as error:
-        return f"{prefix}: {error}"
-    return ""
-
-
-def _is_a(value: Any, hint: Any) -> bool:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Annotated:
-        return _is_a(value, arguments[0])
-    if origin in (types.UnionType, typing.Union):
-        return any(_is_a(value, each) for each in arguments)
-    if origin is typing.Literal:
-        return type(value) is str and value in arguments
-    if origin is tuple:
-        every = arguments[:1] * len(value) if arguments[-1] is ... and isinstance(value, list | tuple) else arguments
-        fits = isinstance(value, list | tuple) and len(value) == len(every)
-        return fits and all(map(_is_a, value, every))
-    if origin is dict:
-        return isinstance(value, dict) and all(map(_text, [*value, *value.values()]))
-    if hint is float:
-        return _number(value)
-    return value is None if hint is type(None) else type(value) is hint
+    return {
+        name: _known(hints[name], value) if dataclasses.is_dataclass(hints[name]) and isinstance(value, dict) else value
+        for name, value in values.items()
+        if name in hints
+    }

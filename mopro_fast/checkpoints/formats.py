@@ -55,7 +55,7 @@ class Weights:
     keys_updated: bool
     """encoder_k has moved after encoder_q's last step; the official code moves it at the beginning of the next."""
     classes: list[str] | None = None
-    """The names of the classes in their order, where the file has them."""
+    """The names of the classes in the order of their labels, where the training data had them."""
     note: str = ""
     """What of the file's tensors was not taken."""
 

@@ -10,11 +10,11 @@ import errno
 import hashlib
 import json
 import os
+import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Annotated, Literal
 
 import numpy as np
@@ -26,19 +26,22 @@ from tqdm import tqdm
 
 from mopro_fast.data import workers as processes
 from mopro_fast.data.decode import CANNOT_READ, CONVERTED, OK, UNREADABLE, VERDICTS, examine_files
-from mopro_fast.data.index import Checked, Index, load_index, val_layout
+from mopro_fast.data.index import Checked, Index, load_index, synsets, val_layout
+from mopro_fast.data.paths import Paths, shown
 from mopro_fast.data.shards import is_pack, verify_pack
+from mopro_fast.distributed import say
 from mopro_fast.errors import UserError
-from mopro_fast.files import locked, replacing
+from mopro_fast.files import Busy, locked, replacing
 
 FILE = ".mopro_fast_index.parquet"
 EXAMPLES = 3  # named per kind of fault
 _VERSION = b"1"  # of the verdicts' meaning: raise it, and everything is read again
 _CHUNK = 64  # files a worker is given at a time
+_POLL = 0.2  # seconds between two looks for another process's check
 _STAT_THREADS = 16  # a network file system answers each stat in a millisecond
 _SCHEMA = pa.schema(
     [
-        ("path", pa.string()),
+        ("path", pa.string()),  # binary where a name is not UTF-8; in memory always large_binary
         ("label", pa.int64()),
         ("width", pa.int32()),
         ("height", pa.int32()),
@@ -50,44 +53,47 @@ _SCHEMA = pa.schema(
     ],
     metadata={b"mopro_fast.check": _VERSION},
 )
-_FOUND = pa.schema([field for field in _SCHEMA if field.name != "label"])  # what reading a file finds
+_HELD = pa.schema([_SCHEMA.field(0).with_type(pa.large_binary()), *list(_SCHEMA)[1:]])
+_FOUND = _HELD.remove(1)  # what reading a file finds
 
 
-def check(index: Index, *, workers: int, progress: bool, path: str | None = None, forget: bool = False) -> Checked:
+def check(
+    index: Index, *, workers: int, progress: bool, path: str | None = None, forget: bool = False, required: bool = True
+) -> Checked:
     """Read what ``path`` (default: default_path(index)) does not know of the index's files yet; write it there.
 
     workers: processes. forget: leave out what ``path`` knows of files that are not in ``index``; a check of a part of
-    the data should not. Raises UserError where neither ``path`` nor the user's cache folder can be written.
+    the data should not. required: raise a UserError where another process writes ``path``, or neither ``path`` nor
+    the user's cache folder can be written; else wait for the other one, and do without the file.
     """
     path, files = path or default_path(index), _stat(index)
     # 1. If all is known nothing is locked or written: trainings that begin together need not wait for each other.
-    for place in () if forget else (path, _in_cache(path)):
+    for place in () if forget else filter(None, (path, _in_cache(path))):
         old = _read(place)
         rows = _rows_of(old, index.paths)
         if len(old) and _holds(old, rows, files).all():
             found = old.take(rows)
             if np.array_equal(found["label"].to_numpy(), index.labels):
                 return _checked(found, place, 0)
-    with _open_partial(path) as (path, partial):
-        old = _read(path)
-        known = pa.concat_tables([_read_partial(partial), old.select(_FOUND.names)])
+    with _open_partial(path, required) as partial:
+        old = _read(partial.path)
+        known = pa.concat_tables([partial.read(), old.select(_FOUND.names)])
         # 2. Read what is not known or has changed.
         todo = np.flatnonzero(~_holds(known, _rows_of(known, index.paths), files))
         new = []
         with tqdm(total=len(todo), desc="check", unit=" images", disable=not progress or not len(todo)) as bar:
             for result in _examine_all(index, todo, workers):
-                partial.write(json.dumps(result).encode() + b"\n")
+                partial.add(result)
                 new.append(result)
                 bar.update()
         # 3. Write all, if anything is new.
         known = pa.concat_tables([_table(new), known])
-        table = known.take(_rows_of(known, index.paths)).add_column(1, _SCHEMA.field("label"), [index.labels])
-        others = old.take(np.flatnonzero(_rows_of(table, old["path"]) < 0)) if not forget else old.slice(0, 0)
-        written = pa.concat_tables([table, others]).combine_chunks().replace_schema_metadata(_SCHEMA.metadata)
+        table = known.take(_rows_of(known, index.paths)).add_column(1, _HELD.field("label"), [index.labels])
+        others = old.take(np.flatnonzero(_rows_of(table, Paths(old["path"])) < 0)) if not forget else old.slice(0, 0)
+        written = pa.concat_tables([table, others]).combine_chunks()
         if not written.equals(old):
-            with replacing(path) as file:
-                pq.write_table(written, file, compression="zstd")
-        return _checked(table, path, len(todo))
+            partial.finish(written)
+        return _checked(table, partial.path, len(todo))
 
 
 def _holds(known: pa.Table, rows: np.ndarray, files: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
@@ -149,79 +155,134 @@ def _state(path: str) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
+class _Partial:
+    """Where a check writes. Without a file, and once one cannot be written that is not required, it keeps nothing."""
+
+    def __init__(self, path: str, file: IO[bytes] | None, required: bool) -> None:
+        self.path, self._file, self._required = path, file, required
+
+    def read(self) -> pa.Table:
+        """What an interrupted check found, the newest first; a line that it did not finish is cut off.
+
+        A power failure may have left zeros in place of others.
+        """
+        found = []
+        if self._file is not None:
+            self._file.seek(0)
+            text = self._file.read()
+            complete = text[: text.rfind(b"\n") + 1]
+            self._file.truncate(len(complete))
+            for line in reversed(complete.splitlines()):
+                with contextlib.suppress(ValueError, TypeError, pa.ArrowException):
+                    if (row := json.loads(line)) and len(_table([row])):
+                        found.append(row)
+        return _table(found)
+
+    def add(self, result: tuple) -> None:
+        with self._writing():
+            if self._file is not None:
+                self._file.write(json.dumps(result).encode() + b"\n")
+
+    def finish(self, table: pa.Table) -> None:
+        named = table.set_column(0, "path", Paths(table["path"]).for_table())
+        with self._writing():
+            if self._file is not None:
+                with replacing(self.path) as file:
+                    pq.write_table(named.replace_schema_metadata(_SCHEMA.metadata), file, compression="zstd")
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if self._required:
+                raise
+            say(f"{self.path} cannot be written ({error.strerror}): the result of the check is not kept")
+            self._file = None
+
+
 @contextlib.contextmanager
-def _open_partial(path: str) -> Iterator[tuple[str, IO[bytes]]]:
-    """-> the Parquet file's path, at ``path`` or in the cache folder, and its partial file, locked.
-
-    At a normal end the partial file is removed.
-    """
-    path = _writable(path)
-    try:
-        with locked(f"{path}.partial", f"another check writes {path}: wait for it") as partial:
-            yield path, partial
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}: make room there, or set --index") from None
-
-
-def _writable(path: str) -> str:
-    """``path``, or a place in the user's cache folder where nothing can be written beside it."""
-    try:
-        open(f"{path}.partial", "ab").close()
-        return path
-    except OSError as error:
-        reason = error.strerror
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise UserError(f"cannot write {path}: {reason}: set --index to another place") from None
-    other = _in_cache(path)
-    print(f"{path} cannot be written ({reason}): the index is {other}")
-    try:
-        os.makedirs(os.path.dirname(other), exist_ok=True)
-        open(f"{other}.partial", "ab").close()
-    except OSError as error:
-        raise UserError(f"cannot write {other} either: {error.strerror}: set --index to another place") from None
-    return other
+def _open_partial(path: str, required: bool = True) -> Iterator[_Partial]:
+    """The partial file beside the Parquet file at ``path`` or in the cache folder, locked; removed at a normal end."""
+    place = _writable(path, required)
+    if place is None:
+        yield _Partial(path, None, required)
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            said = required
+            while True:
+                try:
+                    file = stack.enter_context(locked(f"{place}.partial", f"another check writes {place}: wait for it"))
+                    break
+                except Busy:
+                    if required:
+                        raise
+                if not said:
+                    say(f"another process checks the same images: waiting for {place}")
+                    said = True
+                time.sleep(_POLL)
+            yield _Partial(place, file, required)
+        except OSError as error:
+            raise UserError(f"cannot write {place}: {error.strerror}: make room there, or set --index") from None
 
 
-def _in_cache(path: str) -> str:
-    """Where it goes if nothing can be written at ``path``."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mopro_fast"
-    return str(cache / f"{hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:16]}.parquet")
+def _writable(path: str, required: bool) -> str | None:
+    """``path``, or a place in the user's cache folder where nothing can be written beside it; None: nowhere."""
+    reasons = []
+    for place in (path, _in_cache(path)):
+        if place is None:
+            continue
+        try:
+            if place != path:
+                os.makedirs(os.path.dirname(place), exist_ok=True)
+            open(f"{place}.partial", "ab").close()
+        except OSError as error:
+            reasons.append(f"{place} cannot be written ({error.strerror})")
+            if required and error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                break
+            continue
+        if reasons:
+            say(f"{reasons[0]}: the index is {place}")
+        return place
+    if required:
+        raise UserError(f"{', '.join(reasons)}: set --index to another place")
+    say(f"{', '.join(reasons)}: the result of the check is not kept")
+    return None
+
+
+def _in_cache(path: str) -> str | None:
+    """Where it goes if nothing can be written at ``path``; None: the user has no home."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    if not os.path.isabs(cache):
+        return None
+    return os.path.join(
+        cache, "mopro_fast", f"{hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:16]}.parquet"
+    )
 
 
 def _read(path: str) -> pa.Table:
     """An earlier result; empty if there is none that can be used."""
     try:
         table = pq.read_table(path, memory_map=False)
-    except (OSError, pa.ArrowInvalid):
-        return _SCHEMA.empty_table()
-    return table if table.schema.equals(_SCHEMA, check_metadata=True) else _SCHEMA.empty_table()
-
-
-def _read_partial(partial: IO[bytes]) -> pa.Table:
-    """What an interrupted check found, the newest first; a line that it did not finish is cut off.
-
-    A power failure may have left zeros in place of others.
-    """
-    partial.seek(0)
-    text = partial.read()
-    complete = text[: text.rfind(b"\n") + 1]
-    partial.truncate(len(complete))
-    found = []
-    for line in reversed(complete.splitlines()):
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return _table(found)
+        known = pc.all(pc.is_in(table["verdict"], value_set=pa.array(VERDICTS))).as_py()
+        whole = not any(column.null_count for column in table.columns)
+        if (table.schema.metadata or {}).get(b"mopro_fast.check") == _VERSION and whole and known is not False:
+            return table.cast(_HELD)
+    except (OSError, pa.ArrowException, KeyError, ValueError):
+        pass
+    return _HELD.empty_table()
 
 
 def _table(found: list) -> pa.Table:
-    columns = zip(*found, strict=True) if found else [[]] * len(_FOUND)
-    return pa.table([pa.array(c, f.type) for c, f in zip(columns, _FOUND, strict=True)], schema=_FOUND)
+    paths, *columns = zip(*found, strict=True) if found else [[]] * len(_FOUND)
+    arrays = [pa.array(c, f.type) for c, f in zip(columns, list(_FOUND)[1:], strict=True)]
+    return pa.table([Paths(paths).column, *arrays], schema=_FOUND)
 
 
-def _rows_of(table: pa.Table, paths: np.ndarray | pa.ChunkedArray) -> np.ndarray:
+def _rows_of(table: pa.Table, paths: Paths) -> np.ndarray:
     """int64: the table's first row of each path; -1: none."""
-    wanted = paths if isinstance(paths, pa.ChunkedArray) else pa.array(paths.tolist(), pa.string())
-    return pc.fill_null(pc.index_in(wanted, value_set=table["path"]), -1).to_numpy().astype(np.int64)
+    return Paths(table["path"]).rows_of(paths)
 
 
 @dataclass
@@ -273,7 +334,7 @@ def summary(index: Index, checked: Checked) -> str:
         lines.append(f"  {len(rows):7d} {VERDICTS[-verdict]}: {kind}")
         for i in rows[:EXAMPLES]:
             detail = checked.reason[i][len(kind) + 2 :]
-            lines.append(f"            {index.paths[i]}{f': {detail}' if detail else ''}")
+            lines.append(f"            {shown(index.paths[i])}{f': {detail}' if detail else ''}")
     return "\n".join(lines)
 
 
@@ -284,6 +345,7 @@ def load_splits(data: str, layout: str, root: str | None, val: str | None = None
     """
     anything = {"num_classes": None, "missing": True}
     splits = {"train": load_index(data, "train", layout=layout, root=root, **anything)}
+    anything["classes"] = splits["train"].classes or synsets(data)
     if val:
         splits["val"] = load_index(val, "val", root=root, **anything)
     elif own := val_layout(data, layout):

@@ -52,6 +52,12 @@ _APP0, _APP1, _APP14 = 0xE0, 0xE1, 0xEE
 _KNOWN = {_SOF0, _SOF2, _DHT, _SOS, _DQT, _DRI, _COM, *range(_APP0, _APP0 + 16)}
 
 
+# How files begin that are images whatever they are called; and, from byte 4, of ISO's base media files.
+_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
+_STARTS += (b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51")
+_BRANDS = (b"ftypavif", b"ftypavis", b"ftypheic", b"ftypheix", b"ftypmif1")
+
+
 class DecodeError(Exception):
     """Not even a tolerant reader gets an image out of these bytes; the message is the reason."""
 
@@ -69,6 +75,13 @@ class Examined(NamedTuple):
     width: int
     """Of the upright image; 0 if unreadable."""
     height: int
+
+
+def looks_like_image(start: bytes) -> bool:
+    """Whether a file is an image by its first 32 bytes, whatever its name."""
+    webp = start[:4] == b"RIFF" and start[8:12] == b"WEBP"
+    bmp = start[:2] == b"BM" and start[6:10] == bytes(4)
+    return webp or bmp or start.startswith(_STARTS) or start[4:].startswith(_BRANDS)
 
 
 def examine(data: bytes) -> Examined:

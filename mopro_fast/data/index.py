@@ -7,20 +7,25 @@ import dataclasses
 import functools
 import hashlib
 import os
-from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from mopro_fast.data.class_folders import class_numbers, is_number, read_classes, subfolders
+from mopro_fast.data.lists import Rows, read_list
+from mopro_fast.data.paths import Paths, plain, shown
 from mopro_fast.data.shards import MANIFEST, STATE, ShardSet, is_pack, open_shards, read_manifest
+from mopro_fast.distributed import say
 from mopro_fast.errors import UserError
 from mopro_fast.labels import NO_LABEL
 
 Split = Literal["train", "val"]
 Layout = Literal["auto", "webvision", "list", "folder", "shards"]
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 WEBVISION_LISTS = {
     "train": ("info/train_filelist_google.txt", "info/train_filelist_flickr.txt"),
     "val": ("info/val_filelist.txt",),
@@ -57,8 +62,8 @@ class Index:
 
     root: str
     """Folder the paths start from."""
-    paths: np.ndarray
-    """StringDType [n], relative to root."""
+    paths: Paths
+    """[n], relative to root."""
     labels: np.ndarray
     """int64 [n]; -1: none given."""
     classes: list[str] | None
@@ -92,8 +97,11 @@ class Index:
 
     @functools.cached_property
     def _digest(self) -> str:
-        names = "\n".join(self.paths).encode()
-        return hashlib.sha256(names + b"\0" + self.labels.astype("<i8").tobytes()).hexdigest()
+        sha = hashlib.sha256()
+        for piece in self.paths.joined():
+            sha.update(piece)
+        sha.update(b"\0" + self.labels.astype("<i8").tobytes())
+        return sha.hexdigest()
 
     @functools.cached_property
     def usable(self) -> np.ndarray:
@@ -112,12 +120,24 @@ class Index:
         none = np.empty(0, np.int64)
         return dataclasses.replace(self, **own, checked=None, left_out=none, held_out=none)
 
+    def rows_of(self, names: Paths) -> np.ndarray:
+        """int64: the first row of each of these paths, also of absolute ones and such as ./a.jpg; -1: none."""
+        found = self.paths.rows_of(names)
+        odd = np.flatnonzero(found < 0)
+        if len(odd):
+            found[odd] = self._plain.rows_of(Paths(plain(name, self.root) for name in names[odd]))
+        return found
+
+    @functools.cached_property
+    def _plain(self) -> Paths:
+        return Paths(plain(name, self.root) for name in self.paths)
+
     def full_path(self, i: int) -> str:
         return os.path.join(self.root, self.paths[i])
 
     def name(self, i: int) -> str:
         """For messages: where the image is."""
-        return self.full_path(i) if self.shards is None else f"{self.paths[i]} in {self.source}"
+        return shown(self.full_path(i)) if self.shards is None else f"{shown(self.paths[i])} in {self.source}"
 
     def read(self, i: int) -> bytes:
         """The whole encoded file. Raises OSError."""
@@ -142,22 +162,24 @@ def load_index(
     root: str | os.PathLike | None = None,
     keep_classes: int | None = None,
     missing: bool = False,
+    classes: Sequence[str] | None = None,
 ) -> Index:
     """Read the index of ``data``: a WebVision folder, a list file ("path label" per line), class folders or shards.
 
     root: where the paths of a list file start (default: its own folder). keep_classes: take only the images with
     a label below this (of class folders, the first ones by name). num_classes: None takes any labels and any number of
-    class folders. missing: files of lists may be. Raises UserError.
+    class folders. missing: files of lists may be. classes: the names of the classes in the order of their labels, of
+    the data or the model that the labels are to agree with; class folders are matched by name. Raises UserError.
     """
     data = os.fspath(data)
     if not os.path.exists(data):
-        raise UserError(f"no such file or folder: {data}")
+        raise UserError(f"no such file or folder: {shown(data)}")
     if layout == "auto":
         layout = recognise(data)
     if layout == "shards":
-        return _shards(data, split, num_classes, keep_classes)
+        return _shards(data, split, num_classes, keep_classes, classes)
     if layout == "folder":
-        return _folders(data, split, num_classes, keep_classes)
+        return _folders(data, split, num_classes, keep_classes, classes)
     if layout == "webvision":
         names = WEBVISION_LISTS[split]
         lists = [path for name in names if os.path.isfile(path := os.path.join(data, name))]
@@ -190,150 +212,201 @@ def recognise(data: str) -> str:
 
 def val_layout(data: str, layout: Layout = "auto") -> Layout | None:
     """The layout of the validation split that the data of this layout brings; None if it brings none."""
-    if is_pack(data):
-        found = "shards" if "val" in read_manifest(data)["splits"] else None
-    elif os.path.isfile(os.path.join(data, *WEBVISION_LISTS["val"])):
-        found = "webvision"
-    else:
-        found = "folder" if all(os.path.isdir(os.path.join(data, name)) for name in ("train", "val")) else None
-    return found if layout in ("auto", found) else None
+    brings = {
+        "shards": lambda: is_pack(data) and "val" in read_manifest(data)["splits"],
+        "webvision": lambda: os.path.isfile(os.path.join(data, *WEBVISION_LISTS["val"])),
+        "folder": lambda: all(os.path.isdir(os.path.join(data, name)) for name in ("train", "val")),
+    }
+    if layout == "auto":
+        first = next((name for name, has in brings.items() if has()), None)
+        return None if first != "shards" and is_pack(data) else first
+    return layout if layout in brings and brings[layout]() else None
 
 
-def _shards(data: str, split: Split, num_classes: int | None, keep_classes: int | None) -> Index:
+def synsets(data: str) -> list[str] | None:
+    """The names of WebVision's classes in the order of their labels, where its info/synsets.txt is there."""
+    path = os.path.join(data, "info", "synsets.txt")
+    if not os.path.isfile(path):
+        return None
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+            return [line.split()[0] for line in file if line.strip()]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def with_numbers(index: Index, classes: Sequence[str], keep_classes: int | None = None) -> Index:
+    """An index of named classes with the labels that these names have in ``classes``. Raises a UserError.
+
+    keep_classes: images of other classes are left away.
+    """
+    if index.classes is None or list(classes) == index.classes:
+        return index
+    used = [index.classes[label] for label in np.unique(index.labels[index.labels >= 0]).tolist()]
+    numbers = class_numbers(used, classes, index.source)
+    if keep_classes is None:
+        _require_known(used, numbers, classes, index.source)
+    new = np.array([numbers.get(name, NO_LABEL - 1) for name in index.classes] + [NO_LABEL])
+    index = dataclasses.replace(index, labels=new[index.labels], classes=list(classes))
+    return index if keep_classes is None else index.take(np.flatnonzero(index.labels >= NO_LABEL))
+
+
+def _require_known(folders: Sequence[str], numbers: dict[str, int], classes: Sequence[str], source: str) -> None:
+    unknown = [name for name in folders if numbers.get(name, len(classes)) >= len(classes)]
+    if unknown:
+        absent = [name for name in classes if name not in folders]
+        there = f"; {shown(absent[0])} is there and not here" if absent else ""
+        raise UserError(
+            f"{source}: class {shown(unknown[0])} is none of the {len(classes)} classes it must agree with{there}: "
+            "name the folders alike, or give a list file with the labels"
+        )
+
+
+def _shards(
+    data: str, split: Split, num_classes: int | None, keep_classes: int | None, classes: Sequence[str] | None
+) -> Index:
     shards = open_shards(data, split)
     lowest = NO_LABEL if split == "train" else 0
-    num_classes = 1 << 62 if num_classes is None else num_classes
-    for label in (int(shards.label.min(initial=lowest)), int(shards.label.max(initial=lowest))):
-        if label < lowest or (keep_classes is None and label >= num_classes):
-            raise UserError(f"{data}: label {label} of a {split} image is outside [{lowest}, {num_classes})")
-    rows = np.arange(len(shards)) if keep_classes is None else np.flatnonzero(shards.label < keep_classes)
-    if not len(rows):
+    index = Index(
+        data, shards.paths, shards.label, shards.classes, data, shards=shards, in_shards=np.arange(len(shards))
+    )
+    if classes is not None:
+        index = with_numbers(index, classes, keep_classes)
+    highest = 1 << 62 if num_classes is None or keep_classes is not None else num_classes
+    for label in (int(index.labels.min(initial=lowest)), int(index.labels.max(initial=lowest))):
+        if not lowest <= label < highest:
+            raise UserError(f"{data}: label {label} of a {split} image is outside [{lowest}, {highest})")
+    if keep_classes is not None:
+        index = index.take(np.flatnonzero(index.labels < keep_classes))
+    if not len(index):
         raise UserError(f"{data}: no {split} image" + (f" with a label below {keep_classes}" if keep_classes else ""))
-    classes = shards.classes and shards.classes[:keep_classes]
-    return Index(data, shards.paths[rows], shards.label[rows], classes, data, shards=shards, in_shards=rows)
+    return dataclasses.replace(index, classes=index.classes and index.classes[:keep_classes])
 
 
 def _from_lists(
     lists: list[str], root: str, split: Split, num_classes: int | None, keep_classes: int | None, missing: bool
 ) -> Index:
-    all_paths: list[str] = []
-    all_labels = []
+    found = []
     for name in lists:
-        paths, labels, lines = read_list(name)
+        rows = read_list(name, lambda path: os.path.lexists(os.path.join(root, path)))
         lowest = NO_LABEL if split == "train" else 0
-        bad = labels < lowest
+        bad = rows.labels < lowest
         if keep_classes is None and num_classes is not None:
-            bad |= labels >= num_classes
+            bad |= rows.labels >= num_classes
         if bad.any():
-            _refuse_label(name, lines[bad.argmax()], labels[bad.argmax()], split, num_classes)
-        if keep_classes is not None:
-            kept = np.flatnonzero(labels < keep_classes)
-            paths, labels = [paths[i] for i in kept], labels[kept]
-        all_paths += paths
-        all_labels.append(labels)
+            _refuse_label(name, rows, int(bad.argmax()), split, num_classes)
+        kept = slice(None) if keep_classes is None else np.flatnonzero(rows.labels < keep_classes)
+        found.append((rows.paths[kept], rows.labels[kept]))
     source = " + ".join(lists)
-    if not all_paths:
+    paths = Paths(pa.chunked_array([p.column for p, _ in found]))
+    if not len(paths):
         why = f"no image with a label below --keep-classes {keep_classes}" if keep_classes else "no image"
         raise UserError(f"{source}: {why}: expected lines of the form: path label")
     if not missing:
-        _require_files(root, all_paths, source)
-    return Index(root, _compact(all_paths, source), np.concatenate(all_labels), None, source)
+        absent = absent_rows(root, paths)
+        if len(absent):
+            more = ", ..." if len(absent) > _NAMED else ""
+            raise UserError(
+                f"{source}: {len(absent)} of {len(paths)} images are missing under {root or '.'}: "
+                f"{', '.join(map(shown, paths[absent[:_NAMED]]))}{more}: put them there, remove their lines, or set "
+                "--root"
+            )
+    return Index(root, paths, np.concatenate([labels for _, labels in found]), None, source)
 
 
-def read_list(name: str) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """-> paths, labels int64 and line numbers of a list file; the label is last, so paths may hold spaces."""
-    paths, labels, lines = [], array("q"), array("q")
-    try:
-        with open(name, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                line = line.strip()
-                if not line or line.startswith("#"):
-                    continue
-                try:
-                    path, label = line.rsplit(maxsplit=1)
-                    labels.append(int(label))
-                except (ValueError, OverflowError):
-                    raise UserError(f"{name}:{number}: expected: path label; found: {line[:80]!r}") from None
-                paths.append(path)
-                lines.append(number)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not UTF-8 text ({error.reason}): save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"cannot read {name}: {error.strerror}") from None
-    return paths, np.array(labels, np.int64), np.array(lines, np.int64)
-
-
-def _refuse_label(name: str, line: int, label: int, split: Split, num_classes: int) -> None:
+def _refuse_label(name: str, rows: Rows, i: int, split: Split, num_classes: int | None) -> None:
+    label, where = int(rows.labels[i]), f"{name}:{rows.lines[i]}"
     if label == NO_LABEL:
-        raise UserError(f"{name}:{line}: label -1 (none) cannot be evaluated: remove the image from the {split} data")
-    hint = f"set --num-classes to at least {label + 1}, or correct the line" if label > 0 else "correct the line"
-    raise UserError(f"{name}:{line}: label {label} is outside [0, {num_classes}): {hint}")
-
-
-def _require_files(root: str, paths: list[str], source: str) -> None:
-    """Raise for images that are not there. One listing per folder: millions of stat calls would take too long."""
-    names: dict[str, list[str]] = {}
-    for path in paths:
-        folder, name = os.path.split(path)
-        names.setdefault(folder, []).append(name)
-    missing: list[str] = []
-    for folder, wanted in names.items():
-        try:
-            present = set(os.listdir(os.path.join(root, folder) or "."))
-        except (FileNotFoundError, NotADirectoryError):
-            present = set()
-        except OSError as error:
-            raise UserError(f"cannot read the folder {os.path.join(root, folder)}: {error.strerror}") from None
-        missing += [os.path.join(folder, name) for name in wanted if name not in present]
-    if missing:
-        more = ", ..." if len(missing) > _NAMED else ""
-        raise UserError(
-            f"{source}: {len(missing)} of {len(paths)} images are missing under {root or '.'}: "
-            f"{', '.join(missing[:_NAMED])}{more}: put them there, remove their lines, or set --root"
+        raise UserError(f"{where}: label -1 (none) cannot be evaluated: remove the image from the {split} data")
+    hint = "correct the line"
+    if label == num_classes == rows.labels.max() and rows.labels.min() == 1:
+        hint = (
+            f"labels here begin at 1 and no label is 0: labels count from 0, so subtract 1 from each (0 to {label - 1})"
         )
+    elif label > 0:
+        hint = f"set --num-classes to at least {label + 1}, or correct the line"
+    raise UserError(f"{where}: label {label} is outside [0, {num_classes}): {hint}")
 
 
-def _folders(data: str, split: Split, num_classes: int | None, keep_classes: int | None) -> Index:
+def absent_rows(root: str, paths: Paths) -> np.ndarray:
+    """int64: the images that are not there. One listing per folder: millions of stat calls would take too long."""
+    folders = pc.replace_substring_regex(paths.column, r"[^/]*\z", "").dictionary_encode()
+    order = np.argsort(folders.indices.to_numpy(), kind="stable")
+    ends = np.cumsum(np.bincount(folders.indices.to_numpy(), minlength=len(folders.dictionary)))
+    absent = []
+    for folder, rows in zip(folders.dictionary.to_pylist(), np.split(order, ends[:-1]), strict=True):
+        place = os.path.join(os.fsencode(root), folder) or b"."
+        try:
+            present = os.listdir(place)
+        except (FileNotFoundError, NotADirectoryError):
+            present = []
+        except OSError as error:
+            raise UserError(f"cannot read the folder {shown(os.fsdecode(place))}: {error.strerror}") from None
+        names = pc.replace_substring_regex(paths.column.take(pa.array(rows)), r"(?s)^.*/", "")
+        there = pc.is_in(names, value_set=pa.array(present, pa.large_binary())).to_numpy(zero_copy_only=False)
+        absent.append(rows[~there])
+    return np.sort(np.concatenate(absent))
+
+
+def class_root(data: str, split: Split) -> str:
+    """The folder that holds the class folders."""
     if not os.path.isdir(data):
         raise UserError(f"{data} is not a folder: give a folder of class folders, or another --layout")
-    inner = subfolders(data)
-    if {"train", "val"} <= set(inner):
-        data = os.path.join(data, split)
-        inner = subfolders(data)
-    if not inner:
-        raise UserError(f"{data} holds no class folders: expected {data}/CLASS/IMAGE.jpg")
-    enough = num_classes in (None, len(inner)) if keep_classes is None else len(inner) >= keep_classes
+    has_splits = all(os.path.isdir(os.path.join(data, name)) for name in ("train", "val"))
+    return os.path.join(data, split) if has_splits else data
+
+
+def _folders(
+    data: str, split: Split, num_classes: int | None, keep_classes: int | None, known: Sequence[str] | None
+) -> Index:
+    data = class_root(data, split)
+    found = read_classes(data)
+    if not found:
+        inner = len(subfolders(data))
+        what = f"no image in its {inner} class folders" if inner else "no class folders"
+        raise UserError(f"{data}: {what}: expected {data}/CLASS/IMAGE.jpg")
+    numbers = class_numbers(list(found), known, data)
+    highest = max(numbers.values(), default=-1) + 1
+    if known is not None:
+        if keep_classes is None:
+            _require_known(list(found), numbers, known, data)
+        elif others := [name for name in found if name not in numbers]:
+            say(
+                f"{data}: {len(others)} class folders are none of the {len(known)} classes (such as {shown(others[0])})"
+            )
+        classes = list(known)
+    else:
+        _require_count(data, numbers, num_classes, keep_classes)
+        classes = list(map(str, range(max(highest, num_classes or 0))))
+        for name, label in numbers.items():
+            classes[label] = name
+    taken = {name: label for name, label in numbers.items() if label < (keep_classes or highest)}
+    if not taken:
+        raise UserError(f"{data}: none of its class folders is one of the first {keep_classes} classes")
+    paths = Paths(pa.chunked_array([found[name].column for name in taken]))
+    labels = np.repeat(list(taken.values()), [len(found[name]) for name in taken]).astype(np.int64)
+    return Index(data, paths, labels, classes[:keep_classes], data)
+
+
+def _require_count(data: str, numbers: dict[str, int], num_classes: int | None, keep_classes: int | None) -> None:
+    """Raise a UserError where class folders and settings contradict each other."""
+    count, highest = len(numbers), max(numbers.values())
+    if all(map(is_number, numbers)):
+        limit = max(1000, 10 * count) if num_classes is None or keep_classes is not None else num_classes
+        if highest >= limit:
+            hint = "rename them (c123 for 123: such classes are numbered by name)"
+            if highest == count:
+                hint = "none is called 0, and labels count from 0: rename each to one less"
+            raise UserError(
+                f"{data}: class folders that are called by numbers are these labels, and {highest} is outside "
+                f"[0, {limit}): {hint}, or give a list file"
+            )
+        if count < (num_classes or highest + 1):
+            say(f"{data}: {count} class folders, called by numbers up to {highest}: the other classes have no image")
+        return
+    enough = num_classes in (None, count) if keep_classes is None else count >= keep_classes
     if not enough:
         setting = f"--num-classes {num_classes}" if keep_classes is None else f"--keep-classes {keep_classes}"
-        raise UserError(f"{data} holds {len(inner)} class folders, which contradicts {setting}: set it to {len(inner)}")
-    classes = inner[:keep_classes]
-    paths: list[str] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        with os.scandir(os.path.join(data, name)) as entries:
-            visible = [e for e in entries if not e.name.startswith(".")]
-            images = sorted(e.name for e in visible if e.name.lower().endswith(EXTENSIONS) and e.is_file())
-        if not images and subfolders(os.path.join(data, name)):
-            raise UserError(f"{os.path.join(data, name)} holds folders, not images: if these are the classes, give it")
-        paths += [f"{name}/{image}" for image in images]
-        labels += [label] * len(images)
-    if not paths:
-        raise UserError(f"{data}: no image in its {len(classes)} class folders: looked for {' '.join(EXTENSIONS)}")
-    return Index(data, _compact(paths, data), np.array(labels, np.int64), classes, data)
-
-
-def subfolders(folder: str) -> list[str]:
-    """The visible folders in ``folder``, by name."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
-    except OSError as error:
-        raise UserError(f"cannot read the folder {folder}: {error.strerror}") from None
-
-
-def _compact(paths: list[str], source: str) -> np.ndarray:
-    """As one StringDType array: UTF-8 bytes, without a Python object per path."""
-    try:
-        return np.array(paths, np.dtypes.StringDType())
-    except UnicodeEncodeError as error:
-        raise UserError(f"{source}: the file name {error.object!r} is not UTF-8: rename it") from None
+        raise UserError(
+            f"{data} holds {count} class folders with images, which contradicts {setting}: set it to {count}"
+        )

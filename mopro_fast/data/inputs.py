@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import json
 import os
 import sys
 from pathlib import Path
@@ -10,63 +11,103 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 
 from mopro_fast.config import DataConfig, Settings
 from mopro_fast.data.batches import EvalBatches, TrainBatches, require_rows
 from mopro_fast.data.cache import DeviceEvalLoader, DeviceTrainLoader
 from mopro_fast.data.check import check
+from mopro_fast.data.class_folders import is_number
 from mopro_fast.data.decode import UNREADABLE, VERDICTS
-from mopro_fast.data.index import Checked, Index, load_index, read_list, val_layout
+from mopro_fast.data.index import Checked, Index, load_index, synsets, val_layout
+from mopro_fast.data.lists import read_list
 from mopro_fast.data.order import place_in_class
+from mopro_fast.data.paths import Paths, read_columns, shown
 from mopro_fast.data.pipeline import EvalLoader, TrainLoader
-from mopro_fast.distributed import by_rank0, world
-from mopro_fast.errors import UserError
-from mopro_fast.files import replacing
+from mopro_fast.distributed import by_rank0, say, world
+from mopro_fast.errors import UserError, first_line
+from mopro_fast.files import misfit, replacing
+from mopro_fast.labels import NO_LABEL
 
 _HOLDOUT = 4  # word of the generator's seed; order.py and batches.py have 0 to 2, supervised.py 3
+IMAGES = "images.parquet"  # in a run's folder: the images of class folders, with their labels
 _KINDS = 3  # of unreadable images that are printed; left_out.csv has all
 
 
-def load(c: Settings, resumed: bool) -> dict[str, Index]:
+def load(c: Settings, begun: Index | None = None, resumed: bool = False) -> dict[str, Index]:
     """The indexes by name: train; val, the validation split, if there is one; the further sets.
 
-    resumed: files may have gone since the run began.
+    All have the labels of train's classes. begun: what the run began with, if it noted that; its classes keep their
+    labels. resumed: files may have gone since.
     """
     d = c.data
-    common = {"num_classes": d.num_classes, "keep_classes": d.keep_classes}
+    common = {"num_classes": d.num_classes, "keep_classes": d.keep_classes, "classes": begun and begun.classes}
     train = load_index(d.path, "train", layout=d.layout, root=d.root, missing=resumed, **common)
     require_rows(len(train), c.optim.batch_size, train.source)  # before the images are checked
     sets = {"train": train}
+    common["classes"] = train.classes or synsets(d.path)
     if d.val:
-        sets["val"] = load_index(d.val, "val", root=d.root, **common)
-    elif val_layout(d.path):
-        sets["val"] = load_index(d.path, "val", **common)
+        sets["val"] = _validation(d.val, common, root=d.root)
+    elif layout := val_layout(d.path, d.layout):
+        sets["val"] = _validation(d.path, common, layout=layout)
     for name, path in d.extra_val.items():
-        sets[name] = load_index(path, "val", num_classes=d.num_classes)
+        sets[name] = _validation(path, common | {"keep_classes": None})
     return sets
 
 
-def write_list(index: Index, path: Path) -> None:
-    """For as_begun(): class folders have no list of their own."""
+def _validation(path: str, common: dict[str, Any], **options: Any) -> Index:
+    index = load_index(path, "val", **common, **options)
+    if common["classes"] is None and index.classes is not None and not all(map(is_number, index.classes)):
+        raise UserError(
+            f"{index.source} has class folders, and the training data has no names of classes: give the validation "
+            "images as a list file with labels, or call the folders by the labels"
+        )
+    return index
+
+
+def write_images(index: Index, folder: Path) -> None:
+    """For begun(): class folders have no list of their own."""
     if index.classes is not None and index.shards is None:
-        lines = [f"{name} {label}\n" for name, label in zip(index.paths, index.labels, strict=True)]
-        with replacing(path) as file:
-            file.writelines(line.encode() for line in lines)
+        columns = [index.paths.for_table(), pa.array(index.labels)]
+        table = pa.table(columns, ["path", "label"]).replace_schema_metadata({"classes": json.dumps(index.classes)})
+        with replacing(folder / IMAGES) as file:
+            pq.write_table(table, file, compression="zstd")
 
 
-def as_begun(index: Index, path: Path, digest: str) -> Index:
-    """The index of this digest, with which a run began, if but few of its files have gone, and no label has
-    changed; else ``index``."""
-    if index.digest() == digest or not path.is_file():
+def begun(folder: Path, digest: str | None) -> Index | None:
+    """The index of this digest (None: of any), with which the run in ``folder`` began, if it noted one."""
+    path, old = folder / IMAGES, folder / "images.txt"  # of versions before
+    if path.is_file():
+        try:
+            paths, columns, about = read_columns(path, "label")
+            labels, classes = columns["label"], json.loads(about.get(b"classes", b"null"))
+            if wrong := misfit(classes, [str], "classes"):
+                raise ValueError(wrong)
+            if not (labels.min(initial=0) >= NO_LABEL and labels.max(initial=NO_LABEL) < len(classes)):
+                raise ValueError("labels outside of the classes")
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"cannot read {path} ({first_line(error)}): choose another --out") from None
+    elif old.is_file():
+        paths, labels, _ = read_list(str(old), lambda _: True)
+        names = dict(zip(labels.tolist(), (name.partition("/")[0] for name in paths), strict=True))
+        classes = [names.get(label, str(label)) for label in range(max(names, default=-1) + 1)]
+    else:
+        return None
+    index = Index(str(folder), paths, labels, classes, str(path))
+    return index if digest in (None, index.digest()) else None
+
+
+def as_begun(index: Index, begun: Index | None) -> Index:
+    """``begun``, if but few of its files have gone and no label has changed; else ``index``."""
+    if begun is None or index.digest() == begun.digest():
         return index
-    begun = load_index(path, "train", num_classes=len(index.classes), layout="list", root=index.root, missing=True)
-    _, then, now = np.intersect1d(begun.paths, index.paths, return_indices=True)
-    same_labels = np.array_equal(begun.labels[then], index.labels[now])
-    if begun.digest() != digest or not same_labels or len(begun) - len(then) > max(10, len(begun) // 100):
+    now = index.paths.rows_of(begun.paths)
+    there = now >= 0
+    same_labels = np.array_equal(begun.labels[there], index.labels[now[there]])
+    if not same_labels or (~there).sum() > max(10, len(begun) // 100):
         return index
-    return dataclasses.replace(begun, classes=index.classes, source=index.source, list_file=None)
+    return dataclasses.replace(begun, root=index.root, source=index.source)
 
 
 def readable(index: Index, name: str, workers: int, left_out: np.ndarray | None = None) -> Index:
@@ -77,13 +118,13 @@ def readable(index: Index, name: str, workers: int, left_out: np.ndarray | None 
     """
     if index.shards is not None:
         return index
-    checked = by_rank0(lambda: check(index, workers=workers, progress=sys.stderr.isatty()))
+    checked = by_rank0(lambda: check(index, workers=workers, progress=sys.stderr.isatty(), required=False))
     counts = np.bincount(checked.verdict, minlength=len(VERDICTS)).tolist()
-    _say(f"{name}: {len(index)} images: " + ", ".join(f"{n} {v}" for n, v in zip(counts, VERDICTS, strict=True) if n))
+    say(f"{name}: {len(index)} images: " + ", ".join(f"{n} {v}" for n, v in zip(counts, VERDICTS, strict=True) if n))
     if left_out is None:
         left_out = np.flatnonzero(checked.verdict == UNREADABLE)
     if len(left_out):
-        _say(f"{name}: {len(left_out)} of them are left out: {_by_kind(index, checked, left_out)}")
+        say(f"{name}: {len(left_out)} of them are left out: {_by_kind(index, checked, left_out)}")
     if len(left_out) == len(index):
         raise UserError(f"{index.source}: none of its {len(index)} images can be read")
     return dataclasses.replace(index, checked=checked, left_out=left_out)
@@ -119,21 +160,20 @@ def _trusted(index: Index, path: str, classes: int) -> tuple[np.ndarray, np.ndar
     """The rows of the images of a list file, and its labels for them; an image may stand in several rows."""
     if not os.path.isfile(path):
         raise UserError(f"--holdout {path}: neither a share of the images, such as 0.05, nor a list file")
-    names, labels, lines = read_list(path)
-    of_name = dict(zip(names, labels.tolist(), strict=True))
-    listed = pa.array(list(of_name), pa.string())
-    place = pc.index_in(pa.array(index.paths, pa.string()), value_set=listed)  # the index may have millions
-    rows = np.flatnonzero(place.is_valid().to_numpy(zero_copy_only=False))
-    known = {str(name) for name in index.paths[rows]}
-    for name, label, line in zip(names, labels.tolist(), lines.tolist(), strict=True):
-        where = f"--holdout {path}:{line}: {name}"
-        if name not in known:
+    names, labels, lines = read_list(path, lambda name: index.rows_of(Paths([name]))[0] >= 0)
+    place = index.rows_of(names)
+    label_of: dict[int, int] = {}
+    for name, row, label, line in zip(names, place.tolist(), labels.tolist(), lines.tolist(), strict=True):
+        where = f"--holdout {path}:{line}: {shown(name)}"
+        if row < 0:
             raise UserError(f"{where} is no image of {index.source}: write its path as there; --val takes others")
         if not 0 <= label < classes:
             raise UserError(f"{where} needs a label in [0, {classes})")
-        if of_name[name] != label:
-            raise UserError(f"{where} has two labels, {label} and {of_name[name]}")
-    return rows, labels.dtype.type([of_name[str(name)] for name in index.paths[rows]])
+        if label_of.setdefault(row, label) != label:
+            raise UserError(f"{where} has two labels, {label_of[row]} and {label}")
+    first = index.paths.rows_of(index.paths)
+    rows = np.flatnonzero(np.isin(first, list(label_of)))
+    return rows, np.array([label_of[row] for row in first[rows].tolist()], labels.dtype)
 
 
 def train_loader(
@@ -173,7 +213,7 @@ def write_left_out(index: Index, path: Path) -> None:
     csv.writer(text).writerow(("path", "reason"))
     csv.writer(text).writerows((index.paths[i], index.checked.reason[i]) for i in index.left_out)
     with replacing(path) as file:
-        file.write(text.getvalue().encode())
+        file.write(os.fsencode(text.getvalue()))
 
 
 def _by_kind(index: Index, checked: Checked, rows: np.ndarray) -> str:
@@ -182,10 +222,5 @@ def _by_kind(index: Index, checked: Checked, rows: np.ndarray) -> str:
     for i in rows.tolist():
         kinds.setdefault(checked.reason[i].partition(":")[0], []).append(i)
     most = sorted(kinds.items(), key=lambda kind: -len(kind[1]))
-    shown = [f"{len(found)} {kind} (such as {index.paths[found[0]]})" for kind, found in most[:_KINDS]]
-    return ", ".join(shown) + (", ..." if len(most) > _KINDS else "")
-
-
-def _say(text: str) -> None:
-    if world()[0] == 0:
-        print(text, file=sys.stderr)
+    named = [f"{len(found)} {kind} (such as {shown(index.paths[found[0]])})" for kind, found in most[:_KINDS]]
+    return ", ".join(named) + (", ..." if len(most) > _KINDS else "")

@@ -28,9 +28,10 @@ from mopro_fast.data import workers as processes
 from mopro_fast.data.check import load_splits, worker_count
 from mopro_fast.data.decode import CANNOT_READ
 from mopro_fast.data.index import Index
+from mopro_fast.data.paths import Paths
 from mopro_fast.data.shards import MANIFEST, STATE, ShardJob, is_pack, read_manifest, write_shard
 from mopro_fast.errors import UserError
-from mopro_fast.files import locked, replacing
+from mopro_fast.files import locked, misfit, replacing
 
 SKIPPED = "skipped.csv"
 LEAST_SIZE = 16  # px: the smallest image the recipes train on
@@ -39,12 +40,13 @@ _TABLE = pa.schema(
     [
         ("id", pa.int64()),
         ("label", pa.int64()),
-        ("path", pa.string()),
+        ("path", pa.string()),  # binary where a name is not UTF-8
         ("offset", pa.int64()),
         ("size", pa.int64()),
         ("shard", pa.int32()),
     ]
 )
+_PATH = _TABLE.get_field_index("path")
 
 
 @dataclass
@@ -106,7 +108,7 @@ def pack(splits: dict[str, Index], options: Pack, workers: int) -> str:
                 raise UserError(f"none of the images of {splits[split].source} can be read: see `mopro-fast check`")
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([("split", "id", "label", "path", "reason"), *skipped])
-        _write(options.out, SKIPPED, text.getvalue().encode())
+        _write(options.out, SKIPPED, os.fsencode(text.getvalue()))
         manifest = {"format": shards.FORMAT, "version": shards.VERSION, **made_of}
         manifest |= {"classes": splits["train"].classes, "splits": listed}
         _write(options.out, MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
@@ -186,10 +188,14 @@ def _write_table(out: str, split: str, names: list[str]) -> tuple[dict, list[lis
         rows = record.pop("rows")
         entries.append({**record, "images": len(rows)})
         columns = [*(zip(*rows, strict=True) if rows else [[]] * 5), [number] * len(rows)]
-        arrays = [pa.array(column, f.type) for column, f in zip(columns, _TABLE, strict=True)]
-        tables.append(pa.table(arrays, schema=_TABLE))
+        arrays = [
+            pa.array(columns[i], f.type) if i != _PATH else Paths(columns[i]).column for i, f in enumerate(_TABLE)
+        ]
+        tables.append(pa.table(arrays, _TABLE.names))
+    joined = pa.concat_tables(tables).combine_chunks()
+    joined = joined.set_column(_PATH, "path", Paths(joined["path"]).for_table())
     table = io.BytesIO()
-    pq.write_table(pa.concat_tables(tables).combine_chunks(), table, compression="zstd")
+    pq.write_table(joined, table, compression="zstd")
     _write(out, f"{split}.parquet", table.getvalue())
     listed = {"name": f"{split}.parquet", "sha256": hashlib.sha256(table.getvalue()).hexdigest()}
     return {"images": sum(map(len, tables)), "skipped": len(skipped), "table": listed, "shards": entries}, skipped
@@ -213,8 +219,11 @@ def _state(out: str, made_of: dict[str, Any]) -> Iterator[None]:
     with locked(os.path.join(out, STATE), busy) as file:
         file.seek(0)
         try:
-            _compare(out, json.loads(file.read()), made_of)
-        except ValueError:  # new, or cut short by an interruption: then nothing else was written
+            there = json.loads(file.read())
+            if misfit(there, {"options": dict, "data": {None: str}}):
+                raise ValueError
+            _compare(out, there, made_of)
+        except (ValueError, RecursionError):  # new, or cut short by an interruption: then nothing else was written
             file.truncate(0)
             try:
                 file.write(json.dumps(made_of).encode())
@@ -232,7 +241,7 @@ def _compare(out: str, there: dict[str, Any], here: dict[str, Any]) -> None:
         before = there["options"].get(name)
         if before != value:
             flag = name.replace("_", "-")
-            raise UserError(f"{out} holds a pack with --{flag} {before}, not {value}: name another folder")
+            raise UserError(f"{out} holds a pack with --{flag} {str(before)[:20]}, not {value}: name another folder")
     if there["data"] != here["data"]:
         raise UserError(f"{out} holds a pack of other data (other paths, labels or splits): name another folder")
 

@@ -27,14 +27,32 @@ from PIL import Image
 from mopro_fast.data import decode
 from mopro_fast.data import workers as processes
 from mopro_fast.data.decode import CANNOT_READ, OK, UNREADABLE, DecodeError
-from mopro_fast.errors import UserError
-from mopro_fast.files import replacing
+from mopro_fast.data.paths import Paths, read_columns
+from mopro_fast.errors import UserError, first_line
+from mopro_fast.files import misfit, replacing
 
 MANIFEST = "manifest.json"
 RECORDS = "records"
 STATE = ".packing.json"  # what a pack that is not complete is made of
 VERSION = 1
 FORMAT = "mopro_fast pack"
+_AGAIN = "run the same `mopro-fast pack` again"
+_FILE = {"name": Path, "sha256": str}
+_OF_MANIFEST = {
+    "options": dict,
+    "data": {None: str},
+    "classes": ([str], type(None)),
+    "splits": {None: {"table": _FILE, "shards": [{**_FILE, "images": int, "bytes": int, "index": _FILE}]}},
+}
+_OF_RECORD = {
+    **_FILE,
+    "index": _FILE,
+    "source": str,
+    "bytes_before": int,
+    "bytes": int,
+    "rows": [list],
+    "skipped": [list],
+}
 _OPEN = 512  # files kept open per set: many systems allow a process 1024
 _PIECE = 1 << 22  # bytes hashed at a time
 
@@ -56,8 +74,8 @@ class ShardSet:
     """int64 [n]; -1: none given."""
     id: np.ndarray
     """int64 [n]: its row in the data that was packed."""
-    paths: np.ndarray
-    """StringDType [n]: its path there."""
+    paths: Paths
+    """[n]: its path there."""
     classes: list[str] | None
     """The classes' names, where the data had them."""
     digest: str
@@ -95,7 +113,21 @@ class ShardSet:
 
 
 def is_pack(folder: str | os.PathLike) -> bool:
-    return os.path.isfile(os.path.join(folder, MANIFEST))
+    """Whether `mopro-fast pack` made it: many folders hold a manifest.json of somebody else's.
+
+    One that is damaged counts beside a pack's records.
+    """
+    path = os.path.join(folder, MANIFEST)
+    if not os.path.isfile(path):
+        return False
+    try:
+        with open(path, encoding="utf-8") as file:
+            manifest = json.load(file)
+        if isinstance(manifest, dict) and manifest.get("format") == FORMAT:
+            return True
+    except (OSError, ValueError, RecursionError):
+        pass
+    return any(Path(folder, RECORDS).glob("*.json.gz"))
 
 
 def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
@@ -106,46 +138,57 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
             manifest = json.load(file)
     except FileNotFoundError:
         raise UserError(f"{folder} holds no {MANIFEST}: run `mopro-fast pack` to its end") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}): run `mopro-fast pack` again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path} ({first_line(error)}): run `mopro-fast pack` again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{path} was not written by `mopro-fast pack`: give a folder that it made")
-    if manifest["version"] != VERSION:
-        raise UserError(f"{path} has version {manifest['version']}, this mopro_fast reads {VERSION}: pack again")
+    if manifest.get("version") != VERSION:
+        raise UserError(f"{path} has version {manifest.get('version')}, this mopro_fast reads {VERSION}: pack again")
+    if wrong := misfit(manifest, _OF_MANIFEST):
+        raise UserError(f"{path} is damaged: {wrong}: {_AGAIN}")
     return manifest
 
 
 def open_shards(folder: str | os.PathLike, split: str = "train") -> ShardSet:
     """The images of a split. Raises UserError where a file is missing, cut or altered (of shards: by their size)."""
-    import pyarrow.parquet as pq
-
     folder = os.fspath(folder)
     manifest = read_manifest(folder)
     if split not in manifest["splits"]:
         raise UserError(f"{folder} holds no {split} images: it was packed from data without them")
     listed = manifest["splits"][split]
-    again = "run the same `mopro-fast pack` again"
     try:
         for shard in listed["shards"]:
             path = os.path.join(folder, shard["name"])
             if (size := os.path.getsize(path)) != shard["bytes"]:
-                raise UserError(f"{path} has {size} bytes, its manifest says {shard['bytes']}: {again}")
+                raise UserError(f"{path} has {size} bytes, its manifest says {shard['bytes']}: {_AGAIN}")
         path = os.path.join(folder, listed["table"]["name"])
         content = Path(path).read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): {again}") from None
+        raise UserError(f"cannot read {path} ({error.strerror}): {_AGAIN}") from None
     if hashlib.sha256(content).hexdigest() != listed["table"]["sha256"]:
-        raise UserError(f"{path} is not as it was made: {again}")
-    table = pq.read_table(io.BytesIO(content))
-    columns = {name: table[name].to_numpy() for name in ("shard", "offset", "size", "label", "id")}
+        raise UserError(f"{path} is not as it was made: {_AGAIN}")
+    try:
+        paths, columns, _ = read_columns(io.BytesIO(content), "shard", "offset", "size", "label", "id")
+        bytes_of = np.array([shard["bytes"] for shard in listed["shards"]] or [0], np.int64)
+        inside = _within(columns["shard"], len(bytes_of)) and _within(columns["offset"], 1 << 62)
+        if not inside or not _within(columns["size"], bytes_of[columns["shard"]] - columns["offset"] + 1):
+            raise ValueError("images outside of the shards")
+        if not _within(columns["id"], 1 << 62):
+            raise ValueError("numbers of images below 0")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {first_line(error)}: {_AGAIN}") from None
     return ShardSet(
         folder,
         [shard["name"] for shard in listed["shards"]],
-        paths=np.array(table["path"].to_pylist(), np.dtypes.StringDType()),
+        paths=paths,
         classes=manifest["classes"],
         digest=listed["table"]["sha256"],
         **columns,
     )
+
+
+def _within(numbers: np.ndarray, ends: np.ndarray | int) -> bool:
+    return bool(((numbers >= 0) & (numbers < ends)).all())
 
 
 def verify_pack(folder: str, workers: int) -> list[str]:
@@ -185,8 +228,8 @@ class ShardJob(NamedTuple):
     """int64 [n]."""
     labels: np.ndarray
     """int64 [n]."""
-    paths: np.ndarray
-    """StringDType [n], relative to root."""
+    paths: Paths
+    """[n], relative to root."""
     size: int
     quality: int
     crashed: dict[int, str]
@@ -282,18 +325,24 @@ def _source(job: ShardJob) -> str:
             size = os.stat(os.path.join(job.root, path)).st_size
         except OSError:
             size = -1
-        digest.update(f"{number} {label} {size} {path}\n".encode())
+        digest.update(os.fsencode(f"{number} {label} {size} {path}\n"))
     return digest.hexdigest()
 
 
 def _is_finished(job: ShardJob, source: str) -> bool:
     try:
         record = read_record(job.out, job.name)
-        files = [record, record["index"]]
-        return record["source"] == source and all(
-            _sha256(os.path.join(job.out, file["name"])) == file["sha256"] for file in files
+        if misfit(record, _OF_RECORD) or record["source"] != source:
+            return False
+        if any(_sha256(os.path.join(job.out, file["name"])) != file["sha256"] for file in (record, record["index"])):
+            return False
+        lines = Path(job.out, record["index"]["name"]).read_text().splitlines()[1:]
+        places = [list(map(int, line.split()[1:3])) for line in lines]
+        named = record["rows"] + record["skipped"]
+        return places == [row[3:] for row in record["rows"]] and sorted(row[:3] for row in named) == sorted(
+            map(list, job.rows())
         )
-    except (OSError, EOFError, ValueError, KeyError, zlib.error):
+    except (OSError, EOFError, ValueError, TypeError, RecursionError, zlib.error):
         return False
 
 

@@ -5,6 +5,7 @@ run the caller's script again, and wait forever for a parent that was killed).
 """
 
 import contextlib
+import functools
 import os
 import subprocess
 import sys
@@ -64,12 +65,17 @@ class _Worker:
         code = (
             f"import sys; sys.path[:] = {sys.path!r}; from mopro_fast.data import workers; workers.serve(sys.argv[1])"
         )
-        self._process = subprocess.Popen(
+        start = functools.partial(
+            subprocess.Popen,
             [sys.executable, "-c", code, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C goes to the caller alone, who ends the workers
         )
+        try:
+            self._process = start()
+        except PermissionError:  # another user's interpreter, whose folder this process could read when it began
+            self._process = start(executable="/proc/self/exe")
         theirs.close()
         self.start(function)
 

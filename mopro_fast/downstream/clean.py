@@ -36,7 +36,7 @@ SCORES = ("score_given", "score_best", "classifier_given", "classifier_best", "p
 _SCHEMA = pa.schema(
     [
         ("id", pa.int64()),  # row of the data's lists
-        ("path", pa.string()),
+        ("path", pa.string()),  # binary where a name is not UTF-8
         ("given", pa.int32()),  # label; -1: none
         ("label", pa.int32()),  # after cleaning; -1: removed
         ("verdict", pa.string()),
@@ -102,6 +102,7 @@ def clean(o: Clean) -> dict[str, int]:
         num_classes=weights.num_classes,
         layout=o.layout,
         root=o.root,
+        classes=weights.classes,
         keep_classes=(weights.config or {}).get("data", {}).get("keep_classes"),
     )
     settings = {name: getattr(o, name) for name in ("alpha", "threshold", "temperature")}
@@ -190,7 +191,9 @@ def score(frozen: Frozen, own: list[Tensor | None], images: Tensor, labels: Tens
 
 def _finish(out: Path, index: Index, numbers: np.ndarray, settings: dict[str, Any]) -> dict[str, int]:
     """Write the table and the official file, a group of rows at a time; -> the totals."""
-    schema = _SCHEMA.with_metadata({"mopro_fast.clean": json.dumps(settings)})
+    names = index.paths.for_table()
+    schema = _SCHEMA.set(1, _SCHEMA.field("path").with_type(names.type))
+    schema = schema.with_metadata({"mopro_fast.clean": json.dumps(settings)})
     totals = np.zeros(len(DECISIONS), np.int64)
     labels: list[str] = []
     with writing(out, _HINT), replacing(out / TABLE) as table, replacing(out / OFFICIAL) as official:
@@ -203,9 +206,10 @@ def _finish(out: Path, index: Index, numbers: np.ndarray, settings: dict[str, An
                 read = ~np.isnan(numbers[part, 1])
                 label, best = (np.where(read, column, REMOVED).astype(np.int32) for column in numbers[part, :2].T)
                 verdict = np.select([~read, label == REMOVED, label != given], [3, 2, 1], 0)  # of DECISIONS
-                columns = [index.ids[part], paths.tolist(), given, label, np.array(DECISIONS)[verdict], best, *scores.T]
-                arrays = [pa.array(c, f.type, from_pandas=True) for c, f in zip(columns, schema, strict=True)]
-                writer.write_table(pa.table(arrays, schema=schema))
+                columns = [index.ids[part], given, label, np.array(DECISIONS)[verdict], best, *scores.T]
+                fields = [f for f in schema if f.name != "path"]
+                arrays = [pa.array(c, f.type, from_pandas=True) for c, f in zip(columns, fields, strict=True)]
+                writer.write_table(pa.table([arrays[0], names[part], *arrays[1:]], schema=schema))
                 totals += np.bincount(verdict, minlength=len(DECISIONS))
                 stay = label != REMOVED
                 if stay.any():

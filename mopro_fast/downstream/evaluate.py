@@ -15,8 +15,10 @@ import tyro
 from torch import Tensor
 
 from mopro_fast.checkpoints.formats import digest
-from mopro_fast.data.index import Index, load_index, subfolders
-from mopro_fast.distributed import leave, world
+from mopro_fast.data.class_folders import class_numbers, is_number, subfolders
+from mopro_fast.data.index import Index, load_index, synsets, with_numbers
+from mopro_fast.data.paths import shown
+from mopro_fast.distributed import leave, say, world
 from mopro_fast.downstream.features import EncoderConfig, Frozen
 from mopro_fast.errors import UserError
 from mopro_fast.files import write_json
@@ -64,14 +66,14 @@ def main(argv: list[str]) -> int:
     classes = frozen.weights.num_classes
     if classes is None:
         raise UserError(f"{o.checkpoint} has no classifier: `mopro-fast probe` or `lowshot` judges its features")
-    names = class_names(o.classes, paths, indexes, classes)
-    mapped = {name: to_model(index, names, classes, o.classes is not None) for name, index in indexes.items()}
+    names = class_names(o.classes, frozen.weights.classes, paths, indexes, classes)
+    mapped = {name: to_model(index, names, classes) for name, index in indexes.items()}
     results = {}
     for name, index in indexes.items():
         labels, present = mapped[name]
         found = predictions(frozen, index, name, present)
-        shown = names or [str(c) for c in range(classes)]
-        results[name] = {"data": paths[name], "classes": int(present.sum()), **summary(found, labels, shown)}
+        class_list = [shown(n) for n in names] if names else [str(c) for c in range(classes)]
+        results[name] = {"data": paths[name], "classes": int(present.sum()), **summary(found, labels, class_list)}
     rank = world()[0]
     leave()
     if rank == 0:
@@ -95,54 +97,60 @@ def _sets(o: Eval) -> dict[str, str]:
     return sets
 
 
-def class_names(given: str | None, paths: dict[str, str], indexes: dict[str, Index], classes: int) -> list[str] | None:
-    """The names of the model's classes in its order; None: not known."""
+def class_names(
+    given: str | None, trained: list[str] | None, paths: dict[str, str], indexes: dict[str, Index], classes: int
+) -> list[str] | None:
+    """The names of the model's classes in its order; None: not known. trained: the checkpoint's."""
     if given is not None:
         names = _read_names(given)
         if len(names) != classes:
             raise UserError(f"--classes {given} has {len(names)} names, the checkpoint has {classes} classes")
         return names
+    if trained is not None:
+        return trained
     for name, index in indexes.items():
-        if index.classes is not None and len(index.classes) == classes:
-            return index.classes
-        synsets = os.path.join(paths[name], "info", "synsets.txt")
-        if os.path.isfile(synsets) and len(names := _read_names(synsets)) == classes:
+        if (names := synsets(paths[name])) is not None and len(names) == classes:
             return names
+        if index.classes is not None and len(index.classes) == classes:
+            say(f"{name}: the checkpoint names no classes: those of {index.source} are taken, in this order")
+            return index.classes
     return None
 
 
 def _read_names(path: str) -> list[str]:
     if os.path.isdir(path):
-        return subfolders(path)
+        numbers = class_numbers(subfolders(path), None, path)
+        return sorted(numbers, key=numbers.__getitem__)
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             return [line.split()[0] for line in file if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the class names {path}: {error}") from None
+    except OSError as error:
+        raise UserError(f"cannot read the class names {path}: {error.strerror}") from None
 
 
-def to_model(index: Index, names: list[str] | None, classes: int, given: bool) -> tuple[np.ndarray, np.ndarray]:
+def to_model(index: Index, names: list[str] | None, classes: int) -> tuple[np.ndarray, np.ndarray]:
     """-> labels int64 [n] in the model's numbers, and bool [classes]: which of them the set has.
 
-    given: the names are the user's word; else a set of all classes is taken in its own order.
+    names: of the model's classes, in its order. A set without names, such as a list, has all of them.
     """
-    if index.classes is None or (len(index.classes) == classes and not given):
-        if (highest := int(index.labels.max())) >= classes:
-            raise UserError(f"{index.source}: label {highest} is outside [0, {classes}), the checkpoint's classes")
-        return index.labels, np.ones(classes, bool)
-    if names is None:
+    own = index.classes
+    numbered = own is not None and all(map(is_number, own))
+    if own is not None and not numbered and names is None:
         raise UserError(
-            f"{index.source} has {len(index.classes)} of the checkpoint's {classes} classes: say which, with --classes "
-            "FILE or a folder of all class folders"
+            f"{index.source} has {len(own)} of the checkpoint's {classes} classes: say which, with --classes FILE or a "
+            "folder of all class folders"
         )
-    numbers = {name: c for c, name in enumerate(names)}
-    unknown = [name for name in index.classes if name not in numbers]
-    if unknown:
-        raise UserError(f"{index.source}: {unknown[0]} is none of the checkpoint's classes ({names[0]}, ...)")
-    own = np.array([numbers[name] for name in index.classes])
-    present = np.zeros(classes, bool)
-    present[own] = True
-    return own[index.labels], present
+    if names is not None:
+        index = with_numbers(index, names)
+    if (highest := int(index.labels.max())) >= classes:
+        raise UserError(f"{index.source}: label {highest} is outside [0, {classes}), the checkpoint's classes")
+    if own is None:
+        present = np.ones(classes, bool)
+    elif numbered:
+        present = np.bincount(index.labels, minlength=classes) > 0
+    else:
+        present = np.isin(names, own)
+    return index.labels, present
 
 
 def predictions(frozen: Frozen, index: Index, name: str, present: np.ndarray) -> np.ndarray:

@@ -1,13 +1,15 @@
 """``mopro-fast finetune CKPT --data DATA --out FOLDER --share 0.01``: all weights on a share of labelled data."""
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 
 import numpy as np
 
 from mopro_fast.data.index import Index
+from mopro_fast.data.lists import read_names
 from mopro_fast.data.order import place_in_class
+from mopro_fast.data.paths import plain, shown
 from mopro_fast.downstream import supervised
 from mopro_fast.downstream.supervised import OneView, SupervisedConfig, SupervisedData, SupervisedOptim, SupervisedTask
 from mopro_fast.errors import UserError
@@ -49,8 +51,6 @@ class FinetuneTask(SupervisedTask):
 
 def with_share(config: Finetune, index: Index) -> Index:
     """The index with the label −1 for all images but the chosen ones."""
-    if not 0 < config.share <= 1:
-        raise UserError(f"--share must lie in (0, 1], got {config.share}")
     if config.list is not None:
         if config.share != 1 or config.balanced:
             raise UserError("--list names the images: it goes with neither --share nor --balanced")
@@ -73,25 +73,16 @@ def choose(labels: np.ndarray, share: float, balanced: bool, seed: int) -> np.nd
 
 def _named(path: str, index: Index) -> np.ndarray:
     """The rows of the images that the file names; a label after the path is passed over."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = [line.strip() for line in file]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the list {path}: {error}") from None
     row_of: dict[str, int] = {}
-    for row, name in enumerate(index.paths.tolist()):
-        row_of[PurePosixPath(name).name] = -1 if PurePosixPath(name).name in row_of else row
-    row_of |= {name: row for row, name in enumerate(index.paths.tolist())}
-    chosen = []
-    for number, line in enumerate(lines, 1):
-        if not line or line.startswith("#"):
-            continue
-        row = row_of.get(line, row_of.get(line.rsplit(maxsplit=1)[0]))
-        if row is None:
-            raise UserError(f"{path}:{number}: no such image in {index.source}: {line[:80]!r}")
+    names = index.paths.tolist()
+    for row, name in enumerate(names):
+        own = os.path.basename(name)
+        row_of[own] = -1 if own in row_of else row
+    row_of |= {plain(name, index.root): row for row, name in enumerate(names)} | {n: r for r, n in enumerate(names)}
+    found = read_names(path, lambda name: row_of.get(name, row_of.get(plain(name, index.root))), index.source)
+    for number, name, row in found:
         if row < 0:
-            raise UserError(f"{path}:{number}: several images are called {line[:80]!r}: give their paths")
-        chosen.append(row)
-    if not chosen:
+            raise UserError(f"{path}:{number}: several images are called {shown(name)!r}: give their paths")
+    if not found:
         raise UserError(f"{path} names no image")
-    return np.unique(chosen)
+    return np.unique([row for _, _, row in found])

@@ -73,7 +73,7 @@ def resumable(weights: Weights, config: TrainConfig) -> RunState:
         if name.startswith(CALIBRATION):
             state.model.setdefault(name, torch.zeros(own.shape))  # it begins now
     check_fits(model.state_dict(), state.model, weights.path)
-    sets = inputs.load(config, resumed=False)
+    sets = inputs.load(config)
     index = inputs.readable(sets["train"], "train", inputs.threads(config.data))
     if config.data.holdout:
         index, judged = inputs.hold_out(index, config.data)

@@ -17,6 +17,8 @@ import tyro
 from tqdm import tqdm
 
 from mopro_fast.data.index import Index, load_index, val_layout
+from mopro_fast.data.lists import read_list
+from mopro_fast.data.paths import Paths
 from mopro_fast.distributed import leave, world
 from mopro_fast.downstream.done import Done
 from mopro_fast.downstream.features import EncoderConfig, Frozen
@@ -121,10 +123,7 @@ def load(data: str, val: str | None, root: str | None = None) -> Task:
     if val is None and not val_layout(data):
         raise UserError(f"{data} comes without images to test on: name them with --val")
     train = load_index(data, "train", num_classes=None, root=root)
-    test = load_index(val or data, "val", num_classes=None, root=root)
-    if train.classes and test.classes and train.classes != test.classes:
-        other = sorted(set(train.classes) ^ set(test.classes))[0]
-        raise UserError(f"{train.source} and {test.source} have different classes: only one of them has {other!r}")
+    test = load_index(val or data, "val", num_classes=None, root=root, classes=train.classes)
     classes = train.classes or [str(c) for c in range(int(max(train.labels.max(), test.labels.max())) + 1)]
     return Task(train, test, train.labels, test.labels, classes)
 
@@ -146,7 +145,7 @@ def _voc(folder: str) -> tuple[Index, Index, np.ndarray, np.ndarray]:
                 raise UserError(f"{folder}/ImageSets/Main: {lists} name different images")
         labels = np.array([[column[name] for column in columns] for name in names], np.int8).reshape(-1, len(columns))
         root = os.path.join(folder, "JPEGImages")
-        paths = np.array([f"{name}.jpg" for name in names], np.dtypes.StringDType())
+        paths = Paths(f"{name}.jpg" for name in names)
         absent = [path for path in paths if not os.path.isfile(os.path.join(root, path))]
         if absent:
             raise UserError(f"{root}: {len(absent)} images of {split} are missing, such as {absent[0]}")
@@ -157,14 +156,10 @@ def _voc(folder: str) -> tuple[Index, Index, np.ndarray, np.ndarray]:
 
 def _voc_list(folder: str, name: str, split: str) -> dict[str, int]:
     path = os.path.join(folder, "ImageSets", "Main", f"{name}_{split}.txt")
-    try:
-        with open(path) as file:
-            rows = [line.split() for line in file if line.strip()]
-        labels = {image: int(label) for image, label in rows}
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}: unpack VOC2007's trainval and test there") from None
-    except ValueError:
-        raise UserError(f"{path}: expected lines of the form: image label") from None
+    if not os.path.isfile(path):
+        raise UserError(f"cannot read {path}: no such file: unpack VOC2007's trainval and test there")
+    images, numbers, _ = read_list(path, lambda _: True, form="image label")
+    labels = dict(zip(images, numbers.tolist(), strict=True))
     if not labels or not set(labels.values()) <= {-1, 0, 1}:
         raise UserError(f"{path}: expected labels 1, 0 and -1")
     return labels

@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from mopro_fast.data.index import Index
+from mopro_fast.data.paths import Paths, read_columns, shown
 from mopro_fast.downstream import supervised
 from mopro_fast.downstream.supervised import SupervisedConfig, SupervisedOptim, SupervisedTask
-from mopro_fast.errors import UserError
+from mopro_fast.errors import UserError, first_line
+from mopro_fast.files import misfit
 from mopro_fast.labels import NO_LABEL
 
 
@@ -45,6 +44,13 @@ class RetrainTask(SupervisedTask):
     free = frozenset({"cleaned"})
 
     def labelled(self, index: Index) -> Index:
+        trained, own = self.weights.classes, index.classes
+        if None not in (trained, own) and trained != own:
+            other = next(iter({*own} ^ {*trained}), own[0])
+            raise UserError(
+                f"{self.weights.path} was trained on other classes, or in another order, than {index.source} has, such "
+                f"as {shown(other)}: give the data of its training"
+            )
         return with_cleaned_labels(self.config, index)
 
 
@@ -57,16 +63,17 @@ def with_cleaned_labels(config: Retrain, index: Index) -> Index:
     if not path.is_file():
         raise UserError(f"no cleaned labels at {path}: name the --out of `mopro-fast clean`, or a file that it wrote")
     paths, labels = _read(path)
-    own = pa.array(index.paths.tolist(), pa.string())
-    absent = paths.filter(pc.invert(pc.is_in(paths, value_set=own)))
-    if len(absent):
-        raise UserError(f"{path} is of other data than {index.source}: it has {absent[0]}, which is not there")
-    if paths.equals(own):  # row by row: lists may name an image twice, with different labels
+    rows = index.rows_of(paths)
+    if (rows < 0).any():
+        first = shown(paths[int((rows < 0).argmax())])
+        raise UserError(f"{path} is of other data than {index.source}: it has {first}, which is not there")
+    if paths.equals(index.paths):  # row by row: lists may name an image twice, with different labels
         new = labels
     else:
-        rows = pc.index_in(own, value_set=paths)
+        found = paths.rows_of(index.paths)
         new = np.full(len(index), NO_LABEL)
-        new[pc.is_valid(rows).to_numpy(zero_copy_only=False)] = labels[rows.drop_null().to_numpy()]
+        new[rows] = labels
+        new[found >= 0] = labels[found[found >= 0]]
     if new.max(initial=NO_LABEL) >= config.data.num_classes:
         raise UserError(f"{path} has the label {new.max()}: set --num-classes to at least {new.max() + 1}")
     if new.max(initial=NO_LABEL) < 0:
@@ -74,17 +81,19 @@ def with_cleaned_labels(config: Retrain, index: Index) -> Index:
     return dataclasses.replace(index, labels=new)
 
 
-def _read(path: Path) -> tuple[pa.Array, np.ndarray]:
+def _read(path: Path) -> tuple[Paths, np.ndarray]:
     """-> paths and labels int64, −1 for removed."""
     try:
         if path.suffix == ".json":
-            found = json.loads(path.read_text())
-            paths, labels = pa.array(found["images"], pa.string()), np.array(found["labels"], np.int64)
+            found = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
+            if wrong := misfit(found, {"images": [str], "labels": [int]}):
+                raise ValueError(wrong)
+            paths, labels = Paths(found["images"]), np.array(found["labels"], np.int64)
         else:
-            table = pq.read_table(path, columns=["path", "label"]).combine_chunks()
-            paths, labels = table["path"].combine_chunks(), table["label"].to_numpy().astype(np.int64)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read the cleaned labels {path}: {str(error).partition(chr(10))[0]}") from None
+            paths, columns, _ = read_columns(path, "label")
+            labels = columns["label"]
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read the cleaned labels {path}: {first_line(error)}") from None
     if len(paths) != len(labels) or labels.min(initial=0) < NO_LABEL:
         raise UserError(f"{path} is damaged: {len(paths)} images, {len(labels)} labels from {labels.min(initial=0)}")
     return paths, labels

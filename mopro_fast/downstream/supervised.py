@@ -4,7 +4,6 @@ Mixup depends on (seed, step) alone, so that an interrupted and resumed run ends
 """
 
 import dataclasses
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -73,8 +72,6 @@ class SupervisedConfig(Settings):
 
     def validate(self, ranks: int = 1) -> None:
         super().validate(ranks)
-        if self.mixup < 0:
-            raise UserError(f"--mixup must be at least 0, got {self.mixup}")
         if self.freeze and self.optim.encoder_lr is not None:
             raise UserError("--encoder-lr has no effect on a frozen encoder: set --freeze False as well")
         if self.freeze and self.run.recompute:
@@ -89,9 +86,13 @@ class SupervisedTask(Task):
     def __init__(self, config: SupervisedConfig, weights: Weights) -> None:
         super().__init__(config)
         self.weights, self.initial = weights, digest(weights.state)
+        self.other_classes = False
+        """Whether the data's classes are called otherwise than the checkpoint's."""
 
     def shown(self, index: Index) -> tuple[Index, np.ndarray | None]:
         """The images with a label."""
+        trained, own = self.weights.classes, index.classes
+        self.other_classes = None not in (trained, own) and trained != own
         left_out = np.union1d(index.left_out, np.flatnonzero(index.labels < 0))
         index = dataclasses.replace(index, left_out=left_out)
         return index, balancing_repeats(index.labels[index.usable]) if self.config.resample else None
@@ -101,9 +102,10 @@ class SupervisedTask(Task):
         c, weights = self.config, self.weights
         encoder, classes = build_encoder(weights), c.data.num_classes
         encoder.recompute = c.run.recompute
-        if c.new_classifier or weights.num_classes != classes:
-            if distributed.world()[0] == 0 and not c.new_classifier:
-                print(f"a new classifier: {weights.path} has {weights.num_classes or 'no'} classes", file=sys.stderr)
+        if c.new_classifier or weights.num_classes != classes or self.other_classes:
+            if not c.new_classifier:
+                theirs = "other" if weights.num_classes == classes else weights.num_classes or "no"
+                distributed.say(f"a new classifier: {weights.path} has {theirs} classes")
             encoder.classifier = nn.Linear(encoder.feature_dim, classes)
             generator = torch.Generator().manual_seed(c.run.seed)
             nn.init.normal_(encoder.classifier.weight, std=0.01, generator=generator)

@@ -18,6 +18,7 @@ from mopro_fast.config import TrainConfig
 from mopro_fast.data import inputs
 from mopro_fast.data.cache import central_crop, decoded
 from mopro_fast.data.index import Index
+from mopro_fast.data.paths import Paths, shown
 from mopro_fast.downstream.clean import TABLE
 from mopro_fast.errors import UserError
 from mopro_fast.labels import REMOVED, SHOWN, UNSEEN
@@ -40,14 +41,13 @@ class Labels:
     """int64 [n]; −1 removed, −2 not shown."""
     source: str
     """Whose the corrections are, for the reader."""
-    paths: Any
-    """[n], as given in the index or in the table; numpy or pyarrow."""
+    paths: Paths
+    """[n], as given in the index or in the table."""
     scores: dict[str, Any] = field(default_factory=dict)
     """Columns [n] of the table: floats by name, and perhaps ``best``, the class of the highest score."""
 
     def path(self, row: int) -> str:
-        value = self.paths[int(row)]
-        return str(value.as_py() if hasattr(value, "as_py") else value)
+        return shown(self.paths[int(row)])
 
 
 def read_table(path: Path) -> Labels:
@@ -68,24 +68,14 @@ def read_table(path: Path) -> Labels:
     try:
         given, new = (table[name].cast(pa.int64()).fill_null(-1).to_numpy().copy() for name in ("given", "label"))
         verdict = table["verdict"].cast(pa.string())
+        paths = Paths(table["path"].fill_null(b"" if pa.types.is_binary(table["path"].type) else ""))
     except (pa.ArrowException, NotImplementedError) as error:
         raise UserError(f"--table {path}: its labels or verdicts are of another type: {error}") from None
     new[pc.is_in(verdict, pa.array(SHOWN[2:])).to_numpy()] = REMOVED  # in Arrow: no Python string per image
     new[~pc.is_in(verdict, pa.array(SHOWN)).to_numpy()] = UNSEEN  # the image could not be read
     floats = [f.name for f in table.schema if pa.types.is_floating(f.type)]
     scores = {name: table[name] for name in (*floats, *({"best"} & {*table.column_names}))}
-    return Labels(given, new, f"the table {path}", table["path"], scores)
-
-
-def rows_of(paths: list[str], index: Index, likely: np.ndarray) -> np.ndarray:
-    """int64 [n]: the index's rows of these paths, −1 where it has none. likely: tried first, millions take seconds."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    if likely.max(initial=0) < len(index) and index.paths[likely].tolist() == paths:
-        return likely
-    found = pc.index_in(pa.array(paths, pa.string()), value_set=pa.array(index.paths.tolist(), pa.string()))
-    return pc.fill_null(found, -1).to_numpy().astype(np.int64)
+    return Labels(given, new, f"the table {path}", paths, scores)
 
 
 def load_model(config: TrainConfig, state: RunState, device: str) -> Method:
@@ -124,7 +114,9 @@ def cards(
     def small(pixels: np.ndarray) -> tuple[str, np.ndarray | None]:
         return thumbnail(pixels, thumb), None if model is None else central_crop(pixels, resize, d.image_size)
 
-    at = rows_of([labels.path(row) for row in rows], index, rows)
+    names = labels.paths[rows]
+    same = rows.max(initial=0) < len(index) and index.paths[rows].equals(names)
+    at = rows if same else index.rows_of(names)
     unread = {labels.path(row): "not in the training data" for row in rows[at < 0]}
     rows, at = rows[at >= 0].tolist(), at[at >= 0]
     found, crops = [], []

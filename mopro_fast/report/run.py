@@ -1,7 +1,6 @@
 """What is in a run's folder. Whatever cannot be read is named in ``Run.missing``; nothing here ends the report."""
 
 import csv
-import dataclasses
 import json
 from collections import Counter
 from dataclasses import dataclass, field
@@ -14,9 +13,10 @@ import torch
 
 from mopro_fast.checkpoints.state import RunState, all_of
 from mopro_fast.checkpoints.state import load as load_state
-from mopro_fast.config import TrainConfig, load
+from mopro_fast.config import TrainConfig, load, read
 from mopro_fast.data import inputs
 from mopro_fast.data.index import Index, load_index
+from mopro_fast.data.paths import shown
 from mopro_fast.errors import UserError
 from mopro_fast.labels import UNSEEN
 
@@ -48,10 +48,9 @@ class Run:
     def raw_config(self) -> dict[str, Any]:
         """config.json as it is, also where this version does not know its settings."""
         try:
-            values = json.loads((self.folder / "config.json").read_text())
-            return values if isinstance(values, dict) else {}
-        except (OSError, ValueError) as error:
-            self.missing["the settings"] = f"cannot read config.json ({_why(error)})"
+            return read(self.folder / "config.json")
+        except UserError as error:
+            self.missing["the settings"] = str(error)
             return {}
 
     @cached_property
@@ -100,17 +99,21 @@ class Run:
         if self.config is None:
             return None
         d = self.config.data
+        digest = self.state and self.state.data_digest
+        try:
+            begun = inputs.begun(self.folder, digest)  # class folders have no list of their own
+        except UserError as error:
+            self.missing["the list of images"], begun = str(error), None
         options = {"num_classes": d.num_classes, "keep_classes": d.keep_classes, "missing": True}
-        kept = self.folder / "images.txt"  # class folders have no list of their own
+        options["classes"] = begun and begun.classes
         try:
             index = load_index(self.data or d.path, "train", layout=d.layout, root=self.root or d.root, **options)
         except UserError as error:
             self.missing["the images"] = f"{error}; if the data has moved: --data"
-            index = _as_listed(kept, options)
-        if index is None or self.state is None or self.other_data:
+            return begun
+        if digest is None or self.other_data:
             return index
-        digest = self.state.data_digest
-        index = inputs.as_begun(index, kept, digest)
+        index = inputs.as_begun(index, begun)
         if index.digest() == digest:
             return index
         self.missing["the images"] = f"the paths or labels of {index.source} are not those of the run"
@@ -148,7 +151,7 @@ class Run:
         if self.index is None:
             return None
         if self.index.classes is not None:
-            return list(self.index.classes)
+            return list(map(shown, self.index.classes))
         synsets = Path(self.index.root) / "info" / "synsets.txt"  # WebVision: "n01440764 tench, Tinca tinca"
         try:
             names = [line.partition(" ")[2] or line for line in synsets.read_text(encoding="utf-8").splitlines()]
@@ -194,16 +197,6 @@ class Run:
         if broken:
             self.missing[f"a part of {what}"] = f"{broken} lines of {name} cannot be read"
         return entries
-
-
-def _as_listed(path: Path, options: dict[str, Any]) -> Index | None:
-    """What a run noted of its class folders, which may be gone."""
-    try:
-        index = load_index(path, "train", layout="list", **options)
-    except UserError:
-        return None
-    names = {label: name.partition("/")[0] for name, label in zip(index.paths, index.labels.tolist(), strict=True)}
-    return dataclasses.replace(index, classes=[names.get(c, str(c)) for c in range(options["num_classes"])])
 
 
 def _why(error: Exception) -> str:

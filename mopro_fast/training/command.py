@@ -44,7 +44,7 @@ def parse(argv: list[str]) -> TrainConfig:
     if config.method == "ce" and os.environ.get("RANK", "0") == "0":
         changed = differences(recipe(argv[0]).as_dict(), config.as_dict())
         for name in (name for name in changed if name in MOPRO | VIEW_K):
-            print(f"note: {flag(name.rpartition('.')[2])} has no effect with --method ce", file=sys.stderr)
+            print(f"note: {flag(name)} has no effect with --method ce", file=sys.stderr)
     return config
 
 
@@ -52,8 +52,9 @@ def _usage() -> str:
     recipes = "\n".join(f"  {name:15s} {make.__doc__.splitlines()[0]}" for name, make in RECIPES.items())
     return f"""usage: mopro-fast train RECIPE --data PATH --out FOLDER [options]
 
-RECIPE is a saved config.json or one of
+RECIPE is one of
 {recipes}
+or a saved config.json; one that lies in a run's folder goes on with that run, there.
 
 `mopro-fast train RECIPE --help` lists every option with the recipe's values.
 The same command run again goes on where it was interrupted."""

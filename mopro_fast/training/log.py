@@ -66,9 +66,9 @@ class RunLog:
         path = self.out / "replaced.csv"
         there: set[tuple[str, ...]] = set()  # the steps since the latest checkpoint come again after an interruption
         if path.exists():
-            with path.open(newline="", encoding="utf-8") as file:
+            with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
                 there = {tuple(line[:3]) for line in csv.reader(file)}
-        with path.open("a", newline="", encoding="utf-8") as file:
+        with path.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.writer(file)
             if not there:
                 writer.writerow(["epoch", "step", "path", "reason", "shown instead"])

@@ -74,11 +74,12 @@ class RunFolder:
     def sets(self, task: Task) -> dict[str, Index]:
         """The training set, as it was when the run began, and the validation sets; all checked."""
         state, data = self.state, self.config.data
-        sets = inputs.load(self.config, resumed=state is not None)
+        begun = None if state is None else inputs.begun(self.path, state.data_digest)
+        sets = inputs.load(self.config, begun, resumed=state is not None)
         sets["train"] = task.labelled(sets["train"])
         left_out = {}
         if state is not None:
-            sets["train"] = inputs.as_begun(sets["train"], self.path / "images.txt", state.data_digest)
+            sets["train"] = inputs.as_begun(sets["train"], begun)
             if sets["train"].digest() != state.data_digest:
                 self._refuse(self._changed(task), task)  # that is why, if there is any
                 raise UserError(
@@ -165,7 +166,7 @@ class RunFolder:
         with self.writing():
             write_json(self.path / "config.json", self.config.as_dict())
             if self.state is None:
-                inputs.write_list(index, self.path / "images.txt")
+                inputs.write_images(index, self.path)
             if len(index.left_out):
                 inputs.write_left_out(index, self.path / "left_out.csv")
 
