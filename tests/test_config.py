@@ -294,7 +294,7 @@ def test_a_config_of_another_command_names_it(made, command, tmp_path):
         ({"data": {"keep_classes": "2"}}, "data.keep_classes must be a whole number or null, got '2'"),
         ({"data": []}, r"data must be an object of settings, got \[\]"),
         ({"mopro": {"temperature": "hot"}}, "mopro.temperature must be a finite number, got 'hot'"),
-        ([1], "no checkpoint that this package knows"),
+        ([1], "its config is a list of 1"),
     ],
 )
 def test_the_config_in_a_checkpoint_is_checked(part, message, tmp_path, state_dict):

@@ -1,6 +1,7 @@
 """Weights from and to every format, and files that must be refused."""
 
 import argparse
+import functools
 import json
 import os
 import pickle
@@ -361,3 +362,97 @@ def test_the_command_line(files, tmp_path, capsys):
     assert status("import", tmp_path / "o.pth") == 2 and status("export", tmp_path / "no", "x", "--format", "timm") == 2
     assert status("export", files["official"], tmp_path / "no/x", "--format", "timm") == 2
     assert capsys.readouterr().err.count("\n") == 3
+
+
+@functools.cache
+def torchvision_names(classifier: bool = True) -> dict[str, torch.Tensor]:
+    names = {n: t for n, t in small_model().encoder_q.state_dict().items() if not n.startswith(("fc1", "fc2"))}
+    return {n.replace("classifier", "fc"): t for n, t in names.items() if classifier or not n.startswith("classifier")}
+
+
+def behind(prefix: str, state: dict) -> dict:
+    return {prefix + name: t for name, t in state.items()}
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda s: {"model": s, "optimizer": {}, "epoch": 3},
+    lambda s: {"model_state_dict": s},
+    lambda s: {"net": {"state_dict": s}, "best": np.float64(71.2), "count": np.int64(3), "is": np.bool_(True)},
+    lambda s: {"state_dict": {"model": {"net": s}}, "args": argparse.Namespace(lr=np.float32(0.1))},
+    lambda s: {"model": s, "model_ema": s},
+    lambda s: {"weights": s},
+], ids=["references", "model_state_dict", "net", "three", "ema", "another"])  # fmt: skip
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "model.module.", "encoder."])
+def test_a_resnet_is_found_in_entries_and_behind_prefixes(tmp_path, capsys, wrap, prefix):
+    torch.save(wrap(behind(prefix, torchvision_names())), tmp_path / "other.pt")
+    found, expected = load_weights(tmp_path / "other.pt"), small_model().encoder_q.state_dict()
+    assert (found.kind, found.num_classes, found.note) == ("torchvision", 5, "")
+    assert found.encoder().keys() == {n for n in expected if not n.startswith(("fc1", "fc2"))}
+    assert all(torch.equal(t, expected[n]) for n, t in found.encoder().items())
+    assert capsys.readouterr().err == ""
+
+
+def test_the_head_of_mmpretrain_is_the_classifier(tmp_path, capsys):
+    head = {"head.fc.weight": torch.rand(7, 64), "head.fc.bias": torch.rand(7), "neck.x": torch.rand(1)}
+    torch.save({"state_dict": behind("backbone.", torchvision_names(False)) | head}, tmp_path / "mm.pt")
+    found = load_weights(tmp_path / "mm.pt")
+    assert found.num_classes == 7 and torch.equal(found.state["encoder_q.classifier.bias"], head["head.fc.bias"])
+    assert capsys.readouterr().err == f"note: {tmp_path / 'mm.pt'}: not taken: neck.x\n"
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_of_moco_the_query_encoder_is_taken(tmp_path, version):
+    trunk = torchvision_names(False)
+    if version == 1:
+        heads = {"fc.weight": torch.rand(8, 64), "fc.bias": torch.rand(8)}
+    else:
+        heads = {"fc.0.weight": torch.rand(2048, 64), "fc.0.bias": torch.rand(2048)}
+        heads |= {"fc.2.weight": torch.rand(8, 2048), "fc.2.bias": torch.rand(8)}
+    state = behind("module.encoder_q.", trunk | heads) | behind("module.encoder_k.", trunk | heads)
+    state |= {"module.queue": torch.rand(8, 32), "module.queue_ptr": torch.zeros(1, dtype=torch.int64)}
+    torch.save({"epoch": 200, "arch": "resnet18", "state_dict": state}, tmp_path / "moco.pt")
+    found = load_weights(tmp_path / "moco.pt")
+    assert (found.kind, found.num_classes, found.epoch) == ("torchvision", None, 200)
+    assert found.note.endswith(f"encoder_k.* ({len(trunk | heads)}), queue, queue_ptr")
+    assert ("encoder_q.fc.weight" in found.note) == (version == 1)
+    assert not any(name.startswith("encoder_k") or "queue" in name for name in found.state)
+    names = found.encoder()
+    if version == 2:
+        assert torch.equal(names["fc1.weight"], heads["fc.0.weight"]) and found.model.embed_dim == 8
+        assert torch.equal(names["fc2.bias"], heads["fc.2.bias"])
+    else:
+        assert not any(name.startswith("fc") for name in names)
+
+
+@pytest.mark.parametrize("content, expected", [
+    (lambda s: {"student": s, "teacher": behind("module.", s)}, "entries student, teacher: save one of them alone"),
+    (lambda s: behind("backbone.", s) | behind("momentum.", s), "behind backbone. and momentum.: save one of them"),
+    (lambda s: {"epoch": len(s), "optimizer": {}}, "it holds no ResNet: .*; its entries are epoch, optimizer"),
+    (lambda s: {"model": s | {"conv1.zero_point": torch.zeros(3)}}, "conv1.zero_point is 3, expected absent: save a"),
+    (lambda s: {"model": s | {"layer1.0.conv1.scale": 0.5}}, "layer1.0.conv1.scale is of type float, not a tensor"),
+    (lambda s: {"model": s | {"module.conv1.weight": s["conv1.weight"]}}, "two tensors conv1.weight"),
+    (lambda s: {"model": s | {"bn1.bias": s["bn1.bias"].to_sparse()}}, "bn1.bias is not a dense tensor"),
+], ids=["entries", "prefixes", "none", "buffer", "number", "twice", "sparse"])  # fmt: skip
+def test_what_is_refused_says_why(tmp_path, content, expected):
+    torch.save(content(torchvision_names()), tmp_path / "other.pt")
+    with pytest.raises(UserError, match=expected) as caught:
+        load_weights(tmp_path / "other.pt")
+    assert "\n" not in str(caught.value) and "other.pt" in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [np.float16(0.5), np.float32(0.5), np.float64(-2), np.int8(-3), np.uint64(2**63),
+                                    np.bool_(True), np.dtype(">f8").type(3)])  # fmt: skip
+def test_numbers_of_numpy_are_read_without_numpy(tmp_path, number):
+    torch.save({"n": number}, tmp_path / "n.pt")
+    found = checkpoint.read(tmp_path / "n.pt")["n"]
+    assert found == number.item() and type(found) is type(number.item())
+
+
+def test_a_file_of_numpy_1_and_what_no_number_is(tmp_path):
+    torch.save({"n": 3, "of": np.float64(0.25)}, tmp_path / "n.pt", _use_new_zipfile_serialization=False)
+    data = (tmp_path / "n.pt").read_bytes()
+    assert b"numpy._core" in data or b"numpy.core" in data
+    (tmp_path / "n.pt").write_bytes(data.replace(b"numpy._core", b"numpy.core"))
+    assert checkpoint.read(tmp_path / "n.pt") == {"n": 3, "of": 0.25}
+    torch.save({"text": np.str_("x"), "long": np.longdouble(1)}, tmp_path / "n.pt")
+    assert checkpoint.read(tmp_path / "n.pt") == {"text": None, "long": None}

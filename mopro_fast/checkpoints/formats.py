@@ -1,11 +1,13 @@
 """The formats of others, into this package's names and out of them.
 
-Read are checkpoints of this package, of the official code (salesforce/MoPro) and of torchvision or timm, written by
-torch.save or as safetensors. Written are those, and detectron2's.
+Read are checkpoints of this package, of the official code (salesforce/MoPro) and of torchvision, timm and what else
+holds a ResNet by torchvision's names (foreign.py), written by torch.save or as safetensors. Written are those of this
+package, of the official code and of torchvision, and detectron2's.
 """
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,13 +16,16 @@ import torch
 from torch import Tensor
 
 from mopro_fast import __version__, ops
-from mopro_fast.checkpoints.state import RunState
+from mopro_fast.checkpoints import foreign
+from mopro_fast.checkpoints.fields import is_dense, is_finite
+from mopro_fast.checkpoints.state import RunState, checked, is_ours
 from mopro_fast.checkpoints.state import read as read_torch
 from mopro_fast.config import ModelConfig, TrainConfig
 from mopro_fast.errors import UserError
 from mopro_fast.models.calibration import CALIBRATION
 
 Q, K = "encoder_q.", "encoder_k."
+_SGD = {name for name in torch.optim.SGD([torch.zeros(1)], 0.1).param_groups[0] if name != "params"}
 HEADS = ("classifier.", "fc1.", "fc2.")  # what files of others lack: the projection, or the classifier too
 
 
@@ -51,6 +56,8 @@ class Weights:
     """encoder_k has moved after encoder_q's last step; the official code moves it at the beginning of the next."""
     classes: list[str] | None = None
     """The names of the classes in the order of their labels, where the training data had them."""
+    note: str = ""
+    """What of the file's tensors was not taken."""
 
     def encoder(self) -> dict[str, Tensor]:
         """The query encoder's tensors by ResNet's names."""
@@ -66,10 +73,19 @@ def digest(tensors: dict[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
-    """-> the file's entries, its tensors without a prefix of DataParallel, and its kind (Weights.kind)."""
-    found = _read_safetensors(path) if _is_safetensors(path) else read_torch(path)
-    return found, *_tensors(found, path)
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], str, str]:
+    """-> the file's entries, its tensors by the names of the official code or of torchvision, its kind (Weights.kind),
+    and Weights.note.
+    """
+    in_safetensors = _is_safetensors(path)
+    found = _read_safetensors(path) if in_safetensors else read_torch(path)
+    if not in_safetensors and is_ours(found):
+        found = vars(checked(found, path))
+        return found, found["model"], "mopro_fast", ""
+    tensors, note = foreign.tensors(found, path)
+    if not any(name.startswith(Q) for name in tensors):
+        return found, tensors, "torchvision", note
+    return found, tensors, "safetensors" if in_safetensors else "official", note
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -94,31 +110,19 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     if about.get("sha256", digest(tensors)) != digest(tensors):
         raise UserError(f"{path} is damaged: its tensors do not match their checksum; copy it again")
     epoch = about.get("epoch", "")
-    return {"state_dict": tensors, "mopro_fast": about, "epoch": int(epoch) if epoch.isdigit() else None}
-
-
-def _tensors(found: Any, path: Path) -> tuple[dict[str, Tensor], str]:
-    """-> the state dict and what kind of file it comes from, judged by its names."""
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds a {type(found).__name__}, not a checkpoint")
-    ours = isinstance(found.get("model"), dict) and "config" in found
-    tensors = found["model"] if ours else found.get("state_dict", found)
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise UserError(f"{path} is no checkpoint of this package, of the official code or of torchvision")
-    tensors = {str(name).removeprefix("module."): t for name, t in tensors.items()}
-    if ours:
-        return tensors, "mopro_fast"
-    if not any(name.startswith(Q) for name in tensors):
-        return tensors, "torchvision"
-    return tensors, "safetensors" if _is_safetensors(path) else "official"
+    epoch = int(epoch) if epoch.isdecimal() and len(epoch) < 9 else None
+    return {"state_dict": tensors, "mopro_fast": about, "epoch": epoch}
 
 
 def own_names(tensors: dict[str, Tensor], transposed_queue: bool) -> dict[str, Tensor]:
     state = {}
     foreign = not any(name.startswith(Q) for name in tensors)
     for name, t in tensors.items():
-        if t.layout != torch.strided or t.is_meta:
+        t = t.detach()
+        if not is_dense(t):
             raise ValueError(f"{name} is not a dense tensor")
+        if 0 in t.shape:
+            raise ValueError(f"{name} is empty")
         if foreign:
             name = Q + ("classifier." + name[3:] if name.startswith("fc.") else name)
         if transposed_queue and name == "queue":
@@ -144,9 +148,10 @@ def optimizer_of(found: Any, state: dict[str, Tensor]) -> dict[str, Any] | None:
         keys = [key for group in groups for key in group["params"]][: len(shapes)]
         buffers = [found["state"].get(key, {}).get("momentum_buffer") for key in keys]
         fits = len(keys) == len(shapes) and all(
-            b is None or b.shape == shape for b, shape in zip(buffers, shapes, strict=True)
+            b is None or (b.shape == shape and is_finite(b)) for b, shape in zip(buffers, shapes, strict=True)
         )
-        group = {name: value for name, value in groups[0].items() if name != "params"}
+        group = {name: value for name, value in groups[0].items() if name in _SGD and _is_plain(value)}
+        fits = fits and isinstance(group["lr"], float | int)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         return None
     if not fits:
@@ -155,10 +160,14 @@ def optimizer_of(found: Any, state: dict[str, Tensor]) -> dict[str, Any] | None:
     return {"state": slots, "param_groups": [group | {"params": list(range(len(keys)))}]}
 
 
+def _is_plain(value: Any) -> bool:
+    return value is None or (type(value) in (bool, int, float) and math.isfinite(value))
+
+
 def to_state(weights: Weights, config: TrainConfig) -> RunState:
     """A model that no run can go on from: it knows no data."""
     model = _updated(weights, config.mopro.key_momentum)
-    return RunState(config.as_dict(), model, weights.optimizer, epoch=weights.epoch or 0)
+    return RunState(config.as_dict(), model, weights.optimizer, weights.epoch or 0, classes=weights.classes)
 
 
 def _updated(weights: Weights, momentum: float) -> dict[str, Tensor]:
@@ -213,6 +222,8 @@ def about(weights: Weights) -> dict[str, Any]:
     about = {"version": __version__, "keys_updated": weights.keys_updated}
     if weights.config is not None:
         about["config"] = json.dumps(weights.config)
+    if weights.classes is not None:
+        about["classes"] = json.dumps(weights.classes)  # in ASCII, whatever the names hold
     return about | ({} if weights.epoch is None else {"epoch": weights.epoch})
 
 

@@ -18,11 +18,17 @@ import torch
 from torch import Tensor
 
 from mopro_fast import __version__
+from mopro_fast.checkpoints import numpy_scalars
+from mopro_fast.checkpoints.fields import Damaged, check, require, said, settings
 from mopro_fast.errors import UserError
 from mopro_fast.files import replacing
 
 FORMAT = 2
 NAME = re.compile(r"step_(\d{9})\.pt$")
+_LATER = {"held_out", "held_out_labels", "winners", "agreement", "classes"}
+"""Fields that not every checkpoint of this format has."""
+_OF_EVERY_RUN = {"model", "config", "epoch", "step", "optimizer", "left_out"}
+"""Fields that format 1 has wherever it has data_digest."""
 
 
 @dataclass
@@ -66,6 +72,8 @@ class RunState:
     agreement: list[float] = field(default_factory=list)
     """Of each epoch from the last one before labels were corrected, the percentage of the held-out images whose label
     is the model's first guess."""
+    classes: list[str] | None = None
+    """The names of the classes in their order, where the training data has them."""
     version: str = __version__
     """The version of mopro_fast that wrote it."""
 
@@ -98,21 +106,42 @@ def all_of(folder: Path) -> list[Path]:
 def load(path: str | Path) -> RunState:
     """Read a checkpoint of this package, of this format or an earlier one. Raises a UserError for anything else."""
     found = read(path)
-    if not isinstance(found, dict) or not isinstance(found.get("model"), dict) or "config" not in found:
-        raise UserError(f"{path} is not a checkpoint of mopro_fast (it has no model and config)")
-    if "format" not in found:
+    if not is_ours(found):
+        raise Damaged(f"{path} is not a checkpoint of mopro_fast (it has no model and config)")
+    return checked(found, path)
+
+
+def is_ours(found: Any) -> bool:
+    """Whether these entries are of a checkpoint of this package, if perhaps a damaged one."""
+    if not isinstance(found, dict):
+        return False
+    if found.keys() & {"data_digest", "log_bytes"}:
+        return bool(found.keys() & {"model", "config"})
+    model, config = found.get("model"), found.get("config")
+    named = isinstance(model, dict) and any(str(name).startswith("encoder_q.") for name in model)
+    return named and ("format" in found or isinstance(config, str))
+
+
+def checked(found: dict[str, Any], path: str | Path) -> RunState:
+    """The fields of such a file. Raises Damaged for the first one that is missing or is not what it must be."""
+    fields = {f.name for f in dataclasses.fields(RunState)}
+    number = found.get("format", 1)
+    require("format" not in found or (type(number) is int and number > 1), path, "format", number, f"{FORMAT}")
+    needed = fields - _LATER if number > 1 else _OF_EVERY_RUN if "data_digest" in found else ["model", "config"]
+    for name in sorted(needed):
+        if name not in found:
+            raise Damaged(f"{path} is damaged: it has no {name}")
+    if number == 1:
         found = _of_format_1(found)
-    known = {f.name for f in dataclasses.fields(RunState)}
-    try:
-        return RunState(**{k: v for k, v in found.items() if k in known} | {"config": json.loads(found["config"])})
-    except (TypeError, ValueError) as error:
-        raise UserError(f"cannot read the checkpoint {path}: {error}; is it a whole file?") from None
+    found = {k: v for k, v in found.items() if k in fields} | {"config": settings(found["config"], path)}
+    check(found, path)
+    return RunState(**found)
 
 
 def _of_format_1(found: dict[str, Any]) -> dict[str, Any]:
     """Re-training and fine-tuning had one tensor [ranks, 2, 3] of sums: of loss, of accuracy, of steps."""
     sums = found.get("sums")
-    if isinstance(sums, Tensor):
+    if isinstance(sums, Tensor) and sums.dim() == 3 and len(sums) and sums.shape[1:] == (2, 3):
         found = found | {
             "sums": {"loss": sums[:, :, 0], "acc_cls": sums[:, :, 1]},
             "counts": sums[0, :, 2].int().tolist(),
@@ -126,12 +155,17 @@ def read(path: str | Path) -> Any:
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
+        path.open("rb").close()
+    except OSError as error:
+        raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
+    try:
         if zipfile.is_zipfile(path):  # PyTorch reads past the checksums that it writes
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged:
-                raise UserError(f"{path} is damaged: {damaged} does not match its checksum; copy it again")
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():  # saved options
+                raise Damaged(f"{path} is damaged: {damaged} does not match its checksum; copy it again")
+        known = [argparse.Namespace, *numpy_scalars.GLOBALS]  # saved options, accuracies beside the weights
+        with torch.serialization.safe_globals(known), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickles that are refused right after
             found = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
@@ -139,12 +173,15 @@ def read(path: str | Path) -> Any:
     except Exception as error:  # whatever a broken or foreign file makes the unpickler raise
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         if code:
-            raise UserError(f"{path} is refused: it holds code ({code[1]}), not only tensors; none was run") from None
-        raise UserError(f"cannot read the checkpoint {path}: {type(error).__name__}; is it a whole file?") from None
+            raise Damaged(
+                f"{path} is refused: it holds code ({code[1]}), not only tensors; none was run: save its weights alone"
+            ) from None
+        raise Damaged(f"cannot read the checkpoint {path}: {type(error).__name__}; is it a whole file?") from None
     number = found.get("format") if isinstance(found, dict) else None
-    if isinstance(number, int) and number > FORMAT:
+    if type(number) is int and number > FORMAT and is_ours(found):
+        newer = said(found.get("version")).strip("'")
         raise UserError(
-            f"{path} was written by a newer mopro_fast, {found.get('version')} (checkpoint format {number}, this is "
+            f"{path} was written by a newer mopro_fast, {newer} (checkpoint format {said(number)}, this is "
             f"{__version__}, which reads up to {FORMAT}): install that version or a later one"
         )
     return found

@@ -3,8 +3,10 @@
 A file can hold wrong numbers, but nothing in it is ever executed. Formats: formats.py.
 """
 
-import dataclasses
+import contextlib
 import json
+import os
+import sys
 from pathlib import Path
 
 import torch
@@ -12,11 +14,14 @@ from torch import Tensor
 
 from mopro_fast.checkpoints import formats
 from mopro_fast.checkpoints import state as checkpoint
+from mopro_fast.checkpoints.fields import check_classes, is_count, require, settings
 from mopro_fast.checkpoints.formats import HEADS, K, Q, Weights
-from mopro_fast.config import DataConfig, ModelConfig, MoProConfig, from_dict
+from mopro_fast.config import ModelConfig
 from mopro_fast.errors import UserError
 from mopro_fast.models.calibration import BIAS, LOG_SCALE
 from mopro_fast.models.resnet import LAYERS, BasicBlock, Bottleneck, ResNet
+
+_LARGEST = 1 << 14  # px
 
 
 def load_weights(path: str | Path) -> Weights:
@@ -25,27 +30,52 @@ def load_weights(path: str | Path) -> Weights:
     Raises a UserError if it is damaged or holds something else.
     """
     path = Path(path)
-    if path.is_dir():
-        saved = checkpoint.all_of(path / "checkpoints")
-        if not saved:
-            raise UserError(f"{path} is no run's folder: it has no checkpoints/step_*.pt")
-        path = saved[-1]
-    found, tensors, kind = formats.read(path)
-    about = found.get("mopro_fast") or {}  # of files that this package exported
-    config = found.get("config") or about.get("config")
+    if not path.is_dir():
+        return _load(path)
+    saved = checkpoint.all_of(path / "checkpoints")
+    if not saved:
+        raise UserError(f"{path} is no run's folder: it has no checkpoints/step_*.pt")
     try:
-        config = json.loads(config) if isinstance(config, str) else None
+        return _load(saved[-1])
+    except UserError as error:
+        raise UserError(f"{error}; {_instead(saved[:-1])}") from None
+
+
+def _instead(saved: list[Path]) -> str:
+    for path in reversed(saved):
+        with contextlib.suppress(UserError):
+            return f"{_load(path).path} can be read: give it instead"
+    return "no older checkpoint of the run can be read"
+
+
+def _load(path: Path) -> Weights:
+    found, tensors, kind, note = formats.read(path)
+    about = found if kind == "mopro_fast" else found.get("mopro_fast", {})  # of files that this package exported
+    require(isinstance(about, dict), path, "mopro_fast", about, "what `mopro-fast export` writes")
+    updated = about.get("keys_updated", kind != "official")
+    updated = str(updated) if isinstance(updated, bool) else updated
+    require(isinstance(updated, str) and updated in ("True", "False"), path, "keys_updated", updated, "True or False")
+    try:
+        config, classes = about.get("config"), about.get("classes")
+        if kind != "mopro_fast":
+            config = None if config is None else settings(config, path)
+            classes = None if classes is None else json.loads(classes)
         state = formats.own_names(tensors, transposed_queue=kind == "official")
         model, num_classes = _architecture(state, path)
         _require_rest(state, model, num_classes, path)
-        size, resize = _evaluation(config, model, path)
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is no checkpoint that this package knows: {type(error).__name__}: {error}") from None
+        size, resize = _evaluation(config, model)
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
+        why = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} is no checkpoint that this package knows: {why}") from None
+    check_classes(classes, num_classes, path)
     epoch = found.get("epoch")
-    epoch = epoch if isinstance(epoch, int) else None
+    epoch = epoch if is_count(epoch) else None
     optimizer = formats.optimizer_of(found.get("optimizer"), state)
-    updated = about.get("keys_updated", kind != "official") in (True, "True")
-    return Weights(path, kind, state, model, num_classes, epoch, size, resize, optimizer, config, updated)
+    if note and os.environ.get("RANK", "0") == "0":
+        print(f"note: {path}: {note}", file=sys.stderr)
+    return Weights(
+        path, kind, state, model, num_classes, epoch, size, resize, optimizer, config, updated == "True", classes, note
+    )
 
 
 def load_encoder(path: str | Path, device: torch.device) -> tuple[ResNet, Weights]:
@@ -117,7 +147,7 @@ def _architecture(state: dict[str, Tensor], path: Path) -> tuple[ModelConfig, in
     expected = _empty(model, num_classes).state_dict()
     absent = {name for name in expected if name.startswith(HEADS) and name not in encoder}
     expected = {name: t for name, t in expected.items() if name not in absent}
-    _require_shapes(encoder, expected, f"{path} is not this package's {arch}")
+    _require_shapes(encoder, expected, f"{path} is not this package's {arch}", ", expected {}: save a plain ResNet")
     return model, num_classes
 
 
@@ -150,19 +180,12 @@ def _require_shapes(
             raise UserError(f"{message}: {name} is {found}{expected.format(wanted)}")
 
 
-def _evaluation(config: dict | None, model: ModelConfig, path: Path) -> tuple[int | None, int | None]:
-    """-> image_size, eval_resize. Raises a UserError where a part of the config that commands read is wrong."""
-    config = {} if config is None else config
-    for part, cls in (("data", DataConfig), ("mopro", MoProConfig)):
-        values = config.get(part, {})
-        if isinstance(values, dict):  # a newer version may have more
-            known = {f.name for f in dataclasses.fields(cls)} - {"augment"}
-            values = {name: value for name, value in values.items() if name in known}
-        from_dict(cls, values, str(path), f"{part}.")
-    data = config.get("data", {})
+def _evaluation(config: dict | None, model: ModelConfig) -> tuple[int | None, int | None]:
+    """-> image_size, eval_resize."""
+    data = (config or {}).get("data", {})
     size = data.get("image_size", 224 if model.stem == "imagenet" else None)
     resize = data.get("eval_resize") or (None if size is None else round(size * 256 / 224))
-    if size is not None and not 0 < size <= resize:
+    if size is not None and not 0 < size <= resize <= _LARGEST:
         raise ValueError(f"it says image_size {size} and eval_resize {resize}")
     return size, resize
 

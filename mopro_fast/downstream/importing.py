@@ -83,5 +83,7 @@ def resumable(weights: Weights, config: TrainConfig) -> RunState:
     optimizer["state"] = weights.optimizer["state"] if weights.optimizer else {}
     state.optimizer, state.data_digest, state.left_out = optimizer, index.digest(), torch.from_numpy(index.left_out)
     state.held_out = torch.from_numpy(index.held_out)
+    if index.classes and len(index.classes) == config.data.num_classes:
+        state.classes = list(index.classes)
     state.assigned = torch.full((len(index),), UNSEEN, dtype=torch.int32)
     return state

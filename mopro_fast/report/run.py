@@ -83,9 +83,13 @@ class Run:
         why = "there is no checkpoint yet"
         for path in reversed(paths):
             try:
-                return load_state(path)
+                state = load_state(path)
             except UserError as error:
                 why = str(error)
+                continue
+            if path != paths[-1]:
+                self.missing["the newest checkpoint"] = f"{why}; shown is {path.name}"
+            return state
         self.missing["scores and prototypes"] = why
         return None
 
@@ -124,6 +128,8 @@ class Run:
         path = self.folder / "labels.pt"
         try:
             labels = torch.load(path, weights_only=True).numpy().astype(np.int64).reshape(-1)
+            if not UNSEEN <= labels.min(initial=0) <= labels.max(initial=0) < self.config.data.num_classes:
+                raise ValueError
             return labels, "the last finished epoch of training"
         except Exception as error:  # whatever a broken file makes the unpickler raise
             why = "no epoch is finished yet" if not path.exists() else f"cannot read labels.pt ({_why(error)})"

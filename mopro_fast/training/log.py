@@ -19,6 +19,8 @@ from mopro_fast.data.index import Index
 from mopro_fast.data.reader import Lost
 from mopro_fast.errors import UserError
 
+_LONGEST = 1 << 24  # bytes in a line of the log
+
 
 class RunLog:
     """Rank 0's log; on other ranks nothing is written."""
@@ -30,9 +32,13 @@ class RunLog:
         if not active:
             return
         self.file = (out / "log.jsonl").open("a+b")
-        if self.file.seek(0, os.SEEK_END) > log_bytes:
-            self.file.truncate(log_bytes)  # entries written after the checkpoint we resume from come again
-            self.file.seek(0, os.SEEK_END)
+        size = self.file.seek(0, os.SEEK_END)
+        end = min(size, log_bytes)  # entries written after the checkpoint we resume from come again
+        self.file.seek(end - min(end, _LONGEST))
+        self.file.truncate(end - len(self.file.read(min(end, _LONGEST)).rpartition(b"\n")[2]))  # a torn line, too
+        self.file.seek(0, os.SEEK_END)
+        if 0 < size < log_bytes:
+            self.say(f"{out / 'log.jsonl'} has lost its end: {log_bytes - size} bytes that the checkpoint knows of")
         self.timing = (out / "timing.jsonl").open("a")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter

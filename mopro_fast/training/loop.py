@@ -70,8 +70,9 @@ class Trainer:
         # 3. The position: the next step to take.
         self.epoch = self.step = 0
         if state is not None:
-            self.train_step.load_from(state)
-            self.epoch, self.step = state.epoch, state.step
+            with self.folder.going_on():
+                self.train_step.load_from(state, self.folder.found)
+                self.epoch, self.step = self.folder.position(self.steps)
             if self.rank == 0:
                 print(self.folder.resumed(), file=sys.stderr)
         # 4. What the run writes.
@@ -188,6 +189,7 @@ class Trainer:
     def _save(self) -> Path | None:
         self._check_finite(weights=True)
         self._note_replaced()
+        names = self.index.classes
         state = RunState(
             config=self.config.as_dict(),
             model=self.model.state_dict(),
@@ -202,6 +204,7 @@ class Trainer:
             log_bytes=self.log.bytes,
             replaced=list(self.replaced.counts),
             agreement=list(self.classes.agreement),
+            classes=names if names and len(names) == self.config.data.num_classes else None,
         )
         self.train_step.save_into(state)
         return self.folder.save(self.global_step, state)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from collections.abc import Iterator
 from operator import getitem
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from mopro_fast import distributed
 from mopro_fast.checkpoints import state as checkpoints
+from mopro_fast.checkpoints.fields import Damaged, check_model_fits, require
 from mopro_fast.checkpoints.state import RunState
 from mopro_fast.checkpoints.weights import check_fits
 from mopro_fast.config import VIEW_K, Settings, differences, from_dict
@@ -47,7 +49,8 @@ class RunFolder:
         self._lock.enter_context(distributed.on_rank0(made))
         try:
             self.found = self._newest()
-            self.state = None if self.found is None else checkpoints.load(self.found)
+            with self.going_on():
+                self.state = None if self.found is None else checkpoints.load(self.found)
         except BaseException:
             self.close()
             raise
@@ -74,6 +77,9 @@ class RunFolder:
                 raise UserError(
                     f"{self.found} was trained on other data than {data.path}: paths or labels differ; {_other(task)}"
                 )
+            with self.going_on():
+                holds = not bool((state.left_out >= len(sets["train"])).any())
+                require(holds, self.found, "left_out", state.left_out, f"rows below {len(sets['train'])}")
             left_out["train"] = state.left_out.numpy()
         workers = inputs.threads(data)
         sets = {name: inputs.readable(index, name, workers, left_out.get(name)) for name, index in sets.items()}
@@ -100,6 +106,37 @@ class RunFolder:
                 f"{self.found} is of a run that began with another checkpoint: give that one, or choose another --out"
             )
         self._refuse(changed, task)
+        with self.going_on():
+            check_model_fits(self.state.model, model.state_dict(), self.found)
+
+    def position(self, steps: int) -> tuple[int, int]:
+        """Epoch and step to go on with, of ``steps`` in an epoch."""
+        s, epochs = self.state, self.config.optim.epochs
+        require(s.epoch <= epochs, self.found, "epoch", s.epoch, f"at most {epochs}")
+        require(s.step <= (steps if s.epoch < epochs else 0), self.found, "step", s.step, f"at most {steps}")
+        return s.epoch, s.step
+
+    @contextlib.contextmanager
+    def going_on(self) -> Iterator[None]:
+        """A checkpoint that is found damaged inside names the one to go on from instead."""
+        try:
+            yield
+        except Damaged as error:
+            raise UserError(f"{error}{self._instead()}") from None
+
+    def _instead(self) -> str:
+        """The end of the message."""
+        saved = checkpoints.all_of(self.checkpoints)
+        if not saved or Path(self.found).resolve() != saved[-1].resolve():
+            return ""
+        for newer, path in enumerate(reversed(saved[:-1]), 1):
+            with contextlib.suppress(UserError):
+                checkpoints.load(path)
+                remove = "the damaged file" if newer == 1 else f"the {newer} newer files"
+                which = "the one before it" if newer == 1 else "an earlier one"
+                resume = "" if self.config.run.resume == "auto" else " with --resume auto"
+                return f"; {which}, {path.name}, can be read: remove {remove} and run the same command again{resume}"
+        return "; no earlier one can be read: begin anew with another --out"
 
     def _changed(self, task: Task) -> dict[str, tuple[Any, Any]]:
         """The settings that decide the result and are others: as they were, as they are."""

@@ -6,12 +6,14 @@ read when it is logged.
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mopro_fast import distributed
+from mopro_fast.checkpoints.fields import check_optimizer_fits, require, said
 from mopro_fast.checkpoints.state import RunState
 from mopro_fast.config import Settings
 from mopro_fast.data.batches import Batch
@@ -150,8 +152,18 @@ class TrainStep:
         state.counts, state.assigned, state.winners = list(self.counts), self.decisions(), self.preferred()
         state.optimizer = self.optimizer.state_dict()
 
-    def load_from(self, state: RunState) -> None:
-        """Another number of ranks shares out the mean of their sums: the log alone differs then."""
+    def load_from(self, state: RunState, path: str | Path = "the checkpoint") -> None:
+        """Another number of ranks shares out the mean of their sums: the log alone differs then.
+
+        path: of the checkpoint, for the message where it does not fit (fields.Damaged).
+        """
+        names = {p: name for name, p in self.model.named_parameters()}
+        check_optimizer_fits(state.optimizer, self.optimizer, names, path)
+        for name in state.sums:
+            require(name in self.model.METRICS, path, f"sums.{name}", "there", f"metrics of {self.model.METRICS}")
+        for name in ("assigned", "winners"):
+            t, own = getattr(state, name), getattr(self, name)
+            require(not len(t) or t.shape == own.shape, path, name, t, said(own))
         self.optimizer.load_state_dict(state.optimizer)
         rank, ranks = distributed.world()
         for name, saved in state.sums.items():
