@@ -1,6 +1,6 @@
 """Checkpoints and weights with something wrong in them are refused in one line, or they work.
 
-FUZZ_CHECKPOINTS=400 tries so many of each kind instead of a few.
+MOPRO_FAST_FUZZ=400 tries so many of each kind instead of a few.
 """
 
 import os
@@ -23,7 +23,7 @@ from mopro_fast.report.run import Run
 from mopro_fast.training.loop import Trainer
 from mopro_fast.training.tasks import task_of
 
-FULL = int(os.environ.get("FUZZ_CHECKPOINTS", "0"))
+FULL = int(os.environ.get("MOPRO_FAST_FUZZ", "0"))
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,9 @@ from mopro_fast.checkpoints import state as checkpoint
 from mopro_fast.checkpoints.fields import check_classes, is_count, require, settings
 from mopro_fast.checkpoints.formats import HEADS, K, Q, Weights
 from mopro_fast.config import ModelConfig
+from mopro_fast.distributed import say
 from mopro_fast.errors import UserError
-from mopro_fast.models.calibration import BIAS, LOG_SCALE
+from mopro_fast.models.calibration import BIAS, CALIBRATION, LOG_SCALE
 from mopro_fast.models.resnet import LAYERS, BasicBlock, Bottleneck, ResNet
 
 _LARGEST = 1 << 14  # px
@@ -93,13 +94,19 @@ def build_encoder(weights: Weights) -> ResNet:
     return encoder
 
 
-def initialise(model: torch.nn.Module, path: str | Path) -> None:
+def initialise(model: torch.nn.Module, path: str | Path, classes: list[str] | None = None) -> None:
     """Initialise ``model`` from a file of any known format: its query encoder must fit; the rest if it does.
 
     A key encoder that the file lacks (cross-entropy) starts as a copy of the query encoder, as always. A head that it
-    lacks (torchvision's have no projection) keeps its fresh weights.
+    lacks (torchvision's have no projection) keeps its fresh weights. classes: the names of the model's classes; what
+    the file says of others, its classifier and prototypes, is not taken.
     """
-    own, weights = model.state_dict(), load_weights(path).state
+    own, loaded = model.state_dict(), load_weights(path)
+    weights = loaded.state
+    if None not in (classes, loaded.classes) and classes != loaded.classes:
+        say(f"{path} has other classes: its classifier and prototypes are not taken")
+        of_classes = (f"{Q}classifier.", f"{K}classifier.", "prototypes", CALIBRATION)
+        weights = {name: w for name, w in weights.items() if not name.startswith(of_classes)}
     query = {name: w for name, w in weights.items() if name.startswith(Q)}
     for name, w in own.items():
         if name.startswith(tuple(Q + head for head in HEADS)):

@@ -7,6 +7,7 @@ the classifier is trained on with images of rare classes shown more often.
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -47,10 +48,12 @@ class RetrainTask(SupervisedTask):
     def labelled(self, index: Index) -> Index:
         trained, own = self.weights.classes, index.classes
         if None not in (trained, own) and trained != own:
-            other = next(iter({*own} ^ {*trained}), own[0])
+            label, (theirs, ours) = next(
+                (i, pair) for i, pair in enumerate(zip_longest(trained, own, fillvalue="none")) if pair[0] != pair[1]
+            )
             raise UserError(
-                f"{self.weights.path} was trained on other classes, or in another order, than {index.source} has, such "
-                f"as {shown(other)}: give the data of its training"
+                f"{self.weights.path} was trained on other classes than {index.source} has, or in another order: label "
+                f"{label} is {shown(theirs)} there and {shown(ours)} here: give the data of its training"
             )
         return with_cleaned_labels(self.config, index)
 

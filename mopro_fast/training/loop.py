@@ -65,7 +65,7 @@ class Trainer:
             self.folder.require_same_run(self.task, self.model)
             self.model.load_state_dict(state.model)
         elif config.run.init:
-            initialise(self.model, config.run.init)
+            initialise(self.model, config.run.init, self.index.classes)
         self.train_step = TrainStep(config, self.model, len(self.index), self.device)
         # 3. The position: the next step to take.
         self.epoch = self.step = 0
