@@ -167,8 +167,8 @@ def test_the_classes_names_go_through_every_file(trained, tmp_path):
     for format in ("official", "safetensors"):
         export(load_weights(tmp_path / "odd.pt"), tmp_path / format, format)
         assert load_weights(tmp_path / format).classes == found.classes
-        importing.main([str(tmp_path / format), str(tmp_path / "back.pt")])
-        assert state.load(tmp_path / "back.pt").classes == found.classes
+        importing.main([str(tmp_path / format), str(tmp_path / f"{format}.pt")])
+        assert state.load(tmp_path / f"{format}.pt").classes == found.classes
     wrong = state.read(tmp_path / "official")
     wrong["mopro_fast"]["classes"] = '["a"]'
     torch.save(wrong, tmp_path / "wrong.pt")

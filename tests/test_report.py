@@ -310,7 +310,7 @@ MISSING = {
     "labels.pt": {"the corrected labels"},
     "checkpoints": {"scores and prototypes"},
     "left_out.csv": set(),
-    "images.txt": set(),
+    "images.parquet": set(),
 }
 
 
@@ -392,7 +392,7 @@ def test_data_that_moved_is_gone_or_is_not_the_run_s(run, tmp_path):
 
 def clean_table(run: Path, path: Path, **columns) -> Path:
     """As `mopro-fast clean` writes it; a column of None is left out."""
-    names = [line.rpartition(" ")[0] for line in (run / "images.txt").read_text().splitlines()]
+    names = pq.read_table(run / "images.parquet")["path"].to_pylist()
     n, rows = len(names), np.arange(len(names))
     table = {
         "id": rows,
@@ -454,6 +454,8 @@ def test_the_command_prints_the_path_and_mistakes_are_one_line(run, tmp_path, ca
         cli.main(["report", str(run), "--out", str(out), "--images", "3"])
     printed = capsys.readouterr()
     assert printed.out == f"{out}\n" and "3 images" in printed.err and out.stat().st_size > 10_000
+    names = tmp_path / "names.txt"
+    names.write_text("name\n" * 49)
     for arguments, message in (
         ([tmp_path / "nowhere"], "no run at"),
         ([tmp_path], "is not a run"),
@@ -462,7 +464,7 @@ def test_the_command_prints_the_path_and_mistakes_are_one_line(run, tmp_path, ca
         ([run, "--thumb", "1000"], "--thumb"),
         ([run, "--out", tmp_path], "is a folder"),
         ([run, "--out", tmp_path / "no" / "page.html"], "cannot write"),
-        ([run, "--names", run / "images.txt"], "49 lines"),
+        ([run, "--names", names], "49 lines"),
     ):
         with pytest.raises(SystemExit, match="2"):
             cli.main(["report", *map(str, arguments)])

@@ -255,7 +255,7 @@ def test_a_list_of_trusted_images_is_held_out_with_its_labels(digits, tmp_path):
     for text, message in (
         ("nowhere.jpg 1\n", r"trusted\.txt:1: nowhere\.jpg is no image of .*--val"),
         (f"# mine\n{index.paths[4]} 10\n", r"trusted\.txt:2: .* needs a label in \[0, 10\)"),
-        (f"{index.paths[4]} 1\n{index.paths[4]} 2\n", r"trusted\.txt:1: .* has two labels, 1 and 2"),
+        (f"{index.paths[4]} 1\n{index.paths[4]} 2\n", r"trusted\.txt:2: .* has two labels, 1 and 2"),
     ):
         (tmp_path / "trusted.txt").write_text(text)
         with pytest.raises(UserError, match=message):
@@ -385,7 +385,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoints(digi
     assert Trainer(task_of(config)).run() == 0
     good = checkpoint.all_of(tmp_path / "checkpoints")[-1]
     config = small_config(digits, tmp_path / "diverging")
-    config.run.init, config.optim.lr, config.optim.warmup_epochs = str(good), 1e30, 0
+    config.run.init, config.optim.lr, config.optim.warmup_epochs = str(good), 1e6, 0
     with pytest.raises(UserError, match=r"not finite at epoch 1, step \d+, rank 0; last checkpoint: none yet"):
         Trainer(task_of(config)).run()
     assert not checkpoint.all_of(tmp_path / "diverging" / "checkpoints")

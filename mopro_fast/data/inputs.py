@@ -87,7 +87,8 @@ def begun(folder: Path, digest: str | None) -> Index | None:
             if not (labels.min(initial=0) >= NO_LABEL and labels.max(initial=NO_LABEL) < len(classes)):
                 raise ValueError("labels outside of the classes")
         except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"cannot read {path} ({first_line(error)}): choose another --out") from None
+            say(f"cannot read {path} ({first_line(error)}): the run's images are taken as they are now")
+            return None
     elif old.is_file():
         paths, labels, _ = read_list(str(old), lambda _: True)
         names = dict(zip(labels.tolist(), (name.partition("/")[0] for name in paths), strict=True))

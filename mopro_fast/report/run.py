@@ -100,10 +100,7 @@ class Run:
             return None
         d = self.config.data
         digest = self.state and self.state.data_digest
-        try:
-            begun = inputs.begun(self.folder, digest)  # class folders have no list of their own
-        except UserError as error:
-            self.missing["the list of images"], begun = str(error), None
+        begun = inputs.begun(self.folder, digest)  # class folders have no list of their own
         options = {"num_classes": d.num_classes, "keep_classes": d.keep_classes, "missing": True}
         options["classes"] = begun and begun.classes
         try:
