@@ -78,22 +78,22 @@ def write_images(index: Index, folder: Path) -> None:
 def begun(folder: Path, digest: str | None) -> Index | None:
     """The index of this digest (None: of any), with which the run in ``folder`` began, if it noted one."""
     path, old = folder / IMAGES, folder / "images.txt"  # of versions before
-    if path.is_file():
-        try:
+    try:
+        if path.is_file():
             paths, columns, about = read_columns(path, "label")
             labels, classes = columns["label"], json.loads(about.get(b"classes", b"null"))
             if wrong := misfit(classes, [str], "classes"):
                 raise ValueError(wrong)
             if not (labels.min(initial=0) >= NO_LABEL and labels.max(initial=NO_LABEL) < len(classes)):
                 raise ValueError("labels outside of the classes")
-        except (OSError, ValueError, RecursionError) as error:
-            say(f"cannot read {path} ({first_line(error)}): the run's images are taken as they are now")
+        elif old.is_file():
+            paths, labels, _ = read_list(str(old), lambda _: True)
+            names = dict(zip(labels.tolist(), (name.partition("/")[0] for name in paths), strict=True))
+            classes = [names.get(label, str(label)) for label in range(max(names, default=-1) + 1)]
+        else:
             return None
-    elif old.is_file():
-        paths, labels, _ = read_list(str(old), lambda _: True)
-        names = dict(zip(labels.tolist(), (name.partition("/")[0] for name in paths), strict=True))
-        classes = [names.get(label, str(label)) for label in range(max(names, default=-1) + 1)]
-    else:
+    except (OSError, ValueError, RecursionError, UserError) as error:
+        say(f"cannot read {path} ({first_line(error)}): the run's images are taken as they are now")
         return None
     index = Index(str(folder), paths, labels, classes, str(path))
     return index if digest in (None, index.digest()) else None
