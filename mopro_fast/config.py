@@ -26,7 +26,7 @@ except ImportError:  # only the command line needs its parser
 
 
 from mopro_fast.errors import UserError
-from mopro_fast.files import home
+from mopro_fast.files import MARKER, home
 
 _INTERVALS = {
     "[0, 1]": "data.max_broken data.hw_decoder_load data.augment.flip data.augment.grayscale data.augment.brightness "
@@ -539,7 +539,7 @@ def _told(value: Any) -> str:
 
 def _in_run(folder: Path) -> bool:
     """Whether this is the folder of a run."""
-    traces = ("checkpoints", "log.jsonl", ".mopro_fast")
+    traces = ("checkpoints", "log.jsonl", MARKER)
     return (folder / "config.json").exists() and any((folder / trace).exists() for trace in traces)
 
 

@@ -162,13 +162,13 @@ def by_rank0(compute: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def on_rank0(made: Callable[[], contextlib.AbstractContextManager]) -> Iterator[None]:
-    """The context that ``made`` makes, on rank 0 alone. Where it is refused by a UserError the others end, too."""
+    """The context that ``made`` makes, on rank 0 alone. Where that raises an exception the others end, too."""
     with contextlib.ExitStack() as stack:
         refused = None
         if world()[0] == 0:
             try:
                 stack.enter_context(made())
-            except UserError as error:
+            except Exception as error:
                 refused = error
         if from_rank0(refused is not None):
             if refused is None:

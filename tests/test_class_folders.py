@@ -48,7 +48,8 @@ def test_what_systems_and_this_package_make_is_no_class(tmp_path, capsys):
     assert labels_of(tmp_path, num_classes=3) == {"ant": 0, "bee": 1, "cat": 2}
     said = capsys.readouterr().err
     assert "folders of the system: 4, such as $RECYCLE.BIN" in said
-    assert "folders without an image, which are no classes: 3, such as a-pack" in said
+    assert "folders that a command of this package made: 2, such as a-pack" in said
+    assert "folders without an image, which are no classes: 1, such as bat" in said
 
 
 def test_a_class_that_cannot_be_read_is_not_skipped(tmp_path, monkeypatch):
@@ -69,7 +70,7 @@ def test_a_class_that_cannot_be_read_is_not_skipped(tmp_path, monkeypatch):
 
 def test_every_image_is_taken_whatever_it_is_called(tmp_path, capsys):
     images(tmp_path, "ant", "bee")
-    names = ["a.jfif", "b.jpe", "c.jpg?w=300", "d", "e.jpg_large", "f.jpg\r", "g.JPG", "h.txt"]
+    names = ["a.jfif", "b.jpe", "c.jpg?w=300", "d", "e.jpg_large", "f.jpg\r", "g.JPG", "h.web"]
     for name in names:
         (tmp_path / "ant" / name).write_bytes(JPEG)
     for kind in ("PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF", "JPEG2000"):

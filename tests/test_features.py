@@ -83,7 +83,7 @@ def test_what_is_there_is_not_computed_again(folder, index, monkeypatch):
         judge.encoder.conv1.weight += 1
     with pytest.raises(TypeError):
         judge.features(index, "set")
-    relabelled = dataclasses.replace(index, paths=index.paths[::-1].copy())
+    relabelled = dataclasses.replace(index, paths=index.paths[::-1])
     with pytest.raises(TypeError):
         frozen(folder).features(relabelled, "set")
 

@@ -16,9 +16,9 @@ import pytest
 from fuzz_data import flipped, odd_json, odd_table
 from odd_images import encoded, picture
 
+from mopro_fast.data.begun import begun, write_images
 from mopro_fast.data.check import check, load_splits
 from mopro_fast.data.index import load_index, recognise, val_layout
-from mopro_fast.data.inputs import begun, write_images
 from mopro_fast.data.pack import Pack, pack
 from mopro_fast.data.shards import open_shards, verify_pack
 from mopro_fast.downstream.clean import _SCHEMA as CLEANED
@@ -135,9 +135,9 @@ def test_images_of_runs(data, tmp_path, rng):
     index = load_index(data, "train", num_classes=CLASSES, layout="folder")
     write_images(index, tmp_path)
     (tmp_path / "images.parquet").write_bytes(odd_table(pq.read_table(tmp_path / "images.parquet"), rng))
-    found = survives(begun, tmp_path, None)
+    found = survives(begun, tmp_path, None, CLASSES)
     assert found is None or len(found.classes) > found.labels.max(initial=-1)
-    assert survives(begun, tmp_path, index.digest()) is None or found.paths.equals(index.paths)
+    assert survives(begun, tmp_path, index.digest(), CLASSES) is None or found.paths.equals(index.paths)
 
 
 @pytest.mark.parametrize("rng", each("cleaned labels"))

@@ -7,10 +7,10 @@ import pyarrow as pa
 import pytest
 from odd_images import encoded, picture
 
+from mopro_fast.data.begun import begun, write_images
 from mopro_fast.data.check import check, load_splits
 from mopro_fast.data.class_folders import EXTENSIONS
 from mopro_fast.data.index import load_index
-from mopro_fast.data.inputs import begun, write_images
 from mopro_fast.data.lists import read_list, read_names
 from mopro_fast.data.pack import Pack, pack
 from mopro_fast.data.paths import Paths, plain, shown
@@ -48,8 +48,8 @@ def test_paths():
 def test_spellings():
     here = os.path.abspath("data")
     for name in ("./a/b.jpg", "a//b.jpg", f"{here}/a/b.jpg", "c/../a/b.jpg", f"{here}/x/../a/b.jpg"):
-        assert plain(name, "data") == "a/b.jpg"
-    assert plain("/elsewhere/b.jpg", "data") == "/elsewhere/b.jpg"
+        assert plain([name], "data").tolist() == ["a/b.jpg"]
+    assert plain(["/elsewhere/b.jpg"], "data").tolist() == ["/elsewhere/b.jpg"]
 
 
 def write(path, content):
@@ -142,9 +142,9 @@ def test_odd_names_in_all_that_is_written(odd, tmp_path):
     assert again.read == 0 and not again.verdict.any()
 
     write_images(index, tmp_path)
-    noted = begun(tmp_path, index.digest())
+    noted = begun(tmp_path, index.digest(), 2)
     assert noted.paths.equals(index.paths) and noted.classes == index.classes
-    assert begun(tmp_path, "of another") is None
+    assert begun(tmp_path, "of another", 2) is None
 
     pack({"train": index}, Pack(str(odd), str(tmp_path / "pack"), size=0), 1)
     shards = open_shards(tmp_path / "pack")

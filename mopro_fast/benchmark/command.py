@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
         if out:
             with writing(out.parent, "name another file"):
                 out.parent.mkdir(parents=True, exist_ok=True)
-            out = stack.enter_context(output(out, _is_result))
+            out = stack.enter_context(output(out, _is_unfinished))
         conditions = environment.collect()
 
         def keep(result: dict[str, Any]) -> None:
@@ -84,12 +84,14 @@ def main(argv: list[str]) -> int:
     return int(report.failed(result))
 
 
-def _is_result(path: Path) -> bool:
-    return {"conditions", "settings", "cases", "not_reached"} <= json_object(path).keys()
+def _is_unfinished(path: Path) -> bool:
+    """Whether a benchmark that was cut short wrote the file."""
+    found = json_object(path)
+    return {"conditions", "settings", "cases", "not_reached"} <= found.keys() and not found.get("finished", True)
 
 
 def run(options: Bench, keep: Callable[[dict[str, Any]], object] = lambda _: None) -> dict[str, Any]:
-    """-> {"settings", "cases", "not_reached", "seconds"}; progress goes to stderr.
+    """-> {"settings", "cases", "not_reached", "seconds", "finished"}; progress goes to stderr.
 
     ``keep`` gets what there is after every variant, so that a benchmark that is cut short has not been for nothing.
     """
@@ -115,10 +117,10 @@ def run(options: Bench, keep: Callable[[dict[str, Any]], object] = lambda _: Non
     settings |= {"seconds": options.seconds, "variants": list(options.variants)}
     began, results = time.perf_counter(), []
 
-    def so_far() -> dict[str, Any]:
+    def so_far(finished: bool = False) -> dict[str, Any]:
         left = [f"N={c.batch} C={c.classes}" for c in cases[len(results) :]]
         seconds = round(time.perf_counter() - began, 1)
-        return {"settings": settings, "cases": results, "not_reached": left, "seconds": seconds}
+        return {"settings": settings, "cases": results, "not_reached": left, "seconds": seconds, "finished": finished}
 
     for i, case in enumerate(cases, 1):
         if time.perf_counter() - began > 60 * options.minutes:
@@ -138,4 +140,6 @@ def run(options: Bench, keep: Callable[[dict[str, Any]], object] = lambda _: Non
         if options.data:
             found["on_images"] = throughput.attempt(throughput.on_images, case, options.data, 5 * options.seconds)
         keep(so_far())
-    return so_far()
+    result = so_far(finished=True)
+    keep(result)
+    return result

@@ -93,6 +93,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "int64 [C, 2] of at least 0",
     ),
     "agreement": (_list(lambda v: _number(v) and 0 <= v <= 100), "a list of percentages"),
+    "imported": (lambda v: type(v) is bool, "True or False"),
     "version": (_text, "a text"),
 }
 
@@ -156,13 +157,8 @@ def _check_optimizer(state: Any, path: str | Path) -> None:
         require(holds, path, f"optimizer.state.{key}.momentum_buffer", buffer, "a dense tensor of finite numbers")
 
 
-def check_optimizer_fits(
-    saved: dict[str, Any] | None, own: torch.optim.Optimizer, names: dict[Tensor, str], path: str | Path
-) -> None:
-    """Raise Damaged where ``own`` cannot take this state, or would train with other settings from then on.
-
-    names: of the parameters.
-    """
+def check_optimizer_fits(saved: dict[str, Any] | None, own: torch.optim.Optimizer, path: str | Path) -> None:
+    """Raise Damaged where ``own`` cannot take this state, or would train with other settings from then on."""
     require(saved is not None, path, "optimizer", saved, "the state of SGD")
     sizes, had = ([len(g["params"]) for g in groups] for groups in (own.param_groups, saved["param_groups"]))
     require(sizes == had, path, "optimizer.param_groups", str(had), f"groups of {sizes} parameters")
@@ -180,9 +176,6 @@ def check_optimizer_fits(
         require(key < len(params), path, "optimizer.state", key, f"a number below {len(params)}")
         holds = buffer is None or (buffer.shape == params[key].shape and buffer.is_floating_point())
         require(holds, path, f"optimizer.state.{key}.momentum_buffer", buffer, said(params[key]))
-    for key, p in enumerate(params) if any(b is not None for b in slots.values()) else ():
-        projects = names[p].startswith(("encoder_q.fc1.", "encoder_q.fc2."))  # no loss of cross-entropy does
-        require(projects or slots.get(key) is not None, path, f"optimizer.state.{key}", None, f"that of {names[p]}")
 
 
 def check_model_fits(saved: dict[str, Tensor], own: dict[str, Tensor], path: str | Path) -> None:

@@ -74,6 +74,8 @@ class RunState:
     is the model's first guess."""
     classes: list[str] | None = None
     """The names of the classes in their order, where the training data has them."""
+    imported: bool = False
+    """Whether `mopro-fast import` wrote the file: it may write it anew."""
     version: str = __version__
     """The version of mopro_fast that wrote it."""
 

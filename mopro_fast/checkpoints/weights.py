@@ -5,8 +5,6 @@ A file can hold wrong numbers, but nothing in it is ever executed. Formats: form
 
 import contextlib
 import json
-import os
-import sys
 from pathlib import Path
 
 import torch
@@ -17,6 +15,7 @@ from mopro_fast.checkpoints import state as checkpoint
 from mopro_fast.checkpoints.fields import check_classes, is_count, require, settings
 from mopro_fast.checkpoints.formats import HEADS, K, Q, Weights
 from mopro_fast.config import ModelConfig
+from mopro_fast.data.begun import begun
 from mopro_fast.distributed import say
 from mopro_fast.errors import UserError
 from mopro_fast.models.calibration import BIAS, CALIBRATION, LOG_SCALE
@@ -72,8 +71,11 @@ def _load(path: Path) -> Weights:
     epoch = found.get("epoch")
     epoch = epoch if is_count(epoch) else None
     optimizer = formats.optimizer_of(found.get("optimizer"), state)
-    if note and os.environ.get("RANK", "0") == "0":
-        print(f"note: {path}: {note}", file=sys.stderr)
+    if note:
+        say(f"note: {path}: {note}")
+    if classes is None and kind == "mopro_fast" and path.parent.name == "checkpoints":  # of versions before
+        noted = begun(path.parent.parent, found.get("data_digest"), num_classes or 0)
+        classes = noted and noted.classes
     return Weights(
         path, kind, state, model, num_classes, epoch, size, resize, optimizer, config, updated == "True", classes, note
     )

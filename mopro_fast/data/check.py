@@ -15,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import IO, Annotated, Literal
+from typing import IO, Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -67,7 +67,8 @@ def check(
     the data should not. required: raise a UserError where another process writes ``path``, or neither ``path`` nor
     the user's cache folder can be written; else wait for the other one, and do without the file.
     """
-    foreign = _is_foreign(path or default_path(index), named=path is not None)
+    named = path is not None
+    foreign = _is_foreign(path or default_path(index), named)
     if foreign and required:
         raise UserError(f"{foreign}: remove it, or set --index to another place")
     path, files = path or default_path(index), _stat(index)
@@ -81,6 +82,8 @@ def check(
                 return _checked(found, place, 0)
     with _open_partial(path, required, foreign) as partial:
         old = _read(partial.path)
+        if named and len(old) and not (_rows_of(old, index.paths) >= 0).any():
+            raise UserError(f"{path} is the index of other images: remove it, or name another --index")
         known = pa.concat_tables([partial.read(), old.select(_FOUND.names)])
         # 2. Read what is not known or has changed.
         todo = np.flatnonzero(~_holds(known, _rows_of(known, index.paths), files))
@@ -196,10 +199,12 @@ class _Partial:
             complete = text[: text.rfind(b"\n") + 1]
             self._file.truncate(len(complete))
             for line in reversed(complete.splitlines()):
-                with contextlib.suppress(ValueError, TypeError, pa.ArrowException):
-                    if (row := json.loads(line)) and len(_table([row])):
-                        found.append(row)
-        return _table(found)
+                with contextlib.suppress(ValueError, RecursionError):
+                    found.append(json.loads(line))
+        try:
+            return _table(found)
+        except (ValueError, TypeError, pa.ArrowException):  # a line that no check has written
+            return _table(list(filter(_is_row, found)))
 
     def add(self, result: tuple) -> None:
         with self._writing():
@@ -291,7 +296,7 @@ def _read(path: str) -> pa.Table:
         table = pq.read_table(path, memory_map=False)
         known = pc.all(pc.is_in(table["verdict"], value_set=pa.array(VERDICTS))).as_py()
         whole = not any(column.null_count for column in table.columns)
-        if (table.schema.metadata or {}).get(b"mopro_fast.check") == _VERSION and whole and known is not False:
+        if (table.schema.metadata or {}).get(_MARK) == _VERSION and whole and known is not False:
             return table.cast(_HELD)
     except (OSError, pa.ArrowException, KeyError, ValueError):
         pass
@@ -302,6 +307,13 @@ def _table(found: list) -> pa.Table:
     paths, *columns = zip(*found, strict=True) if found else [[]] * len(_FOUND)
     arrays = [pa.array(c, f.type) for c, f in zip(columns, list(_FOUND)[1:], strict=True)]
     return pa.table([Paths(paths).column, *arrays], schema=_FOUND)
+
+
+def _is_row(found: Any) -> bool:
+    try:
+        return len(_table([found])) == 1
+    except (ValueError, TypeError, pa.ArrowException):
+        return False
 
 
 def _rows_of(table: pa.Table, paths: Paths) -> np.ndarray:

@@ -16,6 +16,24 @@ from mopro_fast.files import MARKER
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif", ".tif", ".tiff")
 EXTENSIONS += (".ppm", ".pgm")
+# Of files that lie beside images by the million: they are counted, and not opened.
+_OTHERS = (
+    ".json",
+    ".jsonl",
+    ".txt",
+    ".xml",
+    ".csv",
+    ".tsv",
+    ".npy",
+    ".npz",
+    ".md",
+    ".html",
+    ".htm",
+    ".yaml",
+    ".yml",
+    ".tar",
+)
+_OTHERS += (".zip", ".gz", ".parquet", ".pt", ".pth", ".pkl", ".mat", ".mp4", ".pdf", ".py", ".log", ".cls", ".caption")
 # Made by file systems, servers and archives: no classes, whatever is in them.
 _OF_SYSTEMS = {"lost+found", "@eadir", "@tmp", "@recycle", "#recycle", "#snapshot", "__macosx", "$recycle.bin"}
 _OF_SYSTEMS |= {"system volume information"}
@@ -46,7 +64,9 @@ def read_classes(folder: str) -> dict[str, Paths]:
     found = {}
     for name in subfolders(folder, passed):
         images = _images(folder, name, passed)
-        if images:
+        if images is None:
+            passed.add("folders that a command of this package made", name)
+        elif images:
             found[name] = Paths(f"{name}/{image}" for image in images)
         else:
             passed.add("folders without an image, which are no classes", name)
@@ -75,12 +95,15 @@ def subfolders(folder: str, passed: PassedOver | None = None) -> list[str]:
     return found
 
 
-def _images(folder: str, name: str, passed: PassedOver) -> list[str]:
-    """The images in one class folder, by name. One whose link leads nowhere is one: that it is lost is then said."""
+def _images(folder: str, name: str, passed: PassedOver) -> list[str] | None:
+    """The images in one class folder, by name; None: the folder is this package's own.
+
+    One whose link leads nowhere is one: that it is lost is then said.
+    """
     images, unknown, inner = [], [], []
     path, entries = os.path.join(folder, name), _entries(os.path.join(folder, name))
     if _is_output({entry.name for entry in entries}):
-        return []
+        return None
     for entry in entries:
         known = entry.name.lower().endswith(EXTENSIONS)
         if entry.name.startswith("."):
@@ -91,6 +114,8 @@ def _images(folder: str, name: str, passed: PassedOver) -> list[str]:
                 inner.append(entry.name)
         elif known and (_is(entry, "is_file") or entry.is_symlink()):
             images.append(entry.name)
+        elif entry.name.lower().endswith(_OTHERS):
+            passed.add("files that are no images", f"{name}/{entry.name}")
         elif _is(entry, "is_file"):
             unknown.append(entry.name)
         else:

@@ -125,12 +125,12 @@ class Index:
         found = self.paths.rows_of(names)
         odd = np.flatnonzero(found < 0)
         if len(odd):
-            found[odd] = self._plain.rows_of(Paths(plain(name, self.root) for name in names[odd]))
+            found[odd] = self._plain.rows_of(plain(names[odd], self.root))
         return found
 
     @functools.cached_property
     def _plain(self) -> Paths:
-        return Paths(plain(name, self.root) for name in self.paths)
+        return plain(self.paths, self.root)
 
     def full_path(self, i: int) -> str:
         return os.path.join(self.root, self.paths[i])
@@ -228,11 +228,16 @@ def synsets(data: str) -> list[str] | None:
     path = os.path.join(data, "info", "synsets.txt")
     if not os.path.isfile(path):
         return None
+    return read_class_names(path)
+
+
+def read_class_names(path: str) -> list[str]:
+    """The first word of each line of a file."""
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             return [line.split()[0] for line in file if line.strip()]
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        raise UserError(f"cannot read the class names {path}: {error.strerror}") from None
 
 
 def with_numbers(index: Index, classes: Sequence[str], keep_classes: int | None = None) -> Index:
@@ -331,20 +336,20 @@ def _refuse_label(name: str, rows: Rows, i: int, split: Split, num_classes: int 
 def absent_rows(root: str, paths: Paths) -> np.ndarray:
     """int64: the images that are not there. One listing per folder: millions of stat calls would take too long."""
     folders = pc.replace_substring_regex(paths.column, r"[^/]*\z", "").dictionary_encode()
+    bases = pc.replace_substring_regex(paths.column, r"(?s)^.*/", "")
     order = np.argsort(folders.indices.to_numpy(), kind="stable")
     ends = np.cumsum(np.bincount(folders.indices.to_numpy(), minlength=len(folders.dictionary)))
-    absent = []
+    absent = [np.empty(0, np.int64)]
     for folder, rows in zip(folders.dictionary.to_pylist(), np.split(order, ends[:-1]), strict=True):
         place = os.path.join(os.fsencode(root), folder) or b"."
         try:
-            present = os.listdir(place)
+            present = set(os.listdir(place))
         except (FileNotFoundError, NotADirectoryError):
-            present = []
+            present = set()
         except OSError as error:
             raise UserError(f"cannot read the folder {shown(os.fsdecode(place))}: {error.strerror}") from None
-        names = pc.replace_substring_regex(paths.column.take(pa.array(rows)), r"(?s)^.*/", "")
-        there = pc.is_in(names, value_set=pa.array(present, pa.large_binary())).to_numpy(zero_copy_only=False)
-        absent.append(rows[~there])
+        there = [name in present for name in bases.take(pa.array(rows)).to_pylist()]
+        absent.append(rows[~np.array(there)])
     return np.sort(np.concatenate(absent))
 
 
@@ -373,6 +378,10 @@ def _folders(
         elif others := [name for name in found if name not in numbers]:
             say(
                 f"{data}: {len(others)} class folders are none of the {len(known)} classes (such as {shown(others[0])})"
+            )
+        if num_classes is not None and keep_classes is None and highest > num_classes:
+            raise UserError(
+                f"{data}: class {shown(max(numbers, key=numbers.get))} is outside the {num_classes} classes"
             )
         classes = list(known)
     else:

@@ -3,15 +3,12 @@
 import csv
 import dataclasses
 import io
-import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from mopro_fast.config import DataConfig, Settings
@@ -23,15 +20,13 @@ from mopro_fast.data.decode import UNREADABLE, VERDICTS
 from mopro_fast.data.index import Checked, Index, load_index, synsets, val_layout
 from mopro_fast.data.lists import read_list
 from mopro_fast.data.order import place_in_class
-from mopro_fast.data.paths import Paths, read_columns, shown
+from mopro_fast.data.paths import Paths, shown
 from mopro_fast.data.pipeline import EvalLoader, TrainLoader
 from mopro_fast.distributed import by_rank0, say, world
-from mopro_fast.errors import UserError, first_line
-from mopro_fast.files import misfit, replacing
-from mopro_fast.labels import NO_LABEL
+from mopro_fast.errors import UserError
+from mopro_fast.files import replacing
 
 _HOLDOUT = 4  # word of the generator's seed; order.py and batches.py have 0 to 2, supervised.py 3
-IMAGES = "images.parquet"  # in a run's folder: the images of class folders, with their labels
 _KINDS = 3  # of unreadable images that are printed; left_out.csv has all
 
 
@@ -46,7 +41,7 @@ def load(c: Settings, begun: Index | None = None, resumed: bool = False) -> dict
     train = load_index(d.path, "train", layout=d.layout, root=d.root, missing=resumed, **common)
     require_rows(len(train), c.optim.batch_size, train.source)  # before the images are checked
     sets = {"train": train}
-    common["classes"] = train.classes or synsets(d.path)
+    common["classes"] = class_names(c, train)
     if d.val:
         sets["val"] = _validation(d.val, common, root=d.root)
     elif layout := val_layout(d.path, d.layout):
@@ -54,6 +49,12 @@ def load(c: Settings, begun: Index | None = None, resumed: bool = False) -> dict
     for name, path in d.extra_val.items():
         sets[name] = _validation(path, common | {"keep_classes": None})
     return sets
+
+
+def class_names(c: Settings, train: Index) -> list[str] | None:
+    """The names of the classes of the training data in the order of their labels, where it has them."""
+    names = train.classes or synsets(c.data.path)
+    return names if names is None else names[: c.data.num_classes]
 
 
 def _validation(path: str, common: dict[str, Any], **options: Any) -> Index:
@@ -64,51 +65,6 @@ def _validation(path: str, common: dict[str, Any], **options: Any) -> Index:
             "images as a list file with labels, or call the folders by the labels"
         )
     return index
-
-
-def write_images(index: Index, folder: Path) -> None:
-    """For begun(): class folders have no list of their own."""
-    if index.classes is not None and index.shards is None:
-        columns = [index.paths.for_table(), pa.array(index.labels)]
-        table = pa.table(columns, ["path", "label"]).replace_schema_metadata({"classes": json.dumps(index.classes)})
-        with replacing(folder / IMAGES) as file:
-            pq.write_table(table, file, compression="zstd")
-
-
-def begun(folder: Path, digest: str | None) -> Index | None:
-    """The index of this digest (None: of any), with which the run in ``folder`` began, if it noted one."""
-    path, old = folder / IMAGES, folder / "images.txt"  # of versions before
-    try:
-        if path.is_file():
-            paths, columns, about = read_columns(path, "label")
-            labels, classes = columns["label"], json.loads(about.get(b"classes", b"null"))
-            if wrong := misfit(classes, [str], "classes"):
-                raise ValueError(wrong)
-            if not (labels.min(initial=0) >= NO_LABEL and labels.max(initial=NO_LABEL) < len(classes)):
-                raise ValueError("labels outside of the classes")
-        elif old.is_file():
-            paths, labels, _ = read_list(str(old), lambda _: True)
-            names = dict(zip(labels.tolist(), (name.partition("/")[0] for name in paths), strict=True))
-            classes = [names.get(label, str(label)) for label in range(max(names, default=-1) + 1)]
-        else:
-            return None
-    except (OSError, ValueError, RecursionError, UserError) as error:
-        say(f"cannot read {path} ({first_line(error)}): the run's images are taken as they are now")
-        return None
-    index = Index(str(folder), paths, labels, classes, str(path))
-    return index if digest in (None, index.digest()) else None
-
-
-def as_begun(index: Index, begun: Index | None) -> Index:
-    """``begun``, if but few of its files have gone and no label has changed; else ``index``."""
-    if begun is None or index.digest() == begun.digest():
-        return index
-    now = index.paths.rows_of(begun.paths)
-    there = now >= 0
-    same_labels = np.array_equal(begun.labels[there], index.labels[now[there]])
-    if not same_labels or (~there).sum() > max(10, len(begun) // 100):
-        return index
-    return dataclasses.replace(begun, root=index.root, source=index.source)
 
 
 def readable(index: Index, name: str, workers: int, left_out: np.ndarray | None = None) -> Index:

@@ -19,7 +19,7 @@ from mopro_fast.errors import UserError
 
 _SPACE = rb" \t\r\v\f".decode()
 _LINE = rf"^[{_SPACE}]*(?P<line>[^{_SPACE}\n](?:.*[^{_SPACE}\n])?)[{_SPACE}\n]*$"
-_ROW = r"^(?P<path>(?:.*[^ \t])?)[ \t]+(?P<label>[+-]?[0-9]+)$"
+_ROW = r"^(?P<path>(?:.*[^ \t])?)[ \t]+\+?(?P<label>-?[0-9]+)$"
 _MOST_DIGITS = 18  # of an int64
 _SHOWN = 80  # characters of a line in messages
 
@@ -48,6 +48,9 @@ def read_list(name: str, exists: Callable[[str], bool], form: str = "path label"
     hashed = np.flatnonzero(pc.starts_with(lines, b"#").to_numpy(zero_copy_only=False)).tolist()
     comments = [i for i in hashed if bad[i] or not exists(os.fsdecode(paths[i].as_py()))]
     bad[comments] = False
+    inner = pc.fill_null(pc.match_substring(paths, b"\r"), False).to_numpy(zero_copy_only=False)
+    for i in np.flatnonzero(inner).tolist():  # a file's name, or two lines of an old Macintosh
+        bad[i] = bad[i] or not exists(os.fsdecode(paths[i].as_py()))
     if bad.any():
         i = int(bad.argmax())
         raise UserError(f"{name}:{numbers[i]}: expected lines of the form: {form}; found: {_quoted(lines[i])}")

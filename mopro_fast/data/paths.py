@@ -18,7 +18,7 @@ class Paths:
 
     def __init__(self, names: "Iterable[str | bytes] | pa.Array | pa.ChunkedArray") -> None:
         if isinstance(names, pa.ChunkedArray):
-            names = names.combine_chunks()
+            names = names.cast(pa.large_binary()).combine_chunks()
         if isinstance(names, pa.Array):
             self.column = names.cast(pa.large_binary())
         else:
@@ -51,10 +51,11 @@ class Paths:
 
     def for_table(self) -> pa.Array:
         """As a column of a file for others: strings, or binary where a name is not UTF-8. Paths() takes both."""
+        large = self.column.nbytes >> 31  # more than their offsets can count
         try:
-            return self.column.cast(pa.string())
+            return self.column.cast(pa.large_string() if large else pa.string())
         except pa.ArrowInvalid:
-            return self.column.cast(pa.binary())
+            return self.column if large else self.column.cast(pa.binary())
 
     def joined(self) -> Iterator[bytes]:
         """The names with a line feed between them, in pieces."""
@@ -90,12 +91,12 @@ def shown(name: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def plain(name: str, root: str) -> str:
-    """A path from ``root`` on, without "./" and the like; one outside of it stays absolute. Links are not followed."""
-    if os.path.isabs(name):
+def plain(names: Iterable[str], root: str) -> Paths:
+    """Paths from ``root`` on, without "./" and the like; those outside of it stay absolute. Links are not followed."""
+    starts = [start.rstrip("/") + "/" for start in dict.fromkeys((os.path.abspath(root), os.path.realpath(root)))]
+
+    def one(name: str) -> str:
         name = os.path.normpath(name)
-        for start in (os.path.abspath(root), os.path.realpath(root)):
-            if name.startswith(start.rstrip("/") + "/"):
-                return os.path.relpath(name, start)
-        return name
-    return os.path.normpath(name)
+        return next((name[len(start) :] for start in starts if name.startswith(start)), name)
+
+    return Paths(map(one, names))

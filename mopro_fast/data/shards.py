@@ -30,6 +30,7 @@ from mopro_fast.data.decode import CANNOT_READ, OK, UNREADABLE, DecodeError
 from mopro_fast.data.paths import Paths, read_columns
 from mopro_fast.errors import UserError, first_line
 from mopro_fast.files import misfit, replacing
+from mopro_fast.labels import NO_LABEL
 
 MANIFEST = "manifest.json"
 RECORDS = "records"
@@ -175,6 +176,9 @@ def open_shards(folder: str | os.PathLike, split: str = "train") -> ShardSet:
             raise ValueError("images outside of the shards")
         if not _within(columns["id"], 1 << 62):
             raise ValueError("numbers of images below 0")
+        classes = manifest["classes"]
+        if not _within(columns["label"] - NO_LABEL, 1 << 62 if classes is None else len(classes) - NO_LABEL):
+            raise ValueError("labels outside of the classes")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged: {first_line(error)}: {_AGAIN}") from None
     return ShardSet(

@@ -106,6 +106,10 @@ def clean(o: Clean) -> dict[str, int]:
         classes=weights.classes,
         keep_classes=(weights.config or {}).get("data", {}).get("keep_classes"),
     )
+    if weights.classes is None and index.classes is not None:
+        distributed.say(
+            f"{o.checkpoint} names no classes: those of {index.source} are taken, in the order of their labels"
+        )
     settings = {name: getattr(o, name) for name in ("alpha", "threshold", "temperature")}
     settings |= {"image_size": options["image_size"], "eval_resize": options["resize"]}
     settings |= {"batch_size": o.encoder.batch_size, "precision": o.encoder.precision, "device": frozen.device.type}

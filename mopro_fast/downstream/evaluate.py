@@ -15,8 +15,8 @@ import tyro
 from torch import Tensor
 
 from mopro_fast.checkpoints.formats import digest
-from mopro_fast.data.class_folders import class_numbers, is_number, subfolders
-from mopro_fast.data.index import Index, load_index, synsets, with_numbers
+from mopro_fast.data.class_folders import class_numbers, is_number, read_classes
+from mopro_fast.data.index import Index, load_index, read_class_names, synsets, with_numbers
 from mopro_fast.data.paths import shown
 from mopro_fast.distributed import leave, say, world
 from mopro_fast.downstream.features import EncoderConfig, Frozen, folders
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
     if o.top < 0:
         raise UserError(f"--top must be at least 0, got {o.top}")
     paths = _sets(o)
-    with folders("eval", o.out, None, o.encoder.device):
+    with folders("eval", o.checkpoint, o.out, None, o.encoder.device):
         return evaluate(o, paths)
 
 
@@ -125,13 +125,9 @@ def class_names(
 
 def _read_names(path: str) -> list[str]:
     if os.path.isdir(path):
-        numbers = class_numbers(subfolders(path), None, path)
+        numbers = class_numbers(list(read_classes(path)), None, path)
         return sorted(numbers, key=numbers.__getitem__)
-    try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-            return [line.split()[0] for line in file if line.strip()]
-    except OSError as error:
-        raise UserError(f"cannot read the class names {path}: {error.strerror}") from None
+    return read_class_names(path)
 
 
 def to_model(index: Index, names: list[str] | None, classes: int) -> tuple[np.ndarray, np.ndarray]:

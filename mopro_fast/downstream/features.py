@@ -46,13 +46,16 @@ class EncoderConfig:
 
 
 @contextlib.contextmanager
-def folders(command: str, out: str, features: str | None, device: str) -> Iterator[None]:
+def folders(command: str, checkpoint: str, out: str, features: str | None, device: str) -> Iterator[None]:
     """--out and, if there is one, --features for this command: rank 0 keeps them for all ranks.
 
     features: "" stands for the folder of this name in --out. device: as for distributed.start.
     """
     distributed.start(device)
     with distributed.on_rank0(lambda: own_folder(Path(out), command, lambda folder: _made_by(folder, command))):
+        before = json_object(Path(out, f"{command}.json")).get("checkpoint", checkpoint)
+        if before != checkpoint:
+            raise UserError(f"--out {out} holds the result of {before}: name another folder")
         if features is None:
             yield
             return

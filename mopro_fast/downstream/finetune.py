@@ -76,11 +76,16 @@ def _named(path: str, index: Index) -> np.ndarray:
     """The rows of the images that the file names; a label after the path is passed over."""
     row_of: dict[str, int] = {}
     names = index.paths.tolist()
-    for row, name in enumerate(names):
-        own = os.path.basename(name)
-        row_of[own] = -1 if own in row_of else row
-    row_of |= {plain(name, index.root): row for row, name in enumerate(names)} | {n: r for r, n in enumerate(names)}
-    found = read_names(path, lambda name: row_of.get(name, row_of.get(plain(name, index.root))), index.source)
+    for row, name in enumerate(map(os.path.basename, names)):
+        row_of[name] = -1 if name in row_of else row
+    for spelled in (plain(names, index.root), names):
+        row_of |= {name: row for row, name in enumerate(spelled)}
+
+    def find(name: str) -> int | None:
+        row = row_of.get(name)
+        return row_of.get(plain([name], index.root)[0]) if row is None else row
+
+    found = read_names(path, find, index.source)
     for number, name, row in found:
         if row < 0:
             raise UserError(f"{path}:{number}: several images are called {shown(name)!r}: give their paths")

@@ -5,13 +5,14 @@ the options of a training, ``mopro-fast train`` with the same options and ``--re
 """
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
 import torch
 
 from mopro_fast.checkpoints.formats import Weights, to_state
-from mopro_fast.checkpoints.state import RunState, write
+from mopro_fast.checkpoints.state import RunState, load, write
 from mopro_fast.checkpoints.weights import check_fits, load_weights
 from mopro_fast.config import DataConfig, MoProConfig, TrainConfig, from_dict
 from mopro_fast.data import inputs
@@ -40,17 +41,27 @@ def main(argv: list[str]) -> int:
     if len(argv) < 2 or argv[0].startswith("-") or argv[1].startswith("-"):
         raise UserError("two files come first: mopro-fast import FILE OUT (more: mopro-fast import --help)")
     source, out, rest = argv[0], Path(argv[1]), argv[2:]
-    with output(out) as path:
+    with output(out, lambda path: _is_import(path) and not os.path.samefile(path, source)) as path:
         weights = load_weights(source)
         config = command.parse(rest) if rest else config_of(weights)
+        state = resumable(weights, config) if rest else to_state(weights, config)
+        state.imported = True
         with new_file(path) as file:
-            write(file, resumable(weights, config) if rest else to_state(weights, config))
+            write(file, state)
     m = weights.model
     done = "" if weights.epoch is None else f", {weights.epoch} epochs done"
     print(f"{out}: {m.arch} of width {m.width:g}, {weights.num_classes or 'no'} classes{done}, from {weights.kind}")
     if rest and weights.optimizer is None:
         print("note: no SGD momentum in the file: it starts at zero", file=sys.stderr)
     return 0
+
+
+def _is_import(path: Path) -> bool:
+    """Whether this command wrote the file: no training's checkpoint."""
+    try:
+        return load(path).imported
+    except UserError:
+        return False
 
 
 def config_of(weights: Weights) -> TrainConfig:
@@ -83,7 +94,7 @@ def resumable(weights: Weights, config: TrainConfig) -> RunState:
     optimizer["state"] = weights.optimizer["state"] if weights.optimizer else {}
     state.optimizer, state.data_digest, state.left_out = optimizer, index.digest(), torch.from_numpy(index.left_out)
     state.held_out = torch.from_numpy(index.held_out)
-    if index.classes and len(index.classes) == config.data.num_classes:
-        state.classes = list(index.classes)
+    names = inputs.class_names(config, index)
+    state.classes = names if names and len(names) == config.data.num_classes else None
     state.assigned = torch.full((len(index),), UNSEEN, dtype=torch.int32)
     return state

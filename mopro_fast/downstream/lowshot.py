@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)
     o = tyro.cli(Lowshot, args=argv, prog="mopro-fast lowshot", config=config)
     _validate(o)
-    with folders("lowshot", o.out, o.features or "", o.encoder.device):
+    with folders("lowshot", o.checkpoint, o.out, o.features or "", o.encoder.device):
         return lowshot(o)
 
 

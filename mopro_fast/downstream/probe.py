@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)
     o = tyro.cli(Probe, args=argv, prog="mopro-fast probe", config=config)
     _validate(o)
-    with folders("probe", o.out, o.features or "", o.encoder.device):
+    with folders("probe", o.checkpoint, o.out, o.features or "", o.encoder.device):
         return probe(o)
 
 

@@ -14,7 +14,7 @@ import torch
 from mopro_fast.checkpoints.state import RunState, all_of
 from mopro_fast.checkpoints.state import load as load_state
 from mopro_fast.config import TrainConfig, load, read
-from mopro_fast.data import inputs
+from mopro_fast.data.begun import as_begun, begun
 from mopro_fast.data.index import Index, load_index
 from mopro_fast.data.paths import shown
 from mopro_fast.errors import UserError
@@ -100,17 +100,17 @@ class Run:
             return None
         d = self.config.data
         digest = self.state and self.state.data_digest
-        begun = inputs.begun(self.folder, digest)  # class folders have no list of their own
+        noted = begun(self.folder, digest, d.num_classes)  # class folders have no list of their own
         options = {"num_classes": d.num_classes, "keep_classes": d.keep_classes, "missing": True}
-        options["classes"] = begun and begun.classes
+        options["classes"] = noted and noted.classes
         try:
             index = load_index(self.data or d.path, "train", layout=d.layout, root=self.root or d.root, **options)
         except UserError as error:
             self.missing["the images"] = f"{error}; if the data has moved: --data"
-            return begun
+            return noted
         if digest is None or self.other_data:
             return index
-        index = inputs.as_begun(index, begun)
+        index = as_begun(index, noted)
         if index.digest() == digest:
             return index
         self.missing["the images"] = f"the paths or labels of {index.source} are not those of the run"

@@ -189,7 +189,7 @@ class Trainer:
     def _save(self) -> Path | None:
         self._check_finite(weights=True)
         self._note_replaced()
-        names = self.index.classes
+        names = inputs.class_names(self.config, self.index)
         state = RunState(
             config=self.config.as_dict(),
             model=self.model.state_dict(),

@@ -18,6 +18,7 @@ from mopro_fast.checkpoints.state import RunState
 from mopro_fast.checkpoints.weights import check_fits
 from mopro_fast.config import VIEW_K, Settings, differences, from_dict
 from mopro_fast.data import inputs
+from mopro_fast.data.begun import as_begun, begun, write_images
 from mopro_fast.data.index import Index
 from mopro_fast.errors import UserError
 from mopro_fast.files import json_object, own_folder, replacing, write_json, writing
@@ -66,12 +67,12 @@ class RunFolder:
     def sets(self, task: Task) -> dict[str, Index]:
         """The training set, as it was when the run began, and the validation sets; all checked."""
         state, data = self.state, self.config.data
-        begun = None if state is None else inputs.begun(self.path, state.data_digest)
-        sets = inputs.load(self.config, begun, resumed=state is not None)
+        noted = None if state is None else begun(self.path, state.data_digest, data.num_classes)
+        sets = inputs.load(self.config, noted, resumed=state is not None)
         sets["train"] = task.labelled(sets["train"])
         left_out = {}
         if state is not None:
-            sets["train"] = inputs.as_begun(sets["train"], begun)
+            sets["train"] = as_begun(sets["train"], noted)
             if sets["train"].digest() != state.data_digest:
                 self._refuse(self._changed(task), task)  # that is why, if there is any
                 raise UserError(
@@ -158,7 +159,7 @@ class RunFolder:
         with self.writing():
             write_json(self.path / "config.json", self.config.as_dict())
             if self.state is None:
-                inputs.write_images(index, self.path)
+                write_images(index, self.path)
             if len(index.left_out):
                 inputs.write_left_out(index, self.path / "left_out.csv")
 

@@ -157,8 +157,7 @@ class TrainStep:
 
         path: of the checkpoint, for the message where it does not fit (fields.Damaged).
         """
-        names = {p: name for name, p in self.model.named_parameters()}
-        check_optimizer_fits(state.optimizer, self.optimizer, names, path)
+        check_optimizer_fits(state.optimizer, self.optimizer, path)
         for name in state.sums:
             require(name in self.model.METRICS, path, f"sums.{name}", "there", f"metrics of {self.model.METRICS}")
         for name in ("assigned", "winners"):
