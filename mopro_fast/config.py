@@ -288,7 +288,8 @@ class Settings:
         taken = {"train", "epoch", "val", "speed", "holdout", "classes", "alarm"} & d.extra_val.keys()
         _require(not taken, f"--extra-val {' '.join(taken)}: the log uses this name itself, choose another")
         for name in d.extra_val:
-            _require(name.strip() and name.isprintable(), f"--extra-val {name!r}: the log cannot show this name")
+            fits = name.strip() and name.isprintable() and "/" not in name
+            _require(fits, f"--extra-val {name!r}: the log cannot show this name")
         _require(not (o.nesterov and o.momentum == 0), "--nesterov needs --momentum above 0")
         _require(
             o.sgd != "apex" or not r.cuda_graph,

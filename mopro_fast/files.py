@@ -92,6 +92,9 @@ def require_new(path: str | os.PathLike, mine: Callable[[Path], bool] | None = N
         raise UserError(f"{path} is a folder: name a file")
     if not path.parent.is_dir():
         raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+    run = Path(os.path.realpath(path)).parent
+    if run.name == "checkpoints" and (run.parent / "config.json").is_file():
+        raise UserError(f"{path} would lie among the checkpoints of a run: name a file elsewhere")
     if os.path.lexists(path) and not (path.is_file() and mine is not None and mine(path)):
         raise UserError(f"{path} exists already: remove it, or name another file")
 
@@ -172,7 +175,9 @@ def writing(folder: Path | str, hint: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error.strerror}: {hint}") from None
+        name = os.path.basename(os.fsdecode(error.filename or ""))
+        name = "" if name == MARKER or str(folder).endswith(name) else f"{name} "
+        raise UserError(f"cannot write {name}into {folder}: {error.strerror}: {hint}") from None
 
 
 def misfit(value: Any, shape: Any, name: str = "") -> str | None:

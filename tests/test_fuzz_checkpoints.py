@@ -54,7 +54,7 @@ def passes_through(path: Path, model: torch.nn.Module) -> None:
     name = path.name
     if refused(lambda: weights.load_weights(path), name):
         return
-    out = path.with_name("made")
+    out = path.parents[1] / "made"
     refused(lambda: weights.initialise(model, path), name)
     loaded = weights.load_weights(path)
     for format in ("official", "safetensors", "torchvision", "detectron2"):

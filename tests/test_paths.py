@@ -96,7 +96,7 @@ def test_a_list_names_any_file(tmp_path):
         (b"a.jpg 99999999999999999999\n", r"l\.txt:1: expected lines"),
         (b"a.jpg 0\nb\0.jpg 1\n", r"l\.txt:2: a zero byte"),
         ("a.jpg 0\n".encode("utf-16"), r"UTF-16 text: save it as UTF-8"),
-        (b"a\x1b[2J.jpg\n", r"found: 'a\\\\x1b\[2J"),
+        (b"a\x1b[2J.jpg\n", r"found: 'a\\x1b\[2J\.jpg'"),
     ],
     ids=["no-label", "no-path", "float", "huge", "zero", "utf-16", "escape"],
 )

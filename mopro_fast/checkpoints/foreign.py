@@ -11,6 +11,8 @@ from mopro_fast.errors import UserError
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
 _TRANSPARENT = {"module", "_orig_mod"}  # of DataParallel, torch.compile
 _MARK = "layer1.0.conv1.weight"
+_OF_RESNETS = ("conv", "bn", "layer", "fc", "classifier", "downsample", "stem", "attn", "norm")
+_LEFT = "not taken: "
 _DEEPEST = 8  # entries in entries
 _NAMED = 6
 
@@ -21,7 +23,7 @@ def tensors(found: Any, path: Path) -> tuple[dict[str, Tensor], str]:
     """
     if not isinstance(found, dict):
         raise UserError(f"{path} holds a {type(found).__name__}, not a checkpoint")
-    holders = _holders(found, set())
+    holders, others = _holders(found, set())
     if not holders:
         entries = _some([ascii(name)[1:-1] if isinstance(name, str) else type(name).__name__ for name in found])
         raise UserError(
@@ -30,25 +32,29 @@ def tensors(found: Any, path: Path) -> tuple[dict[str, Tensor], str]:
         )
     if len(holders) > 1:
         raise UserError(f"{path} holds several ResNets, the entries {_some([*holders])}: save one of them alone")
-    return _resnet(_plain_names(*holders.values(), path), path)
+    taken, note = _resnet(_plain_names(*holders.values(), path), path)
+    left = [note.removeprefix(_LEFT)] * bool(note) + others
+    return taken, f"{_LEFT}{', '.join(left)}" if left else ""
 
 
-def _holders(found: dict, seen: set[int], depth: int = 0) -> dict[str, dict]:
-    """The dicts with a ResNet's names by where they are; an entry that usually has the weights goes before others.
+def _holders(found: dict, seen: set[int], depth: int = 0) -> tuple[dict[str, dict], list[str]]:
+    """The dicts with a ResNet's names by where they are, and the places of those that are not taken.
 
-    seen: ids of the dicts that were looked into.
+    An entry that usually has the weights goes before others. seen: ids of the dicts that were looked into.
     """
     seen.add(id(found))
     if any(_prefix(name) is not None for name in found):
-        return {"": found}
+        return {"": found}, []
     inner: dict[str, dict] = {}
+    left: list[str] = []
     for name, value in found.items():
         inside = isinstance(name, str) and isinstance(value, dict) and name != "optimizer"
         if inside and id(value) not in seen and depth < _DEEPEST:
-            below = _holders(value, seen, depth + 1)
+            below, others = _holders(value, seen, depth + 1)
             inner |= {f"{name}.{place}".rstrip("."): holder for place, holder in below.items()}
+            left += [f"{name}.{place}" for place in others]
     usual = {name: holder for name, holder in inner.items() if name.partition(".")[0] in _WRAPPERS}
-    return usual or inner
+    return usual or inner, left + [name for name in inner if usual and name not in usual]
 
 
 def _prefix(name: Any) -> str | None:
@@ -88,12 +94,14 @@ def _resnet(state: dict[str, Any], path: Path) -> tuple[dict[str, Tensor], str]:
     left = [ascii(name)[1:-1] for name in state if name not in taken]
     of = Counter(name.partition(".")[0] for name in left)
     words = {name if of[top := name.partition(".")[0]] <= _NAMED else f"{top}.* ({of[top]})": None for name in left}
-    return {short: state[name] for name, short in taken.items()}, f"not taken: {_some([*words])}" if left else ""
+    return {short: state[name] for name, short in taken.items()}, f"{_LEFT}{_some([*words])}" if left else ""
 
 
 def _trunk(state: dict[str, Any], prefix: str) -> dict[str, str]:
     """The names behind the prefix and what they are called here: fc is the classifier, of MoCo the projection."""
     taken = {name: name.removeprefix(prefix) for name in state if name.startswith(prefix)}
+    if not prefix:  # heads of other trainings beside it
+        taken = {name: short for name, short in taken.items() if short.startswith(_OF_RESNETS)}
     fc = {short: name for name, short in taken.items() if short.startswith("fc.")}
     moco = "encoder_q" in prefix.split(".")
     if moco or fc.keys() - {"fc.weight", "fc.bias"}:

@@ -1,4 +1,7 @@
-"""Numbers of NumPy in files of torch.save: read as Python's own, by none of NumPy's functions."""
+"""What others keep beside weights: numbers of NumPy are read as Python's own, arrays and paths as nothing.
+
+None of NumPy's functions is called.
+"""
 
 import struct
 from typing import Any
@@ -24,5 +27,18 @@ def _scalar(kind: Any, data: Any = None, *_: Any) -> float | int | bool | None:
     return None
 
 
-GLOBALS = [(_Type, "numpy.dtype"), *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
+class ArrayOrPath:
+    """What stands in a file as an array or a path."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+_CORES = ("numpy.core.multiarray", "numpy._core.multiarray")
+GLOBALS = [(_Type, "numpy.dtype"), *((_scalar, f"{core}.scalar") for core in _CORES)]
+GLOBALS += [(ArrayOrPath, "numpy.ndarray"), *((ArrayOrPath, f"{core}._reconstruct") for core in _CORES)]
+GLOBALS += [(ArrayOrPath, f"pathlib.{name}") for name in ("PosixPath", "_local.PosixPath", "WindowsPath", "PurePosixPath")]
 """For torch.serialization.safe_globals."""

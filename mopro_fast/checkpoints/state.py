@@ -7,6 +7,7 @@ number in the file: commit ea549b1 and before) are read by ``_of_format_1``.
 import argparse
 import dataclasses
 import json
+import os
 import re
 import warnings
 import zipfile
@@ -25,7 +26,7 @@ from mopro_fast.files import replacing
 
 FORMAT = 2
 NAME = re.compile(r"step_(\d{9})\.pt$")
-_LATER = {"held_out", "held_out_labels", "winners", "agreement", "classes"}
+_LATER = {"held_out", "held_out_labels", "winners", "agreement", "classes", "imported"}
 """Fields that not every checkpoint of this format has."""
 _OF_EVERY_RUN = {"model", "config", "epoch", "step", "optimizer", "left_out"}
 """Fields that format 1 has wherever it has data_digest."""
@@ -155,7 +156,7 @@ def read(path: str | Path) -> Any:
     """What torch.save wrote, on the CPU. Only plain data is read; nothing in the file is executed."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"no checkpoint at {path}")
+        raise (Damaged if os.path.lexists(path) else UserError)(f"no checkpoint at {path}")
     try:
         path.open("rb").close()
     except OSError as error:

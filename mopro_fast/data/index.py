@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mopro_fast.data.class_folders import class_numbers, is_number, read_classes, subfolders
-from mopro_fast.data.lists import Rows, read_list
+from mopro_fast.data.lists import Rows, read_list, text_lines
 from mopro_fast.data.paths import Paths, plain, shown
 from mopro_fast.data.shards import MANIFEST, STATE, ShardSet, is_pack, open_shards, read_manifest
 from mopro_fast.distributed import say
@@ -31,6 +32,7 @@ WEBVISION_LISTS = {
     "val": ("info/val_filelist.txt",),
 }
 WEBVISION_FOLDERS = {"train": "", "val": "val_images_256"}  # where the paths of those lists start
+_MOST_CLASSES = 1_000_000  # as --num-classes
 _NAMED = 3  # missing images named in the message
 
 
@@ -232,12 +234,12 @@ def synsets(data: str) -> list[str] | None:
 
 
 def read_class_names(path: str) -> list[str]:
-    """The first word of each line of a file."""
-    try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-            return [line.split()[0] for line in file if line.strip()]
-    except OSError as error:
-        raise UserError(f"cannot read the class names {path}: {error.strerror}") from None
+    """The first word of each line of a file; each must be there once."""
+    names = [line.split()[0] for line in text_lines(path)]
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    if twice is not None:
+        raise UserError(f"{path}: the class {shown(twice)} is there twice")
+    return names
 
 
 def with_numbers(index: Index, classes: Sequence[str], keep_classes: int | None = None) -> Index:
@@ -277,10 +279,13 @@ def _shards(
     )
     if classes is not None:
         index = with_numbers(index, classes, keep_classes)
-    highest = 1 << 62 if num_classes is None or keep_classes is not None else num_classes
+    end = _MOST_CLASSES if num_classes is None or keep_classes is not None else num_classes
     for label in (int(index.labels.min(initial=lowest)), int(index.labels.max(initial=lowest))):
-        if not lowest <= label < highest:
-            raise UserError(f"{data}: label {label} of a {split} image is outside [{lowest}, {highest})")
+        if not lowest <= label < end:
+            hint = (
+                _beginning_at_1(index.labels, end) or f"set --num-classes to at least {label + 1}, or pack other data"
+            )
+            raise UserError(f"{data}: label {label} of a {split} image is outside [{lowest}, {end}): {hint}")
     if keep_classes is not None:
         index = index.take(np.flatnonzero(index.labels < keep_classes))
     if not len(index):
@@ -295,11 +300,10 @@ def _from_lists(
     for name in lists:
         rows = read_list(name, lambda path: os.path.lexists(os.path.join(root, path)))
         lowest = NO_LABEL if split == "train" else 0
-        bad = rows.labels < lowest
-        if keep_classes is None and num_classes is not None:
-            bad |= rows.labels >= num_classes
+        end = _MOST_CLASSES if num_classes is None or keep_classes is not None else num_classes
+        bad = (rows.labels < lowest) | (rows.labels >= end)
         if bad.any():
-            _refuse_label(name, rows, int(bad.argmax()), split, num_classes)
+            _refuse_label(name, rows, int(bad.argmax()), split, end)
         kept = slice(None) if keep_classes is None else np.flatnonzero(rows.labels < keep_classes)
         found.append((rows.paths[kept], rows.labels[kept]))
     source = " + ".join(lists)
@@ -319,18 +323,22 @@ def _from_lists(
     return Index(root, paths, np.concatenate([labels for _, labels in found]), None, source)
 
 
-def _refuse_label(name: str, rows: Rows, i: int, split: Split, num_classes: int | None) -> None:
+def _refuse_label(name: str, rows: Rows, i: int, split: Split, end: int) -> None:
     label, where = int(rows.labels[i]), f"{name}:{rows.lines[i]}"
     if label == NO_LABEL:
         raise UserError(f"{where}: label -1 (none) cannot be evaluated: remove the image from the {split} data")
-    hint = "correct the line"
-    if label == num_classes == rows.labels.max() and rows.labels.min() == 1:
-        hint = (
-            f"labels here begin at 1 and no label is 0: labels count from 0, so subtract 1 from each (0 to {label - 1})"
-        )
-    elif label > 0:
+    hint = _beginning_at_1(rows.labels, end) or "correct the line"
+    if end <= label < _MOST_CLASSES and hint == "correct the line":
         hint = f"set --num-classes to at least {label + 1}, or correct the line"
-    raise UserError(f"{where}: label {label} is outside [0, {num_classes}): {hint}")
+    raise UserError(f"{where}: label {label} is outside [0, {end}): {hint}")
+
+
+def _beginning_at_1(labels: np.ndarray, end: int) -> str | None:
+    if labels.max() == end and labels.min() == 1:
+        return (
+            f"labels here begin at 1 and no label is 0: labels count from 0, so subtract 1 from each (0 to {end - 1})"
+        )
+    return None
 
 
 def absent_rows(root: str, paths: Paths) -> np.ndarray:

@@ -53,9 +53,11 @@ def read_list(name: str, exists: Callable[[str], bool], form: str = "path label"
         bad[i] = bad[i] or not exists(os.fsdecode(paths[i].as_py()))
     if bad.any():
         i = int(bad.argmax())
-        raise UserError(f"{name}:{numbers[i]}: expected lines of the form: {form}; found: {_quoted(lines[i])}")
+        raise UserError(
+            f"{name}:{numbers[i]}: expected lines of the form: {form}; found: {_quoted(os.fsdecode(lines[i].as_py()))}"
+        )
     if comments:
-        text = f"line {numbers[comments[0]]}: {_quoted(lines[comments[0]])}"
+        text = f"line {numbers[comments[0]]}: {_quoted(os.fsdecode(lines[comments[0]].as_py()))}"
         say(f"{name}: comments: {len(comments)}, such as {text}")
     rows = pa.array(np.delete(np.arange(len(lines)), comments))
     labels = digits.take(rows).cast(pa.large_string()).cast(pa.int64()).to_numpy()
@@ -77,12 +79,17 @@ def read_names(name: str, row_of: Callable[[str], int | None], source: str) -> l
         if row is not None:
             found.append((number, path, row))
         elif line.startswith("#"):
-            comments.append(f"line {number}: {shown(line[:_SHOWN])!r}")
+            comments.append(f"line {number}: {_quoted(line)}")
         else:
-            raise UserError(f"{name}:{number}: no such image in {source}: {shown(line[:_SHOWN])!r}")
+            raise UserError(f"{name}:{number}: no such image in {source}: {_quoted(line)}")
     if comments:
         say(f"{name}: comments: {len(comments)}, such as {comments[0]}")
     return found
+
+
+def text_lines(name: str) -> list[str]:
+    """The lines of a file that are not blank, such as the names of classes."""
+    return list(map(os.fsdecode, _lines(name)[0].to_pylist()))
 
 
 def _lines(name: str) -> tuple[pa.Array, np.ndarray]:
@@ -111,5 +118,5 @@ def _lines(name: str) -> tuple[pa.Array, np.ndarray]:
     return trimmed.take(pa.array(rows)), rows + 1
 
 
-def _quoted(line: pa.Scalar) -> str:
-    return repr(shown(os.fsdecode(line.as_py())[:_SHOWN]))
+def _quoted(line: str) -> str:
+    return f"'{shown(line[:_SHOWN])}'"

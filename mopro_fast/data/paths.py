@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 
 from mopro_fast.errors import first_line
 
+_TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
 _PIECE = 1 << 20  # names joined at a time
 
 
@@ -72,15 +73,16 @@ def read_columns(file: Any, *numbers: str) -> tuple[Paths, dict[str, np.ndarray]
 
     try:
         table = pq.read_table(file, memory_map=False)
-        columns = {name: table[name].combine_chunks() for name in ("path", *numbers)}
+        if lacks := [name for name in ("path", *numbers) if name not in table.column_names]:
+            raise ValueError(f"it has no column {lacks[0]}")
+        columns = {name: table[name] for name in ("path", *numbers)}
         for name, column in columns.items():
-            if column.null_count or (name != "path" and not pa.types.is_integer(column.type)):
+            of = _TEXT if name == "path" else (pa.types.is_integer,)
+            if column.null_count or not any(is_type(column.type) for is_type in of):
                 raise ValueError(f"{name} is not {'text' if name == 'path' else 'whole numbers'} everywhere")
         paths = Paths(columns.pop("path"))
-        found = {name: column.cast(pa.int64()).to_numpy() for name, column in columns.items()}
+        found = {name: column.cast(pa.int64()).combine_chunks().to_numpy() for name, column in columns.items()}
         return paths, found, table.schema.metadata or {}
-    except KeyError as error:
-        raise ValueError(f"no column {error}") from None
     except (pa.ArrowException, NotImplementedError) as error:
         raise ValueError(first_line(error)) from None
 

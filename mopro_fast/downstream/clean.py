@@ -106,10 +106,6 @@ def clean(o: Clean) -> dict[str, int]:
         classes=weights.classes,
         keep_classes=(weights.config or {}).get("data", {}).get("keep_classes"),
     )
-    if weights.classes is None and index.classes is not None:
-        distributed.say(
-            f"{o.checkpoint} names no classes: those of {index.source} are taken, in the order of their labels"
-        )
     settings = {name: getattr(o, name) for name in ("alpha", "threshold", "temperature")}
     settings |= {"image_size": options["image_size"], "eval_resize": options["resize"]}
     settings |= {"batch_size": o.encoder.batch_size, "precision": o.encoder.precision, "device": frozen.device.type}
@@ -121,6 +117,8 @@ def clean(o: Clean) -> dict[str, int]:
         totals = distributed.by_rank0(lambda: _finished(out, settings))  # by a process that had the lock
         # 3. Score every image. No batch reaches over the end of a group of rows.
         if not totals:
+            if weights.classes is None and index.classes is not None:
+                distributed.say(f"{o.checkpoint} names no classes: those of {index.source} are taken, in this order")
             if distributed.world()[0] == 0:
                 write_json(out / "clean.json", {"settings": settings})
             index = inputs.readable(index, "train", options["threads"])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mopro_fast.checkpoints.formats import digest
 from mopro_fast.data.class_folders import class_numbers, is_number, read_classes
-from mopro_fast.data.index import Index, load_index, read_class_names, synsets, with_numbers
+from mopro_fast.data.index import Index, class_root, load_index, read_class_names, synsets, with_numbers
 from mopro_fast.data.paths import shown
 from mopro_fast.distributed import leave, say, world
 from mopro_fast.downstream.features import EncoderConfig, Frozen, folders
@@ -111,6 +111,14 @@ def class_names(
         names = _read_names(given)
         if len(names) != classes:
             raise UserError(f"--classes {given} has {len(names)} names, the checkpoint has {classes} classes")
+        if (
+            trained is not None
+            and (other := next((i for i in range(classes) if names[i] != trained[i]), None)) is not None
+        ):
+            say(
+                f"--classes {given} goes before the names in the checkpoint: label {other} is {shown(names[other])}, "
+                f"not {shown(trained[other])}"
+            )
         return names
     if trained is not None:
         return trained
@@ -125,8 +133,14 @@ def class_names(
 
 def _read_names(path: str) -> list[str]:
     if os.path.isdir(path):
+        path = class_root(path, "train")
         numbers = class_numbers(list(read_classes(path)), None, path)
-        return sorted(numbers, key=numbers.__getitem__)
+        names = sorted(numbers, key=numbers.__getitem__)
+        if [numbers[name] for name in names] != list(range(len(names))):
+            raise UserError(
+                f"--classes {path}: class folders that are called by numbers must be 0, 1, 2, …, all of them"
+            )
+        return names
     return read_class_names(path)
 
 

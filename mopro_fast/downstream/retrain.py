@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mopro_fast import distributed
 from mopro_fast.data.index import Index
 from mopro_fast.data.paths import Paths, read_columns, shown
 from mopro_fast.downstream import supervised
@@ -71,6 +72,18 @@ def with_cleaned_labels(config: Retrain, index: Index) -> Index:
     if (rows < 0).any():
         first = shown(paths[int((rows < 0).argmax())])
         raise UserError(f"{path} is of other data than {index.source}: it has {first}, which is not there")
+    first = paths.rows_of(paths)
+    if not paths.equals(index.paths) and (labels != labels[first]).any():
+        i = int((labels != labels[first]).argmax())
+        raise UserError(
+            f"{path} has two labels for {shown(paths[i])}, {labels[first[i]]} and {labels[i]}: give the table of all "
+            "images, cleaned.parquet, or remove one"
+        )
+    if path.suffix != ".json" and len(lacks := np.flatnonzero(paths.rows_of(index.paths) < 0)):
+        distributed.say(
+            f"{path} has no row for {len(lacks)} of {len(index)} images, such as {shown(index.paths[lacks[0]])}: they "
+            "are not shown"
+        )
     if paths.equals(index.paths):  # row by row: lists may name an image twice, with different labels
         new = labels
     else:
@@ -89,7 +102,7 @@ def _read(path: Path) -> tuple[Paths, np.ndarray]:
     """-> paths and labels int64, −1 for removed."""
     try:
         if path.suffix == ".json":
-            found = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
+            found = json.loads(path.read_text(encoding="utf-8-sig", errors="surrogateescape"))
             if wrong := misfit(found, {"images": [str], "labels": [int]}):
                 raise ValueError(wrong)
             paths, labels = Paths(found["images"]), np.array(found["labels"], np.int64)

@@ -16,6 +16,7 @@ from mopro_fast.checkpoints.state import load as load_state
 from mopro_fast.config import TrainConfig, load, read
 from mopro_fast.data.begun import as_begun, begun
 from mopro_fast.data.index import Index, load_index
+from mopro_fast.data.lists import text_lines
 from mopro_fast.data.paths import shown
 from mopro_fast.errors import UserError
 from mopro_fast.labels import UNSEEN
@@ -138,10 +139,7 @@ class Run:
     def class_names(self, path: str | None, count: int) -> list[str] | None:
         """From a file, one per line; else what the data brings."""
         if path is not None:
-            try:
-                names = Path(path).read_text(encoding="utf-8-sig").splitlines()
-            except (OSError, ValueError) as error:
-                raise UserError(f"cannot read --names {path}: {_why(error)}") from None
+            names = list(map(shown, text_lines(path)))
             if len(names) != count:
                 raise UserError(f"--names {path} has {len(names)} lines, the run {count} classes: one line per class")
             return names
@@ -150,10 +148,9 @@ class Run:
         if self.index.classes is not None:
             return list(map(shown, self.index.classes))
         synsets = Path(self.index.root) / "info" / "synsets.txt"  # WebVision: "n01440764 tench, Tinca tinca"
-        try:
-            names = [line.partition(" ")[2] or line for line in synsets.read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError):
+        if not synsets.is_file():
             return None
+        names = [shown(line.partition(" ")[2] or line) for line in text_lines(str(synsets))]
         return names if len(names) == count else None
 
     def listed(self, name: str) -> dict[str, Any] | None:

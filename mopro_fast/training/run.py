@@ -49,6 +49,7 @@ class RunFolder:
         made = functools.partial(own_folder, self.path, command, functools.partial(_made_by, command=command))
         self._lock.enter_context(distributed.on_rank0(made))
         try:
+            self._require_run()
             self.found = self._newest()
             with self.going_on():
                 self.state = None if self.found is None else checkpoints.load(self.found)
@@ -59,6 +60,13 @@ class RunFolder:
     def close(self) -> None:
         """Give the folder free; one that was made and stayed empty goes."""
         self._lock.close()
+
+    def _require_run(self) -> None:
+        """Raise a UserError where the folder has our mark, and files of others: a run begins with its settings."""
+        names = sorted(p.name for p in self.path.iterdir() if not p.name.startswith("."))
+        config = json_object(self.path / "config.json")
+        if names and not {"data", "optim", "run"} <= config.keys() and not checkpoints.all_of(self.checkpoints):
+            raise UserError(f"--out {self.path} holds other files, such as {names[0]}: name a new or an empty folder")
 
     def writing(self) -> contextlib.AbstractContextManager[None]:
         """An OSError inside becomes a UserError that names the folder."""
