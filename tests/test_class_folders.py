@@ -95,6 +95,15 @@ def test_every_image_is_taken_whatever_it_is_called(tmp_path, capsys):
         assert part in said
 
 
+def test_files_beside_images_are_counted_and_not_opened(tmp_path, monkeypatch, capsys):
+    images(tmp_path, "ant", "bee")
+    for suffix in (".json", ".txt", ".XML"):
+        (tmp_path / "ant" / f"0{suffix}").write_bytes(JPEG)
+    monkeypatch.setattr("builtins.open", None)
+    assert len(load_index(tmp_path, "train", num_classes=2)) == 4
+    assert "files that are no images: 3, such as ant/0.XML" in capsys.readouterr().err
+
+
 def test_lost_links_and_other_entries(tmp_path, capsys):
     images(tmp_path, "ant", "bee")
     (tmp_path / "ant/lost.jpg").symlink_to("/not/mounted.jpg")
@@ -119,6 +128,7 @@ def test_validation_is_matched_by_name(tmp_path):
     assert val.labels.tolist() == [1, 1, 2, 2] and val.classes == train.classes
     images(tmp_path / "val", "dog")
     refused("val: class dog is none of the 3 classes .*ant is there", tmp_path, "val", classes=train.classes)
+    refused("class dog is outside the 2 classes", tmp_path, "val", num_classes=2, classes=["ant", "bee", "cat", "dog"])
     kept = load_index(tmp_path, "val", num_classes=2, keep_classes=2, classes=["ant", "bee"])
     assert kept.labels.tolist() == [1, 1]
 

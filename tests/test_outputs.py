@@ -9,11 +9,18 @@ import every_command
 import pytest
 import two_writers
 from every_command import FILES, FOLDERS
+from fuzz_checkpoints import write_run
 from processes import on_ranks
 
 from mopro_fast import cli, distributed
+from mopro_fast.checkpoints.state import all_of
+from mopro_fast.checkpoints.weights import load_weights
+from mopro_fast.config import RunConfig, TrainConfig
+from mopro_fast.downstream import importing
+from mopro_fast.downstream.export import export
 from mopro_fast.errors import UserError
 from mopro_fast.files import FEATURES, MARKER, locked, output, own_folder, replacing
+from mopro_fast.training.run import RunFolder
 
 HERS = {"config.json": "mine", "images.txt": "1 a/b.jpg\n", "log.jsonl": "1\n" * 99, "labels.pt": "mine"}
 HERS |= {"eval.json": '{"mine": 1}', "clean.json": "[]", "manifest.json": "{}", "notes.txt": "mine"}
@@ -308,3 +315,33 @@ def test_a_lock_whose_file_another_process_removed_is_taken_anew(tmp_path, monke
 @pytest.mark.parametrize("command", ["clean", "pack", "export", "train"])
 def test_of_two_at_once_one_works(command, inputs, tmp_path):
     assert two_writers.outcome(command, inputs, tmp_path) in ("refused", "in turn")
+
+
+def test_import_writes_its_own_file_anew_and_no_others(tmp_path):
+    trained = write_run(tmp_path)
+    newest = str(all_of(trained / "checkpoints")[-1])
+    export(load_weights(newest), tmp_path / "official.pt", "official")
+    for source in ("official.pt", newest):
+        assert importing.main([str(tmp_path / source), str(tmp_path / "out.pt")]) == 0
+    before = Path(newest).read_bytes()
+    shutil.copy(newest, tmp_path / "kept.pt")
+    for source, out in (
+        ("out.pt", "out.pt"),
+        ("out.pt", "official.pt"),
+        ("out.pt", "kept.pt"),
+        ("out.pt", trained / "checkpoints/step_000000999.pt"),
+    ):
+        with pytest.raises(UserError, match=r"exists already|would lie among the checkpoints of a run"):
+            importing.main([str(tmp_path / source), str(tmp_path / out)])
+    assert Path(newest).read_bytes() == before == (tmp_path / "kept.pt").read_bytes()
+
+
+def test_the_mark_alone_makes_no_run(tmp_path):
+    """As `rm -rf RUN/*` leaves it, then used for other things."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / MARKER).write_text('{"command": "train"}\n')
+    (out / "labels.pt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds other files, such as labels\.pt"):
+        RunFolder(TrainConfig(run=RunConfig(out=str(out))))
+    assert (out / "labels.pt").read_text() == "mine"

@@ -65,8 +65,9 @@ def write(path, content):
         b"  a.jpg\t0  \n\n \t\nb c.jpg  -1\n\n",
         b"a.jpg 0\rb c.jpg -1\r",
         b"# a comment\na.jpg 0\n#b.jpg 2\nb c.jpg -1\n",
+        b"a.jpg +0\nb c.jpg -1\n",
     ],
-    ids=["plain", "mark", "spaces", "old-mac", "comments"],
+    ids=["plain", "mark", "spaces", "old-mac", "comments", "plus"],
 )
 def test_a_list_however_it_was_saved(tmp_path, content, capsys):
     rows = read_list(write(tmp_path / "l.txt", content), lambda _: False)
@@ -96,9 +97,10 @@ def test_a_list_names_any_file(tmp_path):
         (b"a.jpg 99999999999999999999\n", r"l\.txt:1: expected lines"),
         (b"a.jpg 0\nb\0.jpg 1\n", r"l\.txt:2: a zero byte"),
         ("a.jpg 0\n".encode("utf-16"), r"UTF-16 text: save it as UTF-8"),
+        (b"a.jpg 0\rb.jpg 1\nc.jpg 2\n", r"l\.txt:1: expected .*'a\.jpg 0\\rb\.jpg 1'"),
         (b"a\x1b[2J.jpg\n", r"found: 'a\\x1b\[2J\.jpg'"),
     ],
-    ids=["no-label", "no-path", "float", "huge", "zero", "utf-16", "escape"],
+    ids=["no-label", "no-path", "float", "huge", "zero", "utf-16", "two-in-one", "escape"],
 )
 def test_a_line_that_is_none_is_named(tmp_path, content, match):
     with pytest.raises(UserError, match=match) as error:

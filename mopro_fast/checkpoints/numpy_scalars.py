@@ -40,5 +40,6 @@ class ArrayOrPath:
 _CORES = ("numpy.core.multiarray", "numpy._core.multiarray")
 GLOBALS = [(_Type, "numpy.dtype"), *((_scalar, f"{core}.scalar") for core in _CORES)]
 GLOBALS += [(ArrayOrPath, "numpy.ndarray"), *((ArrayOrPath, f"{core}._reconstruct") for core in _CORES)]
-GLOBALS += [(ArrayOrPath, f"pathlib.{name}") for name in ("PosixPath", "_local.PosixPath", "WindowsPath", "PurePosixPath")]
+_PATHS = ("PosixPath", "_local.PosixPath", "WindowsPath", "PurePosixPath")
+GLOBALS += [(ArrayOrPath, f"pathlib.{name}") for name in _PATHS]
 """For torch.serialization.safe_globals."""

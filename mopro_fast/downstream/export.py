@@ -69,10 +69,10 @@ def export(weights: Weights, out: str | Path, format: str, classifier: bool = Tr
 
 
 @contextmanager
-def new_file(out: Path) -> Iterator[BinaryIO]:
-    """replacing() for a file that is not there yet, with a UserError where it cannot be written."""
+def new_file(out: Path, new: bool = True) -> Iterator[BinaryIO]:
+    """replacing() for a file that is not there yet (if ``new``), with a UserError where it cannot be written."""
     try:
-        with replacing(out, new=True) as file:
+        with replacing(out, new=new) as file:
             yield file
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from None

@@ -28,7 +28,8 @@ from mopro_fast.training.optim import build_optimizer
 USAGE = """usage: mopro-fast import FILE OUT [RECIPE --data PATH …]
 
 FILE: a checkpoint of the official code (salesforce/MoPro), of torchvision or timm, or safetensors.
-OUT:  the checkpoint to write, for `mopro-fast train … --init OUT` and every other command.
+OUT:  the checkpoint to write, for `mopro-fast train … --init OUT` and every other command: a new file, or one that
+      this command wrote before.
 
 To go on with an official training give a recipe and the options of `mopro-fast train` (all but --out), then run
 `mopro-fast train` with the same recipe and options and --resume OUT."""
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> int:
         config = command.parse(rest) if rest else config_of(weights)
         state = resumable(weights, config) if rest else to_state(weights, config)
         state.imported = True
-        with new_file(path) as file:
+        with new_file(path, new=not path.exists()) as file:
             write(file, state)
     m = weights.model
     done = "" if weights.epoch is None else f", {weights.epoch} epochs done"
