@@ -8,7 +8,7 @@ from odd_images import encoded, picture
 from PIL import Image
 
 from mopro_fast.data.class_folders import class_numbers
-from mopro_fast.data.index import load_index
+from mopro_fast.data.index import load_index, synsets
 from mopro_fast.errors import UserError
 
 JPEG = encoded(picture(8, 8))
@@ -164,3 +164,13 @@ def test_names_known_from_elsewhere():
     assert class_numbers(["02"], ["0", "1", "10", "2"], "") == {}
     assert class_numbers(["0", "2"], ["ant", "bee", "cat"], "") == {"0": 0, "2": 2}
     assert class_numbers(["0", "ant"], ["ant", "bee"], "") == {"ant": 0}
+
+
+def test_synsets_that_do_not_tell_classes_apart_are_no_names(tmp_path, capsys):
+    (tmp_path / "info").mkdir()
+    assert synsets(str(tmp_path)) is None
+    (tmp_path / "info/synsets.txt").write_bytes(b"\xef\xbb\xbfn01 tench\r\n\nn02 caf\xe9\n")
+    assert synsets(str(tmp_path)) == ["n01", "n02"]
+    (tmp_path / "info/synsets.txt").write_text("n01 crane\nn01 crane\n")
+    assert synsets(str(tmp_path)) is None
+    assert "the class n01 is there twice: the classes are taken without names" in capsys.readouterr().err

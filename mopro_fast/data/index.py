@@ -226,11 +226,15 @@ def val_layout(data: str, layout: Layout = "auto") -> Layout | None:
 
 
 def synsets(data: str) -> list[str] | None:
-    """The names of WebVision's classes in the order of their labels, where its info/synsets.txt is there."""
+    """The names of WebVision's classes in the order of their labels, where its info/synsets.txt tells them apart."""
     path = os.path.join(data, "info", "synsets.txt")
     if not os.path.isfile(path):
         return None
-    return read_class_names(path)
+    try:
+        return read_class_names(path)
+    except UserError as error:
+        say(f"{error}: the classes are taken without names")
+        return None
 
 
 def read_class_names(path: str) -> list[str]:

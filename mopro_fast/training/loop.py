@@ -55,6 +55,8 @@ class Trainer:
         self.loader = inputs.train_loader(config, shown, self.device, self.task.two_views, repeats)
         self.steps = self.loader.steps_per_epoch
         self.eval_sets = sets
+        names = inputs.class_names(config, self.index)
+        self.class_names = names if names and len(names) == config.data.num_classes else None
         self.held_out_labels = sets.get("holdout", self.index).labels[self.index.held_out]
         self.eval_loaders = {name: inputs.eval_loader(config, index, self.device) for name, index in sets.items()}
         # 2. The model, fresh or from the checkpoint.
@@ -189,7 +191,6 @@ class Trainer:
     def _save(self) -> Path | None:
         self._check_finite(weights=True)
         self._note_replaced()
-        names = inputs.class_names(self.config, self.index)
         state = RunState(
             config=self.config.as_dict(),
             model=self.model.state_dict(),
@@ -204,7 +205,7 @@ class Trainer:
             log_bytes=self.log.bytes,
             replaced=list(self.replaced.counts),
             agreement=list(self.classes.agreement),
-            classes=names if names and len(names) == self.config.data.num_classes else None,
+            classes=self.class_names,
         )
         self.train_step.save_into(state)
         return self.folder.save(self.global_step, state)
