@@ -175,8 +175,9 @@ def writing(folder: Path | str, hint: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        name = os.path.basename(os.fsdecode(error.filename or ""))
-        name = "" if name == MARKER or str(folder).endswith(name) else f"{name} "
+        name = os.fsdecode(error.filename or "")
+        own = name in str(folder) or os.path.basename(name) == MARKER  # the folder itself, or one above it
+        name = "" if own else f"{os.path.basename(name)} "
         raise UserError(f"cannot write {name}into {folder}: {error.strerror}: {hint}") from None
 
 
