@@ -263,7 +263,7 @@ def test_a_benchmark_goes_over_its_unfinished_numbers_alone(inputs, tmp_path, ca
     assert status(capsys, *argv)[0] == 0
     found = json.loads((tmp_path / "out").read_text())
     code, error = status(capsys, *argv)
-    assert found["finished"] and code == 2 and "exists already" in error
+    assert found["finished"] and code == 2 and "exists already" in error[-1]
     (tmp_path / "out").write_text(json.dumps(found | {"finished": False}))  # cut short
     assert status(capsys, *argv)[0] == 0
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
