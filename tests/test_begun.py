@@ -33,6 +33,7 @@ def note(folder, labels_of, labels=None):
         ({"ant": 0, "bee": 1}, [-1, -1, 0, 1, -1, -1], 2, ["ant", "bee"]),  # a share of them
         ({"ant": 0, "cat": 2}, [0, 2, 0, 2, 2, 2], 3, None),  # nobody can tell
         ({"ant": 2, "cat": 0}, None, 3, None),
+        ({}, None, 3, None),  # emptied
     ],
 )
 def test_classes_of_versions_before(tmp_path, labels_of, labels, classes, expected):

@@ -64,7 +64,7 @@ def _classes_before(paths: Paths, labels: np.ndarray, num_classes: int) -> list[
     label_of = dict(zip(folders, labels.tolist(), strict=True))
     numbers = [label_of[name] for name in names]
     same = all(label_of[name] == label for name, label in zip(folders, labels.tolist(), strict=True))
-    if not same or numbers[0] < 0 or sorted(set(numbers)) != numbers or numbers[-1] >= num_classes:
+    if not same or not numbers or numbers[0] < 0 or sorted(set(numbers)) != numbers or numbers[-1] >= num_classes:
         return None
     classes = list(map(str, range(num_classes)))
     for name, number in zip(names, numbers, strict=True):
