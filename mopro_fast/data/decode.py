@@ -18,10 +18,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFile
 
+from mopro_fast.files import read_regular
+
 VERDICTS = ("ok", "converted", "tolerant", "unreadable")
 OK, CONVERTED, TOLERANT, UNREADABLE = range(4)
 CANNOT_READ = "cannot be read"  # kind of reason: the file, whatever is in it
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses an image as a decompression bomb
+MAX_BYTES = 1 << 29  # of a file; as many pixels, uncompressed
 
 Image.init()
 _FORMATS = [name for name in Image.ID if name not in ("EPS", "WMF")]  # these start other programs, or need Windows
@@ -122,10 +125,9 @@ def examine_files(root: str, paths: list[str]) -> Iterator[tuple]:
         size = mtime = -1
         found = Examined(UNREADABLE, "", "", 0, 0)
         try:
-            with open(os.path.join(root, path), "rb", buffering=0) as file:
-                status = os.fstat(file.fileno())
-                size, mtime = status.st_size, status.st_mtime_ns
-                found = examine(file.readall())
+            data, status = read_regular(os.path.join(root, path), MAX_BYTES)
+            size, mtime = status.st_size, status.st_mtime_ns
+            found = examine(data)
         except OSError as error:
             found = found._replace(reason=f"{CANNOT_READ}: {error.strerror}")
         yield path, found.width, found.height, found.format, VERDICTS[found.verdict], found.reason, size, mtime

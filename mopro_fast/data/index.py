@@ -17,11 +17,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mopro_fast.data.class_folders import class_numbers, is_number, read_classes, subfolders
+from mopro_fast.data.decode import MAX_BYTES
 from mopro_fast.data.lists import Rows, read_list, text_lines
 from mopro_fast.data.paths import Paths, plain, shown
 from mopro_fast.data.shards import MANIFEST, STATE, ShardSet, is_pack, open_shards, read_manifest
 from mopro_fast.distributed import say
 from mopro_fast.errors import UserError
+from mopro_fast.files import read_regular
 from mopro_fast.labels import NO_LABEL
 
 Split = Literal["train", "val"]
@@ -150,9 +152,8 @@ class Index:
         if self.shards is not None:
             data = self.shards.read(self.in_shards[i])
             return data, len(data), 0
-        with open(self.full_path(i), "rb", buffering=0) as file:
-            data = file.readall()
-            return data, len(data), os.fstat(file.fileno()).st_mtime_ns
+        data, status = read_regular(self.full_path(i), MAX_BYTES)
+        return data, len(data), status.st_mtime_ns
 
 
 def load_index(

@@ -29,7 +29,7 @@ from mopro_fast.data import workers as processes
 from mopro_fast.data.decode import CANNOT_READ, OK, UNREADABLE, DecodeError
 from mopro_fast.data.paths import Paths, read_columns
 from mopro_fast.errors import UserError, first_line
-from mopro_fast.files import misfit, replacing
+from mopro_fast.files import misfit, read_regular, replacing
 from mopro_fast.labels import NO_LABEL
 
 MANIFEST = "manifest.json"
@@ -355,7 +355,7 @@ def _packed_file(job: ShardJob, number: int, path: str) -> tuple[int, bytes, str
     if number in job.crashed:
         return 0, b"", job.crashed[number]
     try:
-        data = Path(job.root, path).read_bytes()
+        data, _ = read_regular(os.path.join(job.root, path), decode.MAX_BYTES)
     except OSError as error:
         return 0, b"", f"{CANNOT_READ}: {error.strerror}"
     try:
