@@ -1,6 +1,7 @@
 """The loaders on small images made here. Those on a GPU run the same checks where there is one."""
 
 import dataclasses
+import zlib
 import io
 import math
 import sys
@@ -267,8 +268,9 @@ def examined(index):
     found = [decode.examine(index.read(i)) for i in range(len(index))]
     columns = {name: np.array([getattr(f, name) for f in found]) for name in ("verdict", "width", "height")}
     columns["reason"] = [f.reason for f in found]
-    states = np.array([index.read_with_state(i)[1:] for i in range(len(index))])
-    return dataclasses.replace(index, checked=SimpleNamespace(size=states[:, 0], mtime_ns=states[:, 1], **columns))
+    data = [index.read(i) for i in range(len(index))]
+    columns |= {"size": np.array(list(map(len, data))), "crc32": np.array(list(map(zlib.crc32, data)))}
+    return dataclasses.replace(index, checked=SimpleNamespace(**columns))
 
 
 def damage(path, how):

@@ -21,6 +21,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageFile
 
+from mopro_fast.files import read_regular
+
 VERDICTS = ("ok", "converted", "tolerant", "unreadable")
 OK, CONVERTED, TOLERANT, UNREADABLE = range(4)
 CANNOT_READ = "cannot be read"  # kind of reason: the file, whatever is in it
@@ -30,6 +32,7 @@ _AT_ONCE = 1 << 24  # pixels of an image beside which no other such is decoded: 
 _PLAIN_SCANS = 64  # of a JPEG that is OK; encoders write about 10
 _MOST_WORK = 1 << 31  # pixels x scans of a JPEG: 10 seconds
 _STRIPE = 1 << 20  # pixels of a large image converted at once
+MAX_BYTES = 1 << 29  # of a file; as many pixels, uncompressed
 
 Image.init()
 _FORMATS = [name for name in Image.ID if name not in ("EPS", "WMF")]  # these start other programs, or need Windows
@@ -130,18 +133,18 @@ def examine(data: bytes) -> Examined:
 
 
 def examine_files(root: str, paths: list[str]) -> Iterator[tuple]:
-    """File by file: path, width, height, format, verdict's name, reason, bytes and time of change in ns (-1: none)."""
+    """File by file: path, width, height, format, verdict's name, reason; bytes, time of change in ns and crc32 (-1:
+    none)."""
     for path in paths:
-        size = mtime = -1
+        size = mtime = crc = -1
         found = Examined(UNREADABLE, "", "", 0, 0)
         try:
-            with open(os.path.join(root, path), "rb", buffering=0) as file:
-                status = os.fstat(file.fileno())
-                size, mtime = status.st_size, status.st_mtime_ns
-                found = examine(file.readall())
+            data, status = read_regular(os.path.join(root, path), MAX_BYTES)
+            size, mtime, crc = status.st_size, status.st_mtime_ns, zlib.crc32(data)
+            found = examine(data)
         except OSError as error:
             found = found._replace(reason=f"{CANNOT_READ}: {error.strerror}")
-        yield path, found.width, found.height, found.format, VERDICTS[found.verdict], found.reason, size, mtime
+        yield path, found.width, found.height, found.format, VERDICTS[found.verdict], found.reason, size, mtime, crc
 
 
 def decode(data: bytes, shorter_side: int | None = None) -> np.ndarray:
@@ -176,6 +179,12 @@ def clean(data: bytes) -> bytes:
         return plain
     Image.fromarray(pixels).save(file, "PNG", compress_level=1)  # 3 times as fast as the default, 1/10 larger
     return file.getvalue()
+
+
+def judged(data: bytes) -> tuple[Examined, bytes | None]:
+    """What examine() says, and what clean() gives, where that is anything else than ``data``."""
+    found = examine(data)
+    return found, None if found.verdict in (OK, UNREADABLE) else clean(data)
 
 
 def is_stored_upright(data: bytes) -> bool:
@@ -229,8 +238,11 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _scans(data: bytes) -> int:
-    """Of a JPEG, at least."""
-    *_, (_, _, _, first) = _segments(data)
+    """Of a JPEG's first image."""
+    try:
+        *_, (_, _, _, first) = _segments(data)
+    except Exception:  # Pillow forgives more
+        return data.count(b"\xff\xda")
     end = data.find(b"\xff\xd9", first)
     return 1 + data.count(b"\xff\xda", first, end if end >= 0 else len(data))
 
@@ -435,8 +447,8 @@ def _png(data: bytes) -> tuple[str, int]:
         if kind == b"IDAT":
             pixels.append(payload)
         at += 12 + length
-    width, height, depth, colour, *_, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
-    if kinds[0] != b"IHDR" or kinds[-1] != b"IEND" or kinds.count(b"PLTE") != (colour == 3):
+    width, height, depth, colour, *methods, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
+    if kinds[0] != b"IHDR" or kinds[-1] != b"IEND" or kinds.count(b"PLTE") != (colour == 3) or any(methods):
         return "chunks", 1
     if depth != 8 or interlaced:
         return "interlaced" if interlaced else f"{depth} bits per channel", 1

@@ -45,6 +45,7 @@ _TABLE = pa.schema(
         ("path", pa.string()),  # binary where a name is not UTF-8
         ("offset", pa.int64()),
         ("size", pa.int64()),
+        ("crc32", pa.int64()),
         ("shard", pa.int32()),
     ]
 )
@@ -191,7 +192,7 @@ def _write_table(out: str, split: str, names: list[str]) -> tuple[dict, list[lis
         skipped += record.pop("skipped")
         rows = record.pop("rows")
         entries.append({**record, "images": len(rows)})
-        columns = [*(zip(*rows, strict=True) if rows else [[]] * 5), [number] * len(rows)]
+        columns = [*(zip(*rows, strict=True) if rows else [[]] * 6), [number] * len(rows)]
         arrays = [
             pa.array(columns[i], f.type) if i != _PATH else Paths(columns[i]).column for i, f in enumerate(_TABLE)
         ]
