@@ -354,12 +354,13 @@ def _packed_file(job: ShardJob, number: int, path: str) -> tuple[int, bytes, str
     """-> size of the file, what goes into the shard, and why nothing does ("" if something does)."""
     if number in job.crashed:
         return 0, b"", job.crashed[number]
+    data = b""
     try:
-        data, _ = read_regular(os.path.join(job.root, path), decode.MAX_BYTES)
+        with processes.limited():
+            data, _ = read_regular(os.path.join(job.root, path), decode.MAX_BYTES)
+            return len(data), packed(data, job.size, job.quality), ""
     except OSError as error:
         return 0, b"", f"{CANNOT_READ}: {error.strerror}"
-    try:
-        return len(data), packed(data, job.size, job.quality), ""
     except DecodeError as error:
         return len(data), b"", str(error)
 
