@@ -25,7 +25,7 @@ import tyro
 from tqdm import tqdm
 
 from mopro_fast.data import workers as processes
-from mopro_fast.data.decode import CANNOT_READ, CONVERTED, OK, UNREADABLE, VERDICTS, examine_files
+from mopro_fast.data.decode import CANNOT_READ, CONVERTED, OK, UNREADABLE, VERDICTS, crash_reason, examine_files
 from mopro_fast.data.index import Checked, Index, load_index, synsets, val_layout
 from mopro_fast.data.paths import Paths, shown
 from mopro_fast.data.shards import is_pack, verify_pack
@@ -156,9 +156,9 @@ def _examine_all(index: Index, rows: np.ndarray, workers: int) -> Iterator[tuple
                 del finished[id(task)]
             elif isinstance(item, processes.Crashed):
                 left = task[1][finished.pop(id(task), 0) :]
-                reason = f"{CANNOT_READ}: it ends the process that tries ({item.why})"
                 for path in left[:1]:
-                    yield path, 0, 0, "", VERDICTS[UNREADABLE], reason, *_state(os.path.join(index.root, path)), -1
+                    state = _state(os.path.join(index.root, path))
+                    yield path, 0, 0, "", VERDICTS[UNREADABLE], crash_reason(item), *state, -1
                 if left[1:]:
                     tasks.append((index.root, left[1:]))
             else:

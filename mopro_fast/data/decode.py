@@ -21,6 +21,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageFile
 
+from mopro_fast.data.workers import Crashed, limited
 from mopro_fast.files import read_regular
 
 VERDICTS = ("ok", "converted", "tolerant", "unreadable")
@@ -139,12 +140,20 @@ def examine_files(root: str, paths: list[str]) -> Iterator[tuple]:
         size = mtime = crc = -1
         found = Examined(UNREADABLE, "", "", 0, 0)
         try:
-            data, status = read_regular(os.path.join(root, path), MAX_BYTES)
-            size, mtime, crc = status.st_size, status.st_mtime_ns, zlib.crc32(data)
-            found = examine(data)
+            with limited():
+                data, status = read_regular(os.path.join(root, path), MAX_BYTES)
+                size, mtime, crc = status.st_size, status.st_mtime_ns, zlib.crc32(data)
+                found = examine(data)
         except OSError as error:
             found = found._replace(reason=f"{CANNOT_READ}: {error.strerror}")
         yield path, found.width, found.height, found.format, VERDICTS[found.verdict], found.reason, size, mtime, crc
+
+
+def crash_reason(crash: Crashed) -> str:
+    """Why an image is left out whose reader has ended; one that only computed too long is not tried again."""
+    if crash.has_computed:
+        return f"broken: {crash.why}"
+    return f"{CANNOT_READ}: {crash.why if crash.has_waited else f'it ends the process that tries ({crash.why})'}"
 
 
 def decode(data: bytes, shorter_side: int | None = None) -> np.ndarray:

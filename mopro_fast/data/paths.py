@@ -64,7 +64,9 @@ class Paths:
             yield b"\n" * (first > 0) + b"\n".join(self.column[first : first + _PIECE].to_pylist())
 
 
-def read_columns(file: Any, *numbers: str, optional: str = "") -> tuple[Paths, dict[str, np.ndarray], dict[bytes, bytes]]:
+def read_columns(
+    file: Any, *numbers: str, optional: str = ""
+) -> tuple[Paths, dict[str, np.ndarray], dict[bytes, bytes]]:
     """Of a Parquet file (a path or an open one) the column "path", these others as int64, and its metadata.
 
     optional: one more, where it is there. Raises a ValueError where one is missing, of another type, or has no value

@@ -172,7 +172,9 @@ def open_shards(folder: str | os.PathLike, split: str = "train") -> ShardSet:
     if hashlib.sha256(content).hexdigest() != listed["table"]["sha256"]:
         raise UserError(f"{path} is not as it was made: {_AGAIN}")
     try:
-        paths, columns, _ = read_columns(io.BytesIO(content), "shard", "offset", "size", "label", "id", optional="crc32")
+        paths, columns, _ = read_columns(
+            io.BytesIO(content), "shard", "offset", "size", "label", "id", optional="crc32"
+        )
         bytes_of = np.array([shard["bytes"] for shard in listed["shards"]] or [0], np.int64)
         inside = _within(columns["shard"], len(bytes_of)) and _within(columns["offset"], 1 << 62)
         if not inside or not _within(columns["size"], bytes_of[columns["shard"]] - columns["offset"] + 1):
@@ -382,12 +384,13 @@ def _packed_file(job: ShardJob, number: int, path: str) -> tuple[int, bytes, str
     """-> size of the file, what goes into the shard, and why nothing does ("" if something does)."""
     if number in job.crashed:
         return 0, b"", job.crashed[number]
+    data = b""
     try:
-        data, _ = read_regular(os.path.join(job.root, path), decode.MAX_BYTES)
+        with processes.limited():
+            data, _ = read_regular(os.path.join(job.root, path), decode.MAX_BYTES)
+            return len(data), packed(data, job.size, job.quality), ""
     except OSError as error:
         return 0, b"", f"{CANNOT_READ}: {error.strerror}"
-    try:
-        return len(data), packed(data, job.size, job.quality), ""
     except DecodeError as error:
         return len(data), b"", str(error)
 
