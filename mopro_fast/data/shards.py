@@ -1,10 +1,10 @@
 """Packed images: what `mopro-fast pack` writes and how it is read.
 
 A pack is a folder with, per split, shards (WebDataset tars ``train-000000.tar`` with a DALI index ``.idx`` beside
-each; members ``<id>.jpg`` or another suffix, then ``<id>.cls``) and a table ``train.parquet`` of where each image is, with
-its crc32;
-``skipped.csv`` names the images that are left out; ``records/`` says of each shard what it was made of, so that only
-what is missing or has changed is packed again; ``manifest.json``, written last, lists it all with checksums.
+each; members ``<id>.jpg`` or another suffix, then ``<id>.cls``) and a table ``train.parquet`` of where each image is,
+with its crc32; ``skipped.csv`` names the images that are left out; ``records/`` says of each shard what it was made of,
+so that only what is missing or has changed is packed again; ``manifest.json``, written last, lists it all with
+checksums.
 """
 
 import contextlib

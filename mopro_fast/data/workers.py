@@ -138,6 +138,9 @@ class Apart:
             raise answer
         return answer[0]
 
+    def __del__(self) -> None:
+        self.close()
+
     def close(self) -> None:
         """End the processes; calls that wait for an answer raise Died, and so do later ones."""
         self._closed = True
