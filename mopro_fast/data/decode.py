@@ -32,6 +32,7 @@ MOST_PIXELS = 1 << 22  # of a decoded image: a batch of 256 takes 3.2 GB at most
 _AT_ONCE = 1 << 24  # pixels of an image beside which no other such is decoded: 0.7 GB for the largest
 _PLAIN_SCANS = 64  # of a JPEG that is OK; encoders write about 10
 _MOST_WORK = 1 << 31  # pixels x scans of a JPEG: 10 seconds
+_LONGEST_JPEG = 65_500  # pixels of a side that libjpeg writes
 _STRIPE = 1 << 20  # pixels of a large image converted at once
 MAX_BYTES = 1 << 29  # of a file; as many pixels, uncompressed
 
@@ -179,14 +180,22 @@ def clean(data: bytes) -> bytes:
     found = examine(data)
     if found.verdict == OK:
         return data
-    pixels, file = decode(data), io.BytesIO()
+    pixels = decode(data)
     if found.reason.startswith("large"):
-        Image.fromarray(pixels).save(file, "JPEG", quality=95, subsampling=0)
-        return file.getvalue()
+        return encode(Image.fromarray(pixels), quality=95, subsampling=0)
     plain = _with_plain_header(data)
     if plain is not None and examine(plain).verdict == OK and np.array_equal(decode(plain), pixels):
         return plain
-    Image.fromarray(pixels).save(file, "PNG", compress_level=1)  # 3 times as fast as the default, 1/10 larger
+    return encode(Image.fromarray(pixels))
+
+
+def encode(image: Image.Image, **jpeg: int) -> bytes:
+    """As a JPEG with these options; as a PNG without any, or where a side is too long for a JPEG."""
+    file = io.BytesIO()
+    if jpeg and max(image.size) <= _LONGEST_JPEG:
+        image.save(file, "JPEG", **jpeg)
+    else:
+        image.save(file, "PNG", compress_level=1)  # 3 times as fast as the default, 1/10 larger
     return file.getvalue()
 
 

@@ -384,15 +384,15 @@ def _packed_file(job: ShardJob, number: int, path: str) -> tuple[int, bytes, str
     """-> size of the file, what goes into the shard, and why nothing does ("" if something does)."""
     if number in job.crashed:
         return 0, b"", job.crashed[number]
-    data = b""
-    try:
-        with processes.limited():
+    with processes.limited():
+        try:
             data, _ = read_regular(os.path.join(job.root, path), decode.MAX_BYTES)
+        except OSError as error:
+            return 0, b"", f"{CANNOT_READ}: {error.strerror}"
+        try:
             return len(data), packed(data, job.size, job.quality), ""
-    except OSError as error:
-        return 0, b"", f"{CANNOT_READ}: {error.strerror}"
-    except DecodeError as error:
-        return len(data), b"", str(error)
+        except DecodeError as error:
+            return len(data), b"", str(error)
 
 
 def packed(data: bytes, size: int, quality: int) -> bytes:
@@ -413,6 +413,4 @@ def packed(data: bytes, size: int, quality: int) -> bytes:
     if shorter > size:
         longer = size * longer // shorter
         image = image.resize((size, longer) if found.width <= found.height else (longer, size), Image.BILINEAR)
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=quality)
-    return file.getvalue()
+    return decode.encode(image, quality=quality)
