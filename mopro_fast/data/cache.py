@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from mopro_fast import ops
+from mopro_fast.console import Progress
 from mopro_fast.data import decode
 from mopro_fast.data.augment import crop_boxes
 from mopro_fast.data.batches import Batch, EvalBatches, TrainBatches
@@ -196,7 +196,7 @@ def decoded(
         except OSError as error:
             return error.strerror or type(error).__name__
 
-    bar = tqdm(desc="decoding", total=len(rows), unit="img", disable=None if show else True, leave=False)
+    bar = Progress("decoding", len(rows), "images", active=show)
     with ThreadPoolExecutor(threads) as pool, bar:
         for first in range(0, len(rows), _CHUNK):
             for result in pool.map(work, rows[first : first + _CHUNK].tolist()):
