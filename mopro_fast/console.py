@@ -7,6 +7,7 @@ import io
 import os
 import re
 import select
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -147,7 +148,8 @@ class _Descriptor(io.FileIO):
                 select.select([], [self], [])
             return written
         except OSError as error:
-            if self.is_terminal or error.errno == errno.EPIPE:  # for good: also for child processes
+            closed_terminal = error.errno == errno.EIO and stat.S_ISCHR(os.fstat(self.fileno()).st_mode)
+            if closed_terminal or isinstance(error, ConnectionError):  # for good: also for child processes
                 with open(os.devnull, "wb") as nowhere:
                     os.dup2(nowhere.fileno(), self.fileno())
             else:

@@ -217,7 +217,7 @@ def svm_scores(
         for c in range(len(labels))
         if (*key, c) not in found
     ]
-    with Progress("SVMs", len(calls), "SVMs") as bar:
+    with Progress("SVMs", len(calls), "fitted") as bar:
         for key, score, converged in Parallel(jobs, return_as="generator_unordered")(calls):
             found[key] = (score, converged)
             if done is not None:
