@@ -148,6 +148,17 @@ def test_a_pipe_that_does_not_block_gets_everything(pythons):
         assert int(count.stdout.read()) == 300_001
 
 
+def test_lines_come_at_once_where_they_did(pythons):
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    pythons(writer, os.open(os.devnull, os.O_WRONLY))
+    sys.stdout.reconfigure(line_buffering=True)
+    with guarded():
+        tell("text")
+        assert os.read(reader, 9) == b"text\n"
+    os.close(reader)
+
+
 def on_terminal(pythons, work) -> str:
     """What ``work`` shows on a terminal."""
     master, terminal = pty.openpty()
