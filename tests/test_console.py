@@ -1,6 +1,7 @@
 """What a command shows never ends it, and moves no terminal's cursor but by its own bars and colours."""
 
 import ast
+import contextlib
 import io
 import os
 import pty
@@ -166,9 +167,14 @@ def on_terminal(pythons, work) -> str:
     pythons(terminal, os.dup(terminal))
     with guarded():
         work()
-    shown = os.read(master, 1 << 16).decode()
+    sys.__stdout__.close()
+    sys.__stderr__.close()
+    shown = b""
+    with contextlib.suppress(OSError):  # the end
+        while piece := os.read(master, 1 << 16):
+            shown += piece
     os.close(master)
-    return shown
+    return shown.decode()
 
 
 def test_what_is_shown_moves_no_cursor(pythons, capsys):
