@@ -1,5 +1,7 @@
 """Files that are whole or not there; files and folders of one process at a time; nothing of the user's is written over.
 
+What is read is a regular file: a pipe would be waited for, a device has no end.
+
 A lock is ``flock`` on a file: it goes with the process, however that ends. Some network file systems have none; there
 all goes on without.
 """
@@ -21,11 +23,70 @@ MARKER = ".mopro_fast"  # in a folder: whose it is, {"command": "train"}; its lo
 FEATURES = "features"  # an owner that is no command: several commands share such a folder
 _LEFT = re.compile(r"\.lock$|\..+\.tmp$")  # hidden files that earlier versions left where they were killed
 _OTHER = "name another folder"
+_PIECE = 1 << 22  # bytes read at a time of a file that is not as long as it said
+_KINDS = {"a folder": stat.S_ISDIR, "a pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}
 _TRIES = 9  # of opening a lock's file that another process removes meanwhile
 
 
 class Busy(UserError):
     """Another process has the file or the folder."""
+
+
+def read_regular(path: str | os.PathLike, most: int) -> tuple[bytes, os.stat_result]:
+    """-> the whole of a regular file, and its state as it was when it was opened.
+
+    Raises an OSError whose strerror says why not: also for another kind of file, which is not waited for, and for one
+    of more than ``most`` bytes, which are not read.
+    """
+    number = _open_regular(path, os.O_RDONLY)
+    try:
+        status = os.fstat(number)
+        _require_size(path, status.st_size, most)
+        data = os.read(number, status.st_size + 1)
+        if len(data) != status.st_size:  # it grows or shrinks, or came in pieces
+            parts, size = [data], len(data)
+            while size <= most and parts[-1]:
+                parts.append(os.read(number, min(_PIECE, most + 1 - size)))
+                size += len(parts[-1])
+            _require_size(path, size, most)
+            data = b"".join(parts)
+        return data, status
+    except MemoryError:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), os.fspath(path)) from None
+    finally:
+        os.close(number)
+
+
+def open_regular(path: str | os.PathLike) -> BinaryIO:
+    """A regular file to read. Raises an OSError as :func:`read_regular` does for another kind."""
+    return open(path, "rb", opener=_open_regular)
+
+
+def _open_regular(path: str | os.PathLike, flags: int) -> int:
+    try:
+        number = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket, or a device that is not there
+            _require_regular(path, os.stat(path).st_mode)
+        raise
+    try:
+        _require_regular(path, os.fstat(number).st_mode)
+        os.set_blocking(number, True)  # an archive's storage answers others at once, with an error
+    except BaseException:
+        os.close(number)
+        raise
+    return number
+
+
+def _require_regular(path: str | os.PathLike, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kind = next((name for name, is_one in _KINDS.items() if is_one(mode)), "a device")
+        raise OSError(errno.EINVAL, f"not a regular file but {kind}", os.fspath(path))
+
+
+def _require_size(path: str | os.PathLike, size: int, most: int) -> None:
+    if size > most:
+        raise OSError(errno.EFBIG, f"{size} bytes, at most {most} are read", os.fspath(path))
 
 
 @contextlib.contextmanager

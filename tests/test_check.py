@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from PIL import Image
 
 from mopro_fast import cli, files
 from mopro_fast.data import check as module
-from mopro_fast.data import decode, workers
+from mopro_fast.data import decode
 from mopro_fast.data.check import FILE, check, default_path, load_splits, summary
 from mopro_fast.data.decode import OK, TOLERANT, UNREADABLE, VERDICTS
 from mopro_fast.errors import UserError
@@ -253,32 +252,6 @@ def test_a_file_that_kills_its_reader_is_named(tmp_path, monkeypatch):
     checked = check(load(tmp_path), workers=2, progress=False)
     assert [v == UNREADABLE for v in checked.verdict] == ["deadly" in name for name in names]
     assert checked.reason[1] == "cannot be read: it ends the process that tries (signal 11)"
-
-
-def raising(number):
-    yield number
-    if number == 3:
-        raise UserError("three is too many")
-    if number == 4:
-        raise ValueError("a mistake in the program")
-
-
-def test_a_worker_that_ends_while_it_waits_is_reported():
-    worker = workers._Worker(raising)
-    worker._process.kill()
-    worker._process.wait()
-    worker.start((1,))
-    assert worker.receive() == workers.Crashed("signal 9")
-
-
-@pytest.mark.medium
-def test_errors_of_workers_are_passed_on():
-    items = [(task[0], item) for task, item in workers.run(raising, deque([(1,), (2,)]), 2)]
-    assert sorted(items, key=str) == sorted([(1, 1), (1, workers.Done()), (2, 2), (2, workers.Done())], key=str)
-    for number, kind, text in ((3, UserError, "three is too many"), (4, RuntimeError, "a mistake in the program")):
-        with pytest.raises(kind, match=text):
-            list(workers.run(raising, deque([(number,)]), 1))
-    assert list(workers.run(raising, deque(), 2)) == []
 
 
 def test_a_place_that_cannot_be_written(odd, tmp_path, monkeypatch, capsys):

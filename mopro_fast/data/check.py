@@ -25,7 +25,7 @@ import tyro
 
 from mopro_fast.console import Progress, escaped, tell
 from mopro_fast.data import workers as processes
-from mopro_fast.data.decode import CANNOT_READ, CONVERTED, OK, UNREADABLE, VERDICTS, examine_files
+from mopro_fast.data.decode import CANNOT_READ, CONVERTED, OK, UNREADABLE, VERDICTS, crash_reason, examine_files
 from mopro_fast.data.index import Checked, Index, load_index, synsets, val_layout
 from mopro_fast.data.paths import Paths, shown
 from mopro_fast.data.shards import is_pack, verify_pack
@@ -36,7 +36,7 @@ from mopro_fast.files import Busy, locked, replacing
 FILE = ".mopro_fast_index.parquet"
 EXAMPLES = 3  # named per kind of fault
 _MARK = b"mopro_fast.check"
-_VERSION = b"1"  # of the verdicts' meaning: raise it, and everything is read again
+_VERSION = b"2"  # of the verdicts' meaning: raise it, and everything is read again
 _CHUNK = 64  # files a worker is given at a time
 _POLL = 0.2  # seconds between two looks for another process's check
 _STAT_THREADS = 16  # a network file system answers each stat in a millisecond
@@ -51,6 +51,7 @@ _SCHEMA = pa.schema(
         ("reason", pa.string()),
         ("bytes", pa.int64()),
         ("mtime_ns", pa.int64()),
+        ("crc32", pa.int64()),
     ],
     metadata={_MARK: _VERSION},
 )
@@ -81,7 +82,7 @@ def check(
             if np.array_equal(found["label"].to_numpy(), index.labels):
                 return _checked(found, place, 0)
     with _open_partial(path, required, foreign) as partial:
-        old = _read(partial.path)
+        old = _read(partial.path, tell=True)
         if named and len(old) and not (_rows_of(old, index.paths) >= 0).any():
             raise UserError(f"{path} is the index of other images: remove it, or name another --index")
         known = pa.concat_tables([partial.read(), old.select(_FOUND.names)])
@@ -135,7 +136,7 @@ def _holds(known: pa.Table, rows: np.ndarray, files: tuple[np.ndarray, np.ndarra
 
 def _checked(table: pa.Table, path: str, read: int) -> Checked:
     verdict = pc.index_in(table["verdict"], value_set=pa.array(VERDICTS)).to_numpy().astype(np.uint8)
-    numbers = [table[name].to_numpy() for name in ("bytes", "mtime_ns", "width", "height")]
+    numbers = [table[name].to_numpy() for name in ("bytes", "mtime_ns", "crc32", "width", "height")]
     return Checked(verdict, *numbers, table["reason"].to_pylist(), path, read)
 
 
@@ -155,9 +156,9 @@ def _examine_all(index: Index, rows: np.ndarray, workers: int) -> Iterator[tuple
                 del finished[id(task)]
             elif isinstance(item, processes.Crashed):
                 left = task[1][finished.pop(id(task), 0) :]
-                reason = f"{CANNOT_READ}: it ends the process that tries ({item.why})"
                 for path in left[:1]:
-                    yield path, 0, 0, "", VERDICTS[UNREADABLE], reason, *_state(os.path.join(index.root, path))
+                    state = _state(os.path.join(index.root, path))
+                    yield path, 0, 0, "", VERDICTS[UNREADABLE], crash_reason(item), *state, -1
                 if left[1:]:
                     tasks.append((index.root, left[1:]))
             else:
@@ -290,14 +291,17 @@ def _in_cache(path: str) -> str | None:
     )
 
 
-def _read(path: str) -> pa.Table:
-    """An earlier result; empty if there is none that can be used."""
+def _read(path: str, tell: bool = False) -> pa.Table:
+    """An earlier result; empty if there is none that can be used. tell: say where that is for its version."""
     try:
         table = pq.read_table(path, memory_map=False)
         known = pc.all(pc.is_in(table["verdict"], value_set=pa.array(VERDICTS))).as_py()
         whole = not any(column.null_count for column in table.columns)
-        if (table.schema.metadata or {}).get(_MARK) == _VERSION and whole and known is not False:
+        version = (table.schema.metadata or {}).get(_MARK)
+        if version == _VERSION and whole and known is not False:
             return table.cast(_HELD)
+        if tell and version not in (None, _VERSION):
+            say(f"{path} is of another version of mopro_fast: every image is read again")
     except (OSError, pa.ArrowException, KeyError, ValueError):
         pass
     return _HELD.empty_table()

@@ -17,11 +17,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mopro_fast.data.class_folders import class_numbers, is_number, read_classes, subfolders
+from mopro_fast.data.decode import MAX_BYTES
 from mopro_fast.data.lists import Rows, read_list, text_lines
 from mopro_fast.data.paths import Paths, plain, shown
 from mopro_fast.data.shards import MANIFEST, STATE, ShardSet, is_pack, open_shards, read_manifest
 from mopro_fast.distributed import say
 from mopro_fast.errors import UserError
+from mopro_fast.files import read_regular
 from mopro_fast.labels import NO_LABEL
 
 Split = Literal["train", "val"]
@@ -46,6 +48,8 @@ class Checked:
     """int64 [n], bytes; -1: no such file."""
     mtime_ns: np.ndarray
     """int64 [n]; -1: no such file."""
+    crc32: np.ndarray
+    """int64 [n], of the bytes; -1: none were read."""
     width: np.ndarray
     """int32 [n], of the upright image; 0 if unreadable."""
     height: np.ndarray
@@ -143,16 +147,9 @@ class Index:
 
     def read(self, i: int) -> bytes:
         """The whole encoded file. Raises OSError."""
-        return self.read_with_state(i)[0]
-
-    def read_with_state(self, i: int) -> tuple[bytes, int, int]:
-        """-> what :meth:`read` gives, its size, and the file's time of change in ns (0 in shards)."""
         if self.shards is not None:
-            data = self.shards.read(self.in_shards[i])
-            return data, len(data), 0
-        with open(self.full_path(i), "rb", buffering=0) as file:
-            data = file.readall()
-            return data, len(data), os.fstat(file.fileno()).st_mtime_ns
+            return self.shards.read(self.in_shards[i])
+        return read_regular(self.full_path(i), MAX_BYTES)[0]
 
 
 def load_index(

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import signal
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from mopro_fast.console import Progress, tell
 from mopro_fast.data import shards
 from mopro_fast.data import workers as processes
 from mopro_fast.data.check import load_splits, worker_count
-from mopro_fast.data.decode import CANNOT_READ
+from mopro_fast.data.decode import crash_reason
 from mopro_fast.data.index import Index
 from mopro_fast.data.paths import Paths
 from mopro_fast.data.shards import MANIFEST, STATE, ShardJob, is_pack, read_manifest, write_shard
@@ -45,6 +46,7 @@ _TABLE = pa.schema(
         ("path", pa.string()),  # binary where a name is not UTF-8
         ("offset", pa.int64()),
         ("size", pa.int64()),
+        ("crc32", pa.int64()),
         ("shard", pa.int32()),
     ]
 )
@@ -165,13 +167,12 @@ def _write_shards(jobs: list[ShardJob], workers: int) -> int:
         for (job,), item in items:
             if isinstance(item, processes.Crashed):
                 number = int(job.ids[finished[job.name]]) if finished[job.name] < len(job.ids) else -1
-                if item.why == "signal 9" or number < 0:
+                if -item.status == signal.SIGKILL or number < 0:
                     raise UserError(
                         f"the process that packed {job.name} was ended ({item.why}), perhaps for lack of memory: lower "
                         "--workers; the same command goes on"
                     )
-                reason = f"{CANNOT_READ}: it ends the process that tries ({item.why})"
-                tasks.append((job._replace(crashed={**job.crashed, number: reason}),))
+                tasks.append((job._replace(crashed={**job.crashed, number: crash_reason(item)}),))
                 bar.update(-finished.pop(job.name, 0))
             elif not isinstance(item, processes.Done):
                 images, read, written = item
@@ -191,7 +192,7 @@ def _write_table(out: str, split: str, names: list[str]) -> tuple[dict, list[lis
         skipped += record.pop("skipped")
         rows = record.pop("rows")
         entries.append({**record, "images": len(rows)})
-        columns = [*(zip(*rows, strict=True) if rows else [[]] * 5), [number] * len(rows)]
+        columns = [*(zip(*rows, strict=True) if rows else [[]] * 6), [number] * len(rows)]
         arrays = [
             pa.array(columns[i], f.type) if i != _PATH else Paths(columns[i]).column for i, f in enumerate(_TABLE)
         ]

@@ -1,9 +1,10 @@
 """Packed images: what `mopro-fast pack` writes and how it is read.
 
 A pack is a folder with, per split, shards (WebDataset tars ``train-000000.tar`` with a DALI index ``.idx`` beside
-each; members ``<id>.jpg`` or another suffix, then ``<id>.cls``) and a table ``train.parquet`` of where each image is;
-``skipped.csv`` names the images that are left out; ``records/`` says of each shard what it was made of, so that only
-what is missing or has changed is packed again; ``manifest.json``, written last, lists it all with checksums.
+each; members ``<id>.jpg`` or another suffix, then ``<id>.cls``) and a table ``train.parquet`` of where each image is,
+with its crc32; ``skipped.csv`` names the images that are left out; ``records/`` says of each shard what it was made of,
+so that only what is missing or has changed is packed again; ``manifest.json``, written last, lists it all with
+checksums.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ from mopro_fast.data import workers as processes
 from mopro_fast.data.decode import CANNOT_READ, OK, UNREADABLE, DecodeError
 from mopro_fast.data.paths import Paths, read_columns
 from mopro_fast.errors import UserError, first_line
-from mopro_fast.files import misfit, replacing
+from mopro_fast.files import misfit, read_regular, replacing
 from mopro_fast.labels import NO_LABEL
 
 MANIFEST = "manifest.json"
@@ -82,6 +83,8 @@ class ShardSet:
     """The classes' names, where the data had them."""
     digest: str
     """sha256 of the table of these columns: equal for equal packs."""
+    crc32: np.ndarray | None = None
+    """int64 [n] of its bytes; None of packs made before they had it."""
     _files: dict[int, int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -170,7 +173,9 @@ def open_shards(folder: str | os.PathLike, split: str = "train") -> ShardSet:
     if hashlib.sha256(content).hexdigest() != listed["table"]["sha256"]:
         raise UserError(f"{path} is not as it was made: {_AGAIN}")
     try:
-        paths, columns, _ = read_columns(io.BytesIO(content), "shard", "offset", "size", "label", "id")
+        paths, columns, _ = read_columns(
+            io.BytesIO(content), "shard", "offset", "size", "label", "id", optional="crc32"
+        )
         bytes_of = np.array([shard["bytes"] for shard in listed["shards"]] or [0], np.int64)
         inside = _within(columns["shard"], len(bytes_of)) and _within(columns["offset"], 1 << 62)
         if not inside or not _within(columns["size"], bytes_of[columns["shard"]] - columns["offset"] + 1):
@@ -260,6 +265,7 @@ def write_shard(job: ShardJob) -> Iterator[tuple[int, int | None, int | None]]:
     """
     source = _source(job)
     if _is_finished(job, source):
+        _add_checksums(job)
         yield len(job.ids), None, None
         return
     with contextlib.suppress(FileNotFoundError):
@@ -280,7 +286,7 @@ def write_shard(job: ShardJob) -> Iterator[tuple[int, int | None, int | None]]:
                 else:
                     members = [(decode.suffix(encoded)[1:], encoded), ("cls", str(label).encode())]
                     at = [(kind, _add(tar, f"{number:09d}.{kind}", content), len(content)) for kind, content in members]
-                    record["rows"].append([number, label, path, *at[0][1:]])
+                    record["rows"].append([number, label, path, *at[0][1:], zlib.crc32(encoded)])
                     index.append(" ".join(f"{kind} {start} {n} {number:09d}.{kind}" for kind, start, n in at) + "\n")
                 yield 1, before, len(encoded)
         text = f"v1.2 {len(index)}\n{''.join(index)}".encode()
@@ -288,12 +294,20 @@ def write_shard(job: ShardJob) -> Iterator[tuple[int, int | None, int | None]]:
             file.write(text)
         record |= {"bytes": hashing.size, "sha256": hashing.digest.hexdigest()}
         record["index"] = {"name": f"{job.name}.idx", "sha256": hashlib.sha256(text).hexdigest()}
-        with replacing(_record_path(job.out, job.name), own) as file:
-            file.write(gzip.compress(json.dumps(record).encode(), mtime=0))
+        _write_record(job, record)
     except OSError as error:
-        raise UserError(
-            f"cannot write {job.name} in {job.out}: {error.strerror}: put that right, and the same command goes on"
-        ) from None
+        raise _cannot_write(job, error) from None
+
+
+def _write_record(job: ShardJob, record: dict[str, Any]) -> None:
+    with replacing(_record_path(job.out, job.name), f".{os.getpid()}") as file:
+        file.write(gzip.compress(json.dumps(record).encode(), mtime=0))
+
+
+def _cannot_write(job: ShardJob, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write {job.name} in {job.out}: {error.strerror}: put that right, and the same command goes on"
+    )
 
 
 class _Hashing:
@@ -321,8 +335,8 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> int:
 
 
 def read_record(out: str, name: str) -> dict[str, Any]:
-    """What write_shard left: the shard's entry in the manifest, with "rows" (id, label, path, offset, size) and
-    "skipped" (id, label, path, reason)."""
+    """What write_shard left: the shard's entry in the manifest, with "rows" (id, label, path, offset, size, crc32)
+    and "skipped" (id, label, path, reason)."""
     return json.loads(gzip.decompress(Path(_record_path(out, name)).read_bytes()))
 
 
@@ -352,23 +366,40 @@ def _is_finished(job: ShardJob, source: str) -> bool:
         lines = Path(job.out, record["index"]["name"]).read_text().splitlines()[1:]
         places = [list(map(int, line.split()[1:3])) for line in lines]
         named = record["rows"] + record["skipped"]
-        return places == [row[3:] for row in record["rows"]] and sorted(row[:3] for row in named) == sorted(
+        return places == [row[3:5] for row in record["rows"]] and sorted(row[:3] for row in named) == sorted(
             map(list, job.rows())
         )
     except (OSError, EOFError, ValueError, TypeError, RecursionError, zlib.error):
         return False
 
 
+def _add_checksums(job: ShardJob) -> None:
+    """To the record of a whole shard, if an earlier version made it."""
+    record = read_record(job.out, job.name)
+    if all(len(row) > 5 for row in record["rows"]):
+        return
+    try:
+        with open(os.path.join(job.out, record["name"]), "rb") as tar:
+            for row in record["rows"]:
+                tar.seek(row[3])
+                row[5:] = [zlib.crc32(tar.read(row[4]))]
+        Path(job.out, MANIFEST).unlink(missing_ok=True)  # it vouches for the table, which is about to change
+        _write_record(job, record)
+    except OSError as error:
+        raise _cannot_write(job, error) from None
+
+
 def _packed_file(job: ShardJob, number: int, path: str) -> tuple[int, bytes, str]:
     """-> size of the file, what goes into the shard, and why nothing does ("" if something does)."""
     if number in job.crashed:
         return 0, b"", job.crashed[number]
+    data = b""
     try:
-        data = Path(job.root, path).read_bytes()
+        with processes.limited():
+            data, _ = read_regular(os.path.join(job.root, path), decode.MAX_BYTES)
+            return len(data), packed(data, job.size, job.quality), ""
     except OSError as error:
         return 0, b"", f"{CANNOT_READ}: {error.strerror}"
-    try:
-        return len(data), packed(data, job.size, job.quality), ""
     except DecodeError as error:
         return len(data), b"", str(error)
 
