@@ -16,6 +16,7 @@ import tyro
 from PIL import Image
 
 from mopro_fast.config import TrainConfig, recipe
+from mopro_fast.console import tell
 from mopro_fast.errors import UserError
 from mopro_fast.files import own_folder, write_json
 
@@ -46,10 +47,10 @@ def demo(out: Path, seed: int) -> int:
     results = run(out, seed)
     if "stopped" in results:
         return 128 + results["stopped"]
-    print(table(results))
+    tell(table(results))
     draw(out, out / "demo.png")
-    print(f"\nfigure: {out / 'demo.png'}    numbers: {out / 'results.json'}    TensorBoard: tensorboard --logdir {out}")
-    print(f"what MoPro did, image by image: mopro-fast report {out / 'mopro'}")
+    tell(f"\nfigure: {out / 'demo.png'}    numbers: {out / 'results.json'}    TensorBoard: tensorboard --logdir {out}")
+    tell(f"what MoPro did, image by image: mopro-fast report {out / 'mopro'}")
     return 0
 
 
@@ -68,7 +69,7 @@ def run(out: Path, seed: int) -> dict:
 
     write_images(out / "images", seed)
     for method in ("ce", "mopro"):
-        print(f"\n== {'plain cross-entropy' if method == 'ce' else 'MoPro'} ==")
+        tell(f"\n== {'plain cross-entropy' if method == 'ce' else 'MoPro'} ==")
         if received := Trainer(task_of(config(method, out, seed))).run():
             return {"stopped": received}
     results = {"seed": seed} | {f"{m}_top1": curve(out / m, "val", "top1")[-1] for m in ("ce", "mopro")}

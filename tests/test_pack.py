@@ -247,6 +247,15 @@ def test_changed_shards_are_found_and_repaired(data, packed, tmp_path, run):  # 
         open_shards(out)
 
 
+def test_a_file_whose_reading_ends_the_process_is_not_as_it_was_made(packed, monkeypatch):
+    def ended(_function, tasks, _workers):
+        yield tasks[0], shards.processes.Crashed("signal 11")
+        yield tasks[1], shards.processes.Done()
+
+    monkeypatch.setattr(shards.processes, "run", ended)
+    assert shards.verify_pack(str(packed), 1) == [f"{packed}/train-000000.tar: signal 11"]
+
+
 def test_a_changed_image_changes_its_shard_alone(tmp_path, run):  # noqa: F811
     folder = tmp_path / "data/class"
     folder.mkdir(parents=True)

@@ -14,9 +14,9 @@ from contextlib import closing
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from mopro_fast import ops
+from mopro_fast.console import Progress
 from mopro_fast.data import decode
 from mopro_fast.data.augment import crop_boxes
 from mopro_fast.data.batches import Batch, EvalBatches, TrainBatches
@@ -198,7 +198,7 @@ def decoded(
         except (Broken, DecodeError) as error:
             return str(error)
 
-    bar = tqdm(desc="decoding", total=len(rows), unit="img", disable=None if show else True, leave=False)
+    bar = Progress("decoding", len(rows), "images", active=show)
     with closing(images), ThreadPoolExecutor(threads) as pool, bar:
         for first in range(0, len(rows), _CHUNK):
             for result in pool.map(work, rows[first : first + _CHUNK].tolist()):

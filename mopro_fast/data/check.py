@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import tyro
-from tqdm import tqdm
 
+from mopro_fast.console import Progress, escaped, tell
 from mopro_fast.data import workers as processes
 from mopro_fast.data.decode import CANNOT_READ, CONVERTED, OK, UNREADABLE, VERDICTS, crash_reason, examine_files
 from mopro_fast.data.index import Checked, Index, load_index, synsets, val_layout
@@ -89,7 +89,7 @@ def check(
         # 2. Read what is not known or has changed.
         todo = np.flatnonzero(~_holds(known, _rows_of(known, index.paths), files))
         new = []
-        with tqdm(total=len(todo), desc="check", unit=" images", disable=not progress or not len(todo)) as bar:
+        with Progress("check", len(todo), "images", active=progress) as bar:
             for result in _examine_all(index, todo, workers):
                 partial.add(result)
                 new.append(result)
@@ -349,7 +349,8 @@ def main(argv: list[str]) -> int:
     if is_pack(options.data):
         wrong = verify_pack(options.data, workers)
         again = f"{len(wrong)} files of this pack are not as they were made: run the same `mopro-fast pack` again"
-        print(*wrong, again if wrong else f"{options.data}: every file is as it was made", sep="\n")
+        for line in (*wrong, again if wrong else f"{options.data}: every file is as it was made"):
+            tell(escaped(line))
         return 1 if wrong else 0
     readable, splits = 0, load_splits(options.data, options.layout, options.root)
     paths = {split: options.index and options.index + ("" if split == "train" else f".{split}") for split in splits}
@@ -360,7 +361,7 @@ def main(argv: list[str]) -> int:
         path = paths[split]
         checked = check(index, workers=workers, progress=True, path=path, forget=True)
         readable += (checked.verdict != UNREADABLE).sum()
-        print(f"{split}: {summary(index, checked)}")
+        tell(f"{split}: {summary(index, checked)}")
     return 0 if readable else 1
 
 

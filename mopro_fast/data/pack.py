@@ -23,8 +23,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
-from tqdm import tqdm
 
+from mopro_fast.console import Progress, tell
 from mopro_fast.data import shards
 from mopro_fast.data import workers as processes
 from mopro_fast.data.check import load_splits, worker_count
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> int:
     for given in (options.data, options.val):
         if given and is_pack(given):
             raise UserError(f"{given} is a pack already: give the data it was made of")
-    print(pack(load_splits(options.data, options.layout, options.root, options.val), options, workers))
+    tell(pack(load_splits(options.data, options.layout, options.root, options.val), options, workers))
     return 0
 
 
@@ -163,7 +163,7 @@ def _write_shards(jobs: list[ShardJob], workers: int) -> int:
     before = after = new = 0
     total = sum(len(job.ids) for job in jobs)
     running = closing(processes.run(write_shard, tasks, workers))
-    with running as items, tqdm(total=total, desc="pack", unit=" images") as bar:
+    with running as items, Progress("pack", total, "images") as bar:
         for (job,), item in items:
             if isinstance(item, processes.Crashed):
                 number = int(job.ids[finished[job.name]]) if finished[job.name] < len(job.ids) else -1
@@ -179,7 +179,7 @@ def _write_shards(jobs: list[ShardJob], workers: int) -> int:
                 finished[job.name] += images
                 if read is not None:
                     before, after, new = before + read, after + written, new + images
-                bar.set_postfix_str(f"{_gb(before)} -> {_gb(after)}", refresh=False)
+                bar.note(f"{_gb(before)} -> {_gb(after)}")
                 bar.update(images)
     return new
 

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mopro_fast.console import escaped
 from mopro_fast.errors import first_line
 
 _TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
@@ -93,8 +94,7 @@ def read_columns(
 
 def shown(name: str) -> str:
     """A name for messages: what is no text, or would move a terminal's cursor, is written as an escape."""
-    text = os.fsencode(name).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return escaped(os.fsencode(name).decode("utf-8", "surrogateescape"))
 
 
 def plain(names: Iterable[str], root: str) -> Paths:

@@ -25,6 +25,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
+from mopro_fast.console import Progress
 from mopro_fast.data import decode
 from mopro_fast.data import workers as processes
 from mopro_fast.data.decode import CANNOT_READ, OK, UNREADABLE, DecodeError
@@ -206,7 +207,15 @@ def verify_pack(folder: str, workers: int) -> list[str]:
     listed = [entry for split in splits for shard in split["shards"] for entry in (shard, shard["index"])]
     listed += [split["table"] for split in splits]
     tasks: deque[tuple] = deque((folder, entry["name"], entry["sha256"]) for entry in listed)
-    return sorted(item for _, item in processes.run(_verify, tasks, workers) if isinstance(item, str))
+    wrong, running = [], contextlib.closing(processes.run(_verify, tasks, workers))
+    with running as items, Progress("verify", len(tasks), "files") as bar:
+        for (_, name, _), item in items:
+            if isinstance(item, processes.Done):
+                bar.update()
+            else:
+                ended = isinstance(item, processes.Crashed)
+                wrong.append(f"{os.path.join(folder, name)}: {item.why}" if ended else item)
+    return sorted(wrong)
 
 
 def _verify(folder: str, name: str, expected: str) -> Iterator[str]:

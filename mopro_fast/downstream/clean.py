@@ -6,7 +6,6 @@ for every image: the same bytes whatever the number of ranks and interruptions.
 
 import contextlib
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +20,7 @@ from torch import Tensor
 from mopro_fast import distributed
 from mopro_fast.checkpoints.formats import Weights, digest
 from mopro_fast.config import MoProConfig
+from mopro_fast.console import say, tell
 from mopro_fast.data import inputs
 from mopro_fast.data.index import Index, Layout, load_index
 from mopro_fast.downstream import image_map
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
         raise UserError("mopro-fast clean CKPT needs --data and --out")
     totals = clean(o)
     if distributed.world()[0] == 0:
-        print(summary(totals, Path(o.out)))
+        tell(summary(totals, Path(o.out)))
     distributed.leave()
     return 0
 
@@ -181,7 +181,7 @@ def _finished(out: Path, settings: dict[str, Any]) -> dict[str, int] | None:
         if changed and ((out / TABLE).exists() or image_map.begun(out / _NUMBERS)):
             raise UserError(f"{out} holds another cleaning, with other {changed[0]}: choose another --out")
         if "totals" in found and (out / TABLE).is_file():
-            print(f"{out} is finished", file=sys.stderr)
+            say(f"{out} is finished")
             return found["totals"]
     return None
 

@@ -3,7 +3,6 @@
 import json
 import logging
 import pickle
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from mopro_fast.checkpoints.formats import Weights, about, detectron2, official, safetensors, strings, torchvision
 from mopro_fast.checkpoints.weights import build_encoder, load_weights
+from mopro_fast.console import say, tell
 from mopro_fast.errors import UserError
 from mopro_fast.files import output, replacing
 from mopro_fast.models.calibration import CALIBRATION
@@ -46,9 +46,9 @@ def main(argv: list[str]) -> int:
         export(weights, out, o.format, o.classifier)
     m = weights.model
     classes = "no classifier" if weights.num_classes is None else f"{weights.num_classes} classes"
-    print(f"{o.out}: {o.format}, {m.arch} of width {m.width:g}, {classes}")
+    tell(f"{o.out}: {o.format}, {m.arch} of width {m.width:g}, {classes}")
     for note in notes(weights, o.format):
-        print(f"note: {note}", file=sys.stderr)
+        say(f"note: {note}")
     return 0
 
 

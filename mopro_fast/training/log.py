@@ -7,13 +7,11 @@ writes the same bytes as an uninterrupted one; seconds and images/s go to timing
 import csv
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from mopro_fast import console
 from mopro_fast.config import OptimConfig
 from mopro_fast.data.index import Index
 from mopro_fast.data.reader import Lost
@@ -91,7 +89,7 @@ class RunLog:
     def say(self, text: str) -> None:
         """A line for the person watching, beside the progress bar."""
         if self.active:
-            tqdm.write(text, file=sys.stderr)
+            console.say(text)
 
     def close(self) -> None:
         if self.active:
@@ -113,15 +111,9 @@ class Progress:
     def __init__(self, log: RunLog, epoch: int, step: int, config: OptimConfig, steps: int) -> None:
         """step: the first of the epoch that is taken now, of ``steps``."""
         self._log, self._config, self._epoch, self._steps = log, config, epoch, steps
-        self._bar = tqdm(
-            total=steps * config.batch_size,
-            initial=step * config.batch_size,
-            desc=f"epoch {epoch + 1}/{config.epochs}",
-            unit="img",
-            disable=None if log.active else True,  # None: only on a terminal
-            leave=False,
-            file=sys.stderr,
-        )
+        name, total = f"epoch {epoch + 1}/{config.epochs}", steps * config.batch_size
+        done = step * config.batch_size
+        self._bar = console.Progress(name, total, "images", done=done, active=log.active, lines=False)
         self.waited = 0.0
         """Seconds of waiting for images since the last entry."""
         self._began, self._since = time.perf_counter(), step
@@ -139,11 +131,11 @@ class Progress:
         seconds = now - self._began
         speed = (step - self._since) * c.batch_size / seconds
         self._log.speed(self._epoch, step, global_step, speed, self.waited / seconds)
-        left = _duration((c.epochs * self._steps - global_step) * c.batch_size / speed)
+        left = console.duration((c.epochs * self._steps - global_step) * c.batch_size / speed)
         shown = {name: f"{values[name]:.3f}" for name in ("loss", "acc_cls", "kept") if name in values}
-        self._bar.set_postfix({**shown, "run left": left})
-        if self._bar.disable:
-            text = " ".join(f"{name} {value}" for name, value in shown.items())
+        text = " ".join(f"{name} {value}" for name, value in shown.items())
+        self._bar.note(f"{text}, run left {left}")
+        if not self._bar.is_bar:
             where = f"epoch {self._epoch + 1}/{c.epochs} step {step}/{self._steps}"
             self._log.say(f"{where} | {text} | {speed:.0f} img/s | {left} left")
         self._began, self.waited, self._since = now, 0.0, step
@@ -171,9 +163,3 @@ class Replaced:
                 f"{self._index.name(row)} ({reason}): repair the storage and run the same command again, "
                 f"or raise --max-broken {self._most:g}"
             )
-
-
-def _duration(seconds: float) -> str:
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}h{m:02d}m" if hours else f"{m}m{s:02d}s"
