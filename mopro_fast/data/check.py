@@ -31,7 +31,7 @@ from mopro_fast.data.paths import Paths, shown
 from mopro_fast.data.shards import is_pack, verify_pack
 from mopro_fast.distributed import say
 from mopro_fast.errors import UserError
-from mopro_fast.files import Busy, locked, replacing
+from mopro_fast.files import Busy, locked, open_regular, replacing, require_regular
 
 FILE = ".mopro_fast_index.parquet"
 EXAMPLES = 3  # named per kind of fault
@@ -115,7 +115,7 @@ def _is_foreign(path: str, named: bool) -> str | None:
         ours = not named
     if not ours:
         return f"{path} is no index of `mopro-fast check`"
-    with contextlib.suppress(OSError), open(partial, "rb") as file:
+    with contextlib.suppress(OSError), open_regular(partial) as file:
         begun = file.read(1 << 12).lstrip(b"\0\n")  # a power failure may have left zeros
         if begun and not begun.startswith(b'["'):
             return f"{partial} is no unfinished check"
@@ -300,6 +300,7 @@ def _in_cache(path: str) -> str | None:
 def _read(path: str) -> pa.Table:
     """An earlier result; empty if there is none that can be used."""
     try:
+        require_regular(path)
         table = pq.read_table(path, memory_map=False)
         known = pc.all(pc.is_in(table["verdict"], value_set=pa.array(VERDICTS))).as_py()
         whole = not any(column.null_count for column in table.columns)

@@ -86,7 +86,10 @@ def run(function: Callable[..., Iterator], tasks: deque[tuple], workers: int) ->
                 task = tasks.popleft()
                 worker.start(task)
                 busy[worker.connection] = worker, task
-            for connection in wait(list(busy)):
+            ready = wait(list(busy), WAITING)
+            if not ready:  # a worker in the kernel, which no signal ends; or a slow disk
+                _say(f"no answer for {WAITING} s from any of the files that are read: is the storage still there?")
+            for connection in ready:
                 worker, task = busy[connection]
                 item = worker.receive()
                 if isinstance(item, _Ready):
@@ -235,6 +238,12 @@ class _Worker:
         if self._life >= 0:
             os.close(self._life)
             self._life = -1
+
+
+def _say(text: str) -> None:
+    from mopro_fast.distributed import say  # not in the workers: it imports torch
+
+    say(text)
 
 
 def _end(workers: list[_Worker]) -> None:
