@@ -31,7 +31,7 @@ from mopro_fast.data.paths import Paths, shown
 from mopro_fast.data.shards import is_pack, verify_pack
 from mopro_fast.distributed import say
 from mopro_fast.errors import UserError
-from mopro_fast.files import Busy, locked, open_regular, replacing, require_regular
+from mopro_fast.files import Busy, locked, open_regular, replacing
 
 FILE = ".mopro_fast_index.parquet"
 EXAMPLES = 3  # named per kind of fault
@@ -300,7 +300,6 @@ def _in_cache(path: str) -> str | None:
 def _read(path: str) -> pa.Table:
     """An earlier result; empty if there is none that can be used."""
     try:
-        require_regular(path)
         table = pq.read_table(path, memory_map=False)
         known = pc.all(pc.is_in(table["verdict"], value_set=pa.array(VERDICTS))).as_py()
         whole = not any(column.null_count for column in table.columns)

@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mopro_fast.errors import first_line
-from mopro_fast.files import require_regular
 
 _TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
 _PIECE = 1 << 20  # names joined at a time
@@ -72,8 +71,6 @@ def read_columns(file: Any, *numbers: str) -> tuple[Paths, dict[str, np.ndarray]
     """
     import pyarrow.parquet as pq
 
-    if isinstance(file, str | os.PathLike):
-        require_regular(file)
     try:
         table = pq.read_table(file, memory_map=False)
         if lacks := [name for name in ("path", *numbers) if name not in table.column_names]:

@@ -22,7 +22,6 @@ from mopro_fast.data.index import Index
 from mopro_fast.data.paths import Paths, shown
 from mopro_fast.downstream.clean import TABLE
 from mopro_fast.errors import UserError, first_line
-from mopro_fast.files import require_regular
 from mopro_fast.labels import REMOVED, SHOWN, UNSEEN
 from mopro_fast.models.build import build
 from mopro_fast.models.method import Method
@@ -60,7 +59,6 @@ def read_table(path: Path) -> Labels:
 
     path = path / TABLE if os.path.isdir(path) else path
     try:
-        require_regular(path)
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
         why = first_line(error)
