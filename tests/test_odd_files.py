@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import signal
 import socket
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,13 +16,16 @@ from odd_images import encoded, picture
 from mopro_fast import config
 from mopro_fast.checkpoints import state
 from mopro_fast.checkpoints.weights import load_weights
+from mopro_fast.data import check as module
 from mopro_fast.data.cache import decoded
 from mopro_fast.data.check import check, default_path, load_splits, summary
-from mopro_fast.data.decode import UNREADABLE
+from mopro_fast.data.decode import UNREADABLE, crash_reason
 from mopro_fast.data.index import read_class_names, recognise
 from mopro_fast.data.lists import read_list
+from mopro_fast.data.paths import Paths
 from mopro_fast.data.reader import Reader
-from mopro_fast.data.shards import ShardJob, is_pack, read_manifest, write_shard
+from mopro_fast.data.shards import ShardJob, is_pack, read_manifest, read_record, write_shard
+from mopro_fast.data.workers import Crashed
 from mopro_fast.downstream import image_map
 from mopro_fast.downstream.done import Done
 from mopro_fast.downstream.retrain import with_cleaned_labels
@@ -141,6 +146,13 @@ def test_a_check_leaves_them_out_by_name(listed):
     assert check(listed, workers=1, progress=False).reason[1] == ""
 
 
+def test_slow_storage_is_said(listed, monkeypatch, capsys):
+    monkeypatch.setattr(module, "_SLOW", 0.01)
+    monkeypatch.setattr(module, "_state", lambda _: time.sleep(0.1) or (-1, -1))
+    check(listed, workers=1, progress=False)
+    assert "still looking at 8 files" in capsys.readouterr().err
+
+
 def test_the_summary_names_them(listed):
     assert "pipe.jpg: not a regular file but a pipe" in summary(listed, check(listed, workers=1, progress=False))
 
@@ -167,9 +179,19 @@ def test_a_pack_leaves_them_out(listed, tmp_path):
 
 
 def check_record(out: Path) -> list[str]:
-    from mopro_fast.data.shards import read_record
-
     return [reason for *_, reason in read_record(str(out), "train-000000")["skipped"]]
+
+
+def test_a_pack_tries_again_what_did_not_answer(tmp_path):
+    (tmp_path / "good.jpg").write_bytes(encoded(picture()))
+    (tmp_path / "out" / "records").mkdir(parents=True)
+    ids, labels = np.array([0]), np.array([0])
+    job = ShardJob(str(tmp_path), str(tmp_path / "out"), "train-000000", ids, labels, Paths(["good.jpg"]), 256, 90, {})
+    list(write_shard(job._replace(crashed={0: crash_reason(Crashed(-signal.SIGALRM))})))
+    assert check_record(tmp_path / "out") == ["cannot be read: no answer for 120 s"]
+    list(write_shard(job))
+    assert check_record(tmp_path / "out") == []
+    assert [read for _, read, _ in write_shard(job)] == [None]
 
 
 def test_in_class_folders_they_are_named(tmp_path, monkeypatch, capsys):

@@ -337,6 +337,8 @@ def _is_finished(job: ShardJob, source: str) -> bool:
         record = read_record(job.out, job.name)
         if misfit(record, _OF_RECORD) or record["source"] != source:
             return False
+        if any(str(row[-1]).startswith(f"{CANNOT_READ}: {processes.NO_ANSWER}") for row in record["skipped"]):
+            return False  # the storage may be there again
         if any(_sha256(os.path.join(job.out, file["name"])) != file["sha256"] for file in (record, record["index"])):
             return False
         index, _ = read_regular(os.path.join(job.out, record["index"]["name"]), MOST_TEXT)

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from mopro_fast.errors import UserError, first_line
 
 WAITING, COMPUTING = 120, 60  # seconds that limited() gives: as a clock has them, and of a core's time
+NO_ANSWER = "no answer"
 _SILENT = 4  # more files without an answer than there are workers, one after another: the storage is gone
 _STARTING = 60  # seconds: an interpreter on a slow network file system
 _ENDING = 5  # seconds: storage that hangs may hold a process that was killed
@@ -40,7 +41,7 @@ class Crashed(NamedTuple):
     @property
     def why(self) -> str:
         if self.has_waited:
-            return f"no answer for {WAITING} s"
+            return f"{NO_ANSWER} for {WAITING} s"
         if self.has_computed:
             return f"no end after {COMPUTING} s of computing"
         return f"signal {-self.status}" if self.status < 0 else f"status {self.status}"
