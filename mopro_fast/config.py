@@ -26,7 +26,7 @@ except ImportError:  # only the command line needs its parser
 
 
 from mopro_fast.errors import UserError
-from mopro_fast.files import MARKER, home
+from mopro_fast.files import MARKER, MOST_TEXT, home, read_regular
 
 _INTERVALS = {
     "[0, 1]": "data.max_broken data.hw_decoder_load data.augment.flip data.augment.grayscale data.augment.brightness "
@@ -444,7 +444,7 @@ def read(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: {text} is no number that a setting can have")
 
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        text = read_regular(path, MOST_TEXT)[0].decode("utf-8-sig")
         values = json.loads(text, object_pairs_hook=settings, parse_constant=no_number)
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from None

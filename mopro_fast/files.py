@@ -25,6 +25,7 @@ _LEFT = re.compile(r"\.lock$|\..+\.tmp$")  # hidden files that earlier versions 
 _OTHER = "name another folder"
 _PIECE = 1 << 22  # bytes read at a time of a file that is not as long as it said
 _KINDS = {"a folder": stat.S_ISDIR, "a pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}
+MOST_TEXT = 1 << 28  # bytes of a file of ours or of settings: whatever is larger is something else
 _TRIES = 9  # of opening a lock's file that another process removes meanwhile
 
 
@@ -60,6 +61,11 @@ def read_regular(path: str | os.PathLike, most: int) -> tuple[bytes, os.stat_res
 def open_regular(path: str | os.PathLike) -> BinaryIO:
     """A regular file to read. Raises an OSError as :func:`read_regular` does for another kind."""
     return open(path, "rb", opener=_open_regular)
+
+
+def require_regular(path: str | os.PathLike) -> None:
+    """Raise an OSError where :func:`open_regular` would; for libraries that open files by themselves."""
+    open_regular(path).close()
 
 
 def _open_regular(path: str | os.PathLike, flags: int) -> int:
@@ -149,14 +155,14 @@ def output(path: str | os.PathLike, mine: Callable[[Path], bool] | None = None) 
 def require_new(path: str | os.PathLike, mine: Callable[[Path], bool] | None = None) -> None:
     """Raise a UserError where ``path`` cannot be a new file, unless ``mine`` knows what is there."""
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"{path} is a folder: name a file")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise UserError(f"cannot write {path}: there is no folder {path.parent}")
     run = Path(os.path.realpath(path)).parent
-    if run.name == "checkpoints" and (run.parent / "config.json").is_file():
+    if run.name == "checkpoints" and os.path.isfile(run.parent / "config.json"):
         raise UserError(f"{path} would lie among the checkpoints of a run: name a file elsewhere")
-    if os.path.lexists(path) and not (path.is_file() and mine is not None and mine(path)):
+    if os.path.lexists(path) and not (os.path.isfile(path) and mine is not None and mine(path)):
         raise UserError(f"{path} exists already: remove it, or name another file")
 
 
@@ -224,7 +230,7 @@ def require_own(path: Path, command: str, old: Callable[[Path], str | None], fla
 def json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is none that can be read."""
     try:
-        found = json.loads(path.read_bytes()) if path.is_file() else None
+        found = json.loads(read_regular(path, MOST_TEXT)[0])
     except (OSError, ValueError, RecursionError):
         found = None
     return found if isinstance(found, dict) else {}
@@ -298,7 +304,7 @@ def home(path: str) -> str:
 def _mark(folder: Path) -> tuple[str | None, bool]:
     """Whose the folder is, and whether the mark is but begun: its process was killed, or is about to write it."""
     marker = folder / MARKER
-    text = marker.read_bytes().strip(b"\0") if marker.is_file() else b""
+    text = read_regular(marker, MOST_TEXT)[0].strip(b"\0") if os.path.isfile(marker) else b""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):

@@ -109,7 +109,10 @@ def test_a_line_that_is_none_is_named(tmp_path, content, match):
 
 
 def test_no_list(tmp_path):
-    for path, match in ((tmp_path, "not a file"), (tmp_path / "none", "No such file")):
+    for path, match in (
+        (tmp_path, "not a regular file but a folder: name a file"),
+        (tmp_path / "none", "No such file"),
+    ):
         with pytest.raises(UserError, match=match):
             read_list(str(path), lambda _: False)
     assert len(read_list(write(tmp_path / "empty", b""), lambda _: False).paths) == 0

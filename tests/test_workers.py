@@ -112,6 +112,12 @@ def test_storage_that_answers_nothing_ends_it():
         list(workers.run(at_once, tasks, 4))
 
 
+def test_silence_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(workers, "WAITING", 0.01)
+    assert [item for _, item in workers.run(slow_after_work, deque([()]), 1)] == [1, workers.Done()]
+    assert "no answer for 0.01 s from any of the files" in capsys.readouterr().err
+
+
 def test_no_process_can_be_started(monkeypatch):
     def refused(*_, **__):
         raise BlockingIOError(11, "Resource temporarily unavailable")

@@ -22,6 +22,7 @@ from mopro_fast.checkpoints.state import RunState, checked, is_ours
 from mopro_fast.checkpoints.state import read as read_torch
 from mopro_fast.config import ModelConfig, TrainConfig
 from mopro_fast.errors import UserError
+from mopro_fast.files import open_regular
 from mopro_fast.models.calibration import CALIBRATION
 
 Q, K = "encoder_q.", "encoder_k."
@@ -90,10 +91,11 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], str, str]:
 
 def _is_safetensors(path: Path) -> bool:
     """A header's length in 8 bytes, then its JSON."""
-    if not path.is_file():
+    try:
+        with open_regular(path) as file:
+            start = file.read(9)
+    except OSError:  # read_torch says why
         return False
-    with path.open("rb") as file:
-        start = file.read(9)
     return path.suffix == ".safetensors" or (start[8:] == b"{" and int.from_bytes(start[:8], "little") < 100 << 20)
 
 

@@ -6,6 +6,7 @@ number in the file: commit ea549b1 and before) are read by ``_of_format_1``.
 
 import argparse
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from mopro_fast import __version__
 from mopro_fast.checkpoints import numpy_scalars
 from mopro_fast.checkpoints.fields import Damaged, check, require, said, settings
 from mopro_fast.errors import UserError
-from mopro_fast.files import replacing
+from mopro_fast.files import replacing, require_regular
 
 FORMAT = 2
 NAME = re.compile(r"step_(\d{9})\.pt$")
@@ -155,12 +156,13 @@ def _of_format_1(found: dict[str, Any]) -> dict[str, Any]:
 def read(path: str | Path) -> Any:
     """What torch.save wrote, on the CPU. Only plain data is read; nothing in the file is executed."""
     path = Path(path)
-    if not path.is_file():
-        raise (Damaged if os.path.lexists(path) else UserError)(f"no checkpoint at {path}")
     try:
-        path.open("rb").close()
+        require_regular(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise (Damaged if os.path.lexists(path) else UserError)(f"no checkpoint at {path}") from None
     except OSError as error:
-        raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
+        kind = Damaged if error.errno in (errno.EINVAL, errno.ELOOP) else UserError
+        raise kind(f"cannot read the checkpoint {path}: {error.strerror}") from None
     try:
         if zipfile.is_zipfile(path):  # PyTorch reads past the checksums that it writes
             with zipfile.ZipFile(path) as archive:

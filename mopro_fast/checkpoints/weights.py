@@ -5,6 +5,7 @@ A file can hold wrong numbers, but nothing in it is ever executed. Formats: form
 
 import contextlib
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ def load_weights(path: str | Path) -> Weights:
     Raises a UserError if it is damaged or holds something else.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return _load(path)
     saved = checkpoint.all_of(path / "checkpoints")
     if not saved:

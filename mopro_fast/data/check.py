@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ from mopro_fast.data.paths import Paths, shown
 from mopro_fast.data.shards import is_pack, verify_pack
 from mopro_fast.distributed import say
 from mopro_fast.errors import UserError
-from mopro_fast.files import Busy, locked, replacing
+from mopro_fast.files import Busy, locked, open_regular, replacing
 
 FILE = ".mopro_fast_index.parquet"
 EXAMPLES = 3  # named per kind of fault
@@ -40,6 +41,7 @@ _VERSION = b"2"  # of the verdicts' meaning: raise it, and everything is read ag
 _CHUNK = 64  # files a worker is given at a time
 _POLL = 0.2  # seconds between two looks for another process's check
 _STAT_THREADS = 16  # a network file system answers each stat in a millisecond
+_SLOW = 120.0  # seconds for all of them, after which that is said
 _SCHEMA = pa.schema(
     [
         ("path", pa.string()),  # binary where a name is not UTF-8; in memory always large_binary
@@ -116,7 +118,7 @@ def _is_foreign(path: str, named: bool) -> str | None:
         ours = not named
     if not ours:
         return f"{path} is no index of `mopro-fast check`"
-    with contextlib.suppress(OSError), open(partial, "rb") as file:
+    with contextlib.suppress(OSError), open_regular(partial) as file:
         begun = file.read(1 << 12).lstrip(b"\0\n")  # a power failure may have left zeros
         if begun and not begun.startswith(b'["'):
             return f"{partial} is no unfinished check"
@@ -168,9 +170,14 @@ def _examine_all(index: Index, rows: np.ndarray, workers: int) -> Iterator[tuple
 
 def _stat(index: Index) -> tuple[np.ndarray, np.ndarray]:
     """int64 [n]: sizes and times of change now; -1 where there is no file."""
+    slow = f"still looking at {len(index)} files of {index.source}: does the storage answer?"
+    timer = threading.Timer(_SLOW, say, [slow])
+    timer.daemon = True
+    timer.start()
     with ThreadPoolExecutor(_STAT_THREADS) as pool:
         found = pool.map(lambda i: _state(index.full_path(i)), range(len(index)))
         states = np.fromiter(found, np.dtype((np.int64, 2)), len(index))
+    timer.cancel()
     return states[:, 0], states[:, 1]
 
 

@@ -12,7 +12,7 @@ from mopro_fast.data.decode import looks_like_image
 from mopro_fast.data.paths import Paths, shown
 from mopro_fast.distributed import say
 from mopro_fast.errors import UserError
-from mopro_fast.files import MARKER
+from mopro_fast.files import MARKER, open_regular
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif", ".tif", ".tiff")
 EXTENSIONS += (".ppm", ".pgm")
@@ -83,7 +83,9 @@ def subfolders(folder: str, passed: PassedOver | None = None) -> list[str]:
             is_folder = entry.is_dir()
             lost = entry.is_symlink() and not is_folder and not os.path.exists(entry.path)
         except OSError as error:
-            raise UserError(f"cannot read {shown(entry.path)}: {error.strerror}: make it readable") from None
+            raise UserError(
+                f"cannot read {shown(entry.path)}: {error.strerror}: make it readable, or remove it"
+            ) from None
         if not is_folder and entry.name.lower().endswith(EXTENSIONS):
             passed.add("images beside the class folders", entry.name)
         elif lost:
@@ -150,7 +152,7 @@ def _is(entry: os.DirEntry, kind: str) -> bool:
 
 def _looks_like_image(path: str) -> bool:
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open_regular(path) as file:
             return looks_like_image(file.read(32))
     except OSError:
         return False

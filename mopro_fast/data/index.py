@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import stat
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -171,8 +172,14 @@ def load_index(
     the data or the model that the labels are to agree with; class folders are matched by name. Raises UserError.
     """
     data = os.fspath(data)
-    if not os.path.exists(data):
-        raise UserError(f"no such file or folder: {shown(data)}")
+    try:
+        mode = os.stat(data).st_mode
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError | FileNotFoundError):
+            raise UserError(f"no such file or folder: {shown(data)}") from None
+        raise UserError(f"cannot read {shown(data)}: {error.strerror}") from None
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise UserError(f"{shown(data)} is neither a file nor a folder: save the list in a file")
     if layout == "auto":
         layout = recognise(data)
     if layout == "shards":

@@ -4,8 +4,8 @@ Lines end in LF or CRLF, or in a file without any LF in CR. A byte-order mark, b
 line are passed over. The label is last, so a path may hold spaces, and any bytes that the file system allows.
 """
 
+import errno
 import os
-import stat
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,11 +16,13 @@ import pyarrow.compute as pc
 from mopro_fast.data.paths import Paths, shown
 from mopro_fast.distributed import say
 from mopro_fast.errors import UserError
+from mopro_fast.files import open_regular, read_regular
 
 _SPACE = rb" \t\r\v\f".decode()
 _LINE = rf"^[{_SPACE}]*(?P<line>[^{_SPACE}\n](?:.*[^{_SPACE}\n])?)[{_SPACE}\n]*$"
 _ROW = r"^(?P<path>(?:.*[^ \t])?)[ \t]+\+?(?P<label>-?[0-9]+)$"
 _MOST_DIGITS = 18  # of an int64
+_HEAD, _MOST = 1 << 16, 1 << 32  # bytes that are looked at first, and of the largest list
 _SHOWN = 80  # characters of a line in messages
 
 
@@ -95,20 +97,16 @@ def text_lines(name: str) -> list[str]:
 def _lines(name: str) -> tuple[pa.Array, np.ndarray]:
     """-> the lines that are not blank, large_binary, without white space around them; their numbers, int64."""
     try:
-        if not stat.S_ISREG(os.stat(name).st_mode):
-            raise UserError(f"{name} is not a file: name a list file")
-        with open(name, "rb") as file:
-            text = file.read()
+        with open_regular(name) as file:
+            _require_text(name, file.read(_HEAD))  # before gigabytes of something else are read
+        text, _ = read_regular(name, _MOST)
     except OSError as error:
-        raise UserError(f"cannot read {name}: {error.strerror}") from None
-    if text.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{name} is UTF-16 text: save it as UTF-8")
+        hint = ": name a file" if error.errno == errno.EINVAL else ""
+        raise UserError(f"cannot read {name}: {error.strerror}{hint}") from None
+    _require_text(name, text)
     text = text.removeprefix(b"\xef\xbb\xbf")
     if b"\n" not in text:
         text = text.replace(b"\r", b"\n")
-    if (zero := text.find(b"\0")) >= 0:
-        line = text.count(b"\n", 0, zero) + 1
-        raise UserError(f"{name}:{line}: a zero byte: this is no list of paths and labels")
     ends = np.flatnonzero(np.frombuffer(text, np.uint8) == ord("\n")) + 1
     bounds = np.unique(np.concatenate([[0], ends, [len(text)]])).astype(np.int64)
     buffers = [None, pa.py_buffer(bounds), pa.py_buffer(text)]
@@ -116,6 +114,14 @@ def _lines(name: str) -> tuple[pa.Array, np.ndarray]:
     trimmed = pc.struct_field(pc.extract_regex(column, _LINE), "line")
     rows = np.flatnonzero(trimmed.is_valid().to_numpy(zero_copy_only=False))
     return trimmed.take(pa.array(rows)), rows + 1
+
+
+def _require_text(name: str, text: bytes) -> None:
+    if text.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{name} is UTF-16 text: save it as UTF-8")
+    if (zero := text.find(b"\0")) >= 0:
+        line = 1 + (text.count(b"\n", 0, zero) or text.count(b"\r", 0, zero))
+        raise UserError(f"{name}:{line}: a zero byte: this is no list of paths and labels")
 
 
 def _quoted(line: str) -> str:

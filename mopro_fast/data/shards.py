@@ -31,7 +31,7 @@ from mopro_fast.data import workers as processes
 from mopro_fast.data.decode import CANNOT_READ, OK, UNREADABLE, DecodeError
 from mopro_fast.data.paths import Paths, read_columns
 from mopro_fast.errors import UserError, first_line
-from mopro_fast.files import misfit, read_regular, replacing
+from mopro_fast.files import MOST_TEXT, misfit, open_regular, read_regular, replacing
 from mopro_fast.labels import NO_LABEL
 
 MANIFEST = "manifest.json"
@@ -58,6 +58,7 @@ _OF_RECORD = {
 }
 _OPEN = 512  # files kept open per set: many systems allow a process 1024
 _PIECE = 1 << 22  # bytes hashed at a time
+_MOST_TABLE = 1 << 34  # bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,8 +127,7 @@ def is_pack(folder: str | os.PathLike) -> bool:
     if not os.path.isfile(path):
         return False
     try:
-        with open(path, encoding="utf-8") as file:
-            manifest = json.load(file)
+        manifest = json.loads(read_regular(path, MOST_TEXT)[0])
         if isinstance(manifest, dict) and manifest.get("format") == FORMAT:
             return True
     except (OSError, ValueError, RecursionError):
@@ -139,8 +139,7 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
     """manifest.json of a pack, if this version can read it. Raises UserError."""
     path = os.path.join(folder, MANIFEST)
     try:
-        with open(path, encoding="utf-8") as file:
-            manifest = json.load(file)
+        manifest = json.loads(read_regular(path, MOST_TEXT)[0])
     except FileNotFoundError:
         raise UserError(f"{folder} holds no {MANIFEST}: run `mopro-fast pack` to its end") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -167,7 +166,7 @@ def open_shards(folder: str | os.PathLike, split: str = "train") -> ShardSet:
             if (size := os.path.getsize(path)) != shard["bytes"]:
                 raise UserError(f"{path} has {size} bytes, its manifest says {shard['bytes']}: {_AGAIN}")
         path = os.path.join(folder, listed["table"]["name"])
-        content = Path(path).read_bytes()
+        content, _ = read_regular(path, _MOST_TABLE)
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): {_AGAIN}") from None
     if hashlib.sha256(content).hexdigest() != listed["table"]["sha256"]:
@@ -229,7 +228,7 @@ def _verify(folder: str, name: str, expected: str) -> Iterator[str]:
 
 def _sha256(path: str) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while piece := file.read(_PIECE):
             digest.update(piece)
     return digest.hexdigest()
@@ -337,7 +336,7 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> int:
 def read_record(out: str, name: str) -> dict[str, Any]:
     """What write_shard left: the shard's entry in the manifest, with "rows" (id, label, path, offset, size, crc32)
     and "skipped" (id, label, path, reason)."""
-    return json.loads(gzip.decompress(Path(_record_path(out, name)).read_bytes()))
+    return json.loads(gzip.decompress(read_regular(_record_path(out, name), MOST_TEXT)[0]))
 
 
 def _record_path(out: str, name: str) -> str:
@@ -361,9 +360,12 @@ def _is_finished(job: ShardJob, source: str) -> bool:
         record = read_record(job.out, job.name)
         if misfit(record, _OF_RECORD) or record["source"] != source:
             return False
+        if any(str(row[-1]).startswith(f"{CANNOT_READ}: {processes.NO_ANSWER}") for row in record["skipped"]):
+            return False  # the storage may be there again
         if any(_sha256(os.path.join(job.out, file["name"])) != file["sha256"] for file in (record, record["index"])):
             return False
-        lines = Path(job.out, record["index"]["name"]).read_text().splitlines()[1:]
+        index, _ = read_regular(os.path.join(job.out, record["index"]["name"]), MOST_TEXT)
+        lines = index.decode().splitlines()[1:]
         places = [list(map(int, line.split()[1:3])) for line in lines]
         named = record["rows"] + record["skipped"]
         return places == [row[3:5] for row in record["rows"]] and sorted(row[:3] for row in named) == sorted(

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from mopro_fast.errors import UserError, first_line
 
 WAITING, COMPUTING = 120, 60  # seconds that limited() gives: as a clock has them, and of a core's time
+NO_ANSWER = "no answer"
 _SILENT = 4  # more files without an answer than there are workers, one after another: the storage is gone
 _STARTING = 60  # seconds: an interpreter on a slow network file system
 _ENDING = 5  # seconds: storage that hangs may hold a process that was killed
@@ -40,7 +41,7 @@ class Crashed(NamedTuple):
     @property
     def why(self) -> str:
         if self.has_waited:
-            return f"no answer for {WAITING} s"
+            return f"{NO_ANSWER} for {WAITING} s"
         if self.has_computed:
             return f"no end after {COMPUTING} s of computing"
         return f"signal {-self.status}" if self.status < 0 else f"status {self.status}"
@@ -86,7 +87,10 @@ def run(function: Callable[..., Iterator], tasks: deque[tuple], workers: int) ->
                 task = tasks.popleft()
                 worker.start(task)
                 busy[worker.connection] = worker, task
-            for connection in wait(list(busy)):
+            ready = wait(list(busy), WAITING)
+            if not ready:  # a worker in the kernel, which no signal ends; or a slow disk
+                _say(f"no answer for {WAITING} s from any of the files that are read: is the storage still there?")
+            for connection in ready:
                 worker, task = busy[connection]
                 item = worker.receive()
                 if isinstance(item, _Ready):
@@ -238,6 +242,12 @@ class _Worker:
         if self._life >= 0:
             os.close(self._life)
             self._life = -1
+
+
+def _say(text: str) -> None:
+    from mopro_fast.distributed import say  # not in the workers: it imports torch
+
+    say(text)
 
 
 def _end(workers: list[_Worker]) -> None:

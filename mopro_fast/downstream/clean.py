@@ -6,6 +6,7 @@ for every image: the same bytes whatever the number of ranks and interruptions.
 
 import contextlib
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +27,16 @@ from mopro_fast.data.index import Index, Layout, load_index
 from mopro_fast.downstream import image_map
 from mopro_fast.downstream.features import EncoderConfig, Frozen
 from mopro_fast.errors import UserError
-from mopro_fast.files import json_object, own_folder, replacing, require_own, write_json, writing
+from mopro_fast.files import (
+    MOST_TEXT,
+    json_object,
+    own_folder,
+    read_regular,
+    replacing,
+    require_own,
+    write_json,
+    writing,
+)
 from mopro_fast.labels import DECISIONS, REMOVED
 from mopro_fast.models.calibration import BIAS, LOG_SCALE, calibrated
 from mopro_fast.ops.reference import decide, mixed_scores
@@ -172,9 +182,9 @@ def _remove_parts(folder: Path) -> None:
 def _finished(out: Path, settings: dict[str, Any]) -> dict[str, int] | None:
     """-> the totals of a cleaning that is finished. Its settings must be ours."""
     state = out / "clean.json"
-    if state.is_file():
+    if os.path.lexists(state):
         try:
-            found = json.loads(state.read_text())
+            found = json.loads(read_regular(state, MOST_TEXT)[0])
             changed = [name for name, value in settings.items() if found["settings"].get(name) != value]
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             raise UserError(f"{state} cannot be read: remove it, or choose another --out") from None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mopro_fast.distributed import by_rank0, world
-from mopro_fast.files import writing
+from mopro_fast.files import MOST_TEXT, read_regular, writing
 
 
 class Done:
@@ -38,8 +38,9 @@ class Done:
     def _read(self) -> dict[str, Any]:
         found = {}
         for path in sorted(self._folder.glob(self._pattern)):
-            for line in path.read_text().splitlines():
-                with contextlib.suppress(ValueError):  # of a line that a kill cut off, or an empty one
-                    key, result = json.loads(line)
-                    found[key] = result
+            with contextlib.suppress(OSError):
+                for line in read_regular(path, MOST_TEXT)[0].splitlines():
+                    with contextlib.suppress(ValueError, TypeError):  # a kill cut it off, or it is empty
+                        key, result = json.loads(line)
+                        found[key] = result
         return found

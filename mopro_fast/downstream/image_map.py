@@ -9,6 +9,7 @@ import functools
 import hashlib
 import shutil
 import time
+import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,7 @@ from mopro_fast.console import Progress, say
 from mopro_fast.data.index import Index
 from mopro_fast.data.pipeline import EvalLoader
 from mopro_fast.distributed import by_rank0, gather_lists, world
+from mopro_fast.errors import UserError, first_line
 
 _SAVE_EVERY = 60.0  # seconds of work that a kill may cost
 _PART = 1 << 28  # bytes at which a part is written before that
@@ -66,7 +68,12 @@ def compute(
         say(
             f"{len(lost)} images could not be read and are left out: {named}; to try them again, remove {again or path}"
         )
-    return np.load(path, mmap_mode="r")
+    with _reading(path):
+        files.require_regular(path)
+        found = np.load(path, mmap_mode="r")
+        if (found.shape, found.dtype) != ((len(index), width), np.float32):
+            raise ValueError(f"it is {found.dtype} {list(found.shape)}")
+        return found
 
 
 def begun(path: Path) -> bool:
@@ -155,8 +162,8 @@ def _missing(path: Path, rows: int, batches: list[np.ndarray]) -> list[int]:
     """The numbers of the batches that are not whole in the parts."""
     there = np.zeros(rows, bool)
     for part in _parts(path):
-        with np.load(part) as found:
-            there[found["ids"]] = True
+        ids, _ = _read_part(part)
+        there[ids] = True
     return [i for i, batch in enumerate(batches) if not there[batch].all()]
 
 
@@ -169,13 +176,25 @@ def _join(path: Path, rows: int, width: int) -> None:
             for _ in range(rows):
                 file.write(unread)
             for part in _parts(path):
-                with np.load(part) as found:
-                    ids, values = found["ids"], found["values"]
+                ids, values = _read_part(part)
                 runs = np.flatnonzero(np.diff(ids, prepend=-2) != 1)  # where ids do not follow one another
                 for first, some in zip(runs, np.split(values, runs[1:]), strict=True):
                     file.seek(start + int(ids[first]) * unread.nbytes)
                     file.write(some)
     shutil.rmtree(_folder(path), ignore_errors=True)
+
+
+def _read_part(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    with _reading(path), files.open_regular(path) as file, np.load(file) as found:
+        return found["ids"], found["values"]
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, EOFError, KeyError, IndexError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(f"cannot read {path} ({first_line(error)}): remove it, to have it computed again") from None
 
 
 def _parts(path: Path) -> list[Path]:

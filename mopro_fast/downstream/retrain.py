@@ -6,6 +6,7 @@ the classifier is trained on with images of rare classes shown more often.
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -18,8 +19,10 @@ from mopro_fast.data.paths import Paths, read_columns, shown
 from mopro_fast.downstream import supervised
 from mopro_fast.downstream.supervised import SupervisedConfig, SupervisedOptim, SupervisedTask
 from mopro_fast.errors import UserError, first_line
-from mopro_fast.files import misfit
+from mopro_fast.files import misfit, read_regular
 from mopro_fast.labels import NO_LABEL
+
+_MOST = 1 << 32  # bytes of cleaned labels in JSON
 
 
 @dataclass
@@ -64,8 +67,8 @@ def with_cleaned_labels(config: Retrain, index: Index) -> Index:
     if not config.cleaned:
         raise UserError("no cleaned labels given: set --cleaned to the table that `mopro-fast clean` wrote")
     path = Path(config.cleaned)
-    path = path / "cleaned.parquet" if path.is_dir() else path
-    if not path.is_file():
+    path = path / "cleaned.parquet" if os.path.isdir(path) else path
+    if not os.path.exists(path):
         raise UserError(f"no cleaned labels at {path}: name the --out of `mopro-fast clean`, or a file that it wrote")
     paths, labels = _read(path)
     rows = index.rows_of(paths)
@@ -102,7 +105,7 @@ def _read(path: Path) -> tuple[Paths, np.ndarray]:
     """-> paths and labels int64, −1 for removed."""
     try:
         if path.suffix == ".json":
-            found = json.loads(path.read_text(encoding="utf-8-sig", errors="surrogateescape"))
+            found = json.loads(read_regular(path, _MOST)[0].decode("utf-8-sig", "surrogateescape"))
             if wrong := misfit(found, {"images": [str], "labels": [int]}):
                 raise ValueError(wrong)
             paths, labels = Paths(found["images"]), np.array(found["labels"], np.int64)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from mopro_fast.data.cache import central_crop, decoded
 from mopro_fast.data.index import Index
 from mopro_fast.data.paths import Paths, shown
 from mopro_fast.downstream.clean import TABLE
-from mopro_fast.errors import UserError
+from mopro_fast.errors import UserError, first_line
 from mopro_fast.labels import REMOVED, SHOWN, UNSEEN
 from mopro_fast.models.build import build
 from mopro_fast.models.method import Method
@@ -56,11 +57,11 @@ def read_table(path: Path) -> Labels:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    path = path / TABLE if path.is_dir() else path
+    path = path / TABLE if os.path.isdir(path) else path
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
-        why = str(error).partition("\n")[0]
+        why = first_line(error)
         raise UserError(f"cannot read --table {path}: {why}; name the {TABLE} of `mopro-fast clean`") from None
     for name in ("path", "given", "label", "verdict"):
         if name not in table.column_names:

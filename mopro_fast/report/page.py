@@ -18,7 +18,7 @@ import tyro
 from mopro_fast.config import TrainConfig
 from mopro_fast.console import escaped, say, tell
 from mopro_fast.errors import UserError
-from mopro_fast.files import output, replacing
+from mopro_fast.files import open_regular, output, replacing
 from mopro_fast.labels import SHOWN, by_class, relabellings, verdicts
 from mopro_fast.models.method import Method
 from mopro_fast.models.mopro import MoPro
@@ -122,8 +122,11 @@ def write(contents: dict[str, Any], out: Path) -> int:
 
 def is_page(path: Path) -> bool:
     """Whether a file is such a page, of this version or an earlier one."""
-    with path.open("rb") as file:
-        head = file.read(1 << 16).partition(b"<style>")[0]
+    try:
+        with open_regular(path) as file:
+            head = file.read(1 << 16).partition(b"<style>")[0]
+    except OSError:
+        return False
     return b'content="mopro_fast report">' in head or (
         b"content=\"default-src 'none'; img-src data:; style-src 'sha256-" in head and b": MoPro report</title>" in head
     )

@@ -1,7 +1,9 @@
 """What is in a run's folder. Whatever cannot be read is named in ``Run.missing``; nothing here ends the report."""
 
 import csv
+import io
 import json
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +21,7 @@ from mopro_fast.data.index import Index, load_index
 from mopro_fast.data.lists import text_lines
 from mopro_fast.data.paths import shown
 from mopro_fast.errors import UserError
+from mopro_fast.files import MOST_TEXT, open_regular, read_regular
 from mopro_fast.labels import UNSEEN
 
 ROWS = 200  # of left_out.csv and of replaced.csv that are shown
@@ -38,9 +41,9 @@ class Run:
     """What could not be read, and why."""
 
     def __post_init__(self) -> None:
-        if not self.folder.is_dir():
+        if not os.path.isdir(self.folder):
             raise UserError(f"no run at {self.folder}: name the --out folder of a training")
-        if not any((self.folder / name).exists() for name in ("config.json", "log.jsonl", "checkpoints")):
+        if not any(os.path.exists(self.folder / name) for name in ("config.json", "log.jsonl", "checkpoints")):
             inner = sorted(p.parent.name for p in self.folder.glob("*/config.json"))
             hint = f"it holds runs: {', '.join(inner)}; name one of them" if inner else "name the --out of a training"
             raise UserError(f"{self.folder} is not a run (no config.json, log.jsonl or checkpoints): {hint}")
@@ -125,12 +128,13 @@ class Run:
             return None
         path = self.folder / "labels.pt"
         try:
-            labels = torch.load(path, weights_only=True).numpy().astype(np.int64).reshape(-1)
+            with open_regular(path) as file:
+                labels = torch.load(file, weights_only=True).numpy().astype(np.int64).reshape(-1)
             if not UNSEEN <= labels.min(initial=0) <= labels.max(initial=0) < self.config.data.num_classes:
                 raise ValueError
             return labels, "the last finished epoch of training"
         except Exception as error:  # whatever a broken file makes the unpickler raise
-            why = "no epoch is finished yet" if not path.exists() else f"cannot read labels.pt ({_why(error)})"
+            why = "no epoch is finished yet" if not os.path.exists(path) else f"cannot read labels.pt ({_why(error)})"
         if self.state is not None and bool((self.state.assigned != UNSEEN).any()):
             return self.state.assigned.numpy().astype(np.int64), "the epoch in progress, as far as it was saved"
         self.missing["the corrected labels"] = why
@@ -148,7 +152,7 @@ class Run:
         if self.index.classes is not None:
             return list(map(shown, self.index.classes))
         synsets = Path(self.index.root) / "info" / "synsets.txt"  # WebVision: "n01440764 tench, Tinca tinca"
-        if not synsets.is_file():
+        if not os.path.isfile(synsets):
             return None
         names = [shown(line.partition(" ")[2] or line) for line in text_lines(str(synsets))]
         return names if len(names) == count else None
@@ -156,19 +160,19 @@ class Run:
     def listed(self, name: str) -> dict[str, Any] | None:
         """A csv file's first rows, how many it has, and how many of each kind of reason; None if there is none."""
         try:
-            with (self.folder / name).open(newline="", encoding="utf-8", errors="replace") as file:
-                rows = csv.DictReader(line.replace("\0", "") for line in file)
-                first, kinds = [], Counter()
-                for row in rows:
-                    kinds[(row.get("reason") or "").partition(":")[0]] += 1
-                    if len(first) < ROWS:
-                        first.append([row.get(column) or "" for column in rows.fieldnames or []])
-                return {
-                    "columns": list(rows.fieldnames or []),
-                    "rows": first,
-                    "count": kinds.total(),
-                    "kinds": kinds.most_common(10),
-                }
+            text = read_regular(self.folder / name, MOST_TEXT)[0].decode(errors="replace").replace("\0", "")
+            rows = csv.DictReader(io.StringIO(text, newline=""))
+            first, kinds = [], Counter()
+            for row in rows:
+                kinds[(row.get("reason") or "").partition(":")[0]] += 1
+                if len(first) < ROWS:
+                    first.append([row.get(column) or "" for column in rows.fieldnames or []])
+            return {
+                "columns": list(rows.fieldnames or []),
+                "rows": first,
+                "count": kinds.total(),
+                "kinds": kinds.most_common(10),
+            }
         except FileNotFoundError:
             return None
         except (OSError, csv.Error) as error:
@@ -177,7 +181,7 @@ class Run:
 
     def _entries(self, name: str, what: str) -> list[dict[str, Any]]:
         try:
-            text = (self.folder / name).read_text(errors="replace")
+            text = read_regular(self.folder / name, 1 << 30)[0].decode(errors="replace")
         except OSError as error:
             self.missing[what] = f"cannot read {name} ({_why(error)})"
             return []

@@ -5,6 +5,7 @@ writes the same bytes as an uninterrupted one; seconds and images/s go to timing
 """
 
 import csv
+import io
 import json
 import os
 import time
@@ -16,6 +17,7 @@ from mopro_fast.config import OptimConfig
 from mopro_fast.data.index import Index
 from mopro_fast.data.reader import Lost
 from mopro_fast.errors import UserError
+from mopro_fast.files import open_regular
 
 _LONGEST = 1 << 24  # bytes in a line of the log
 
@@ -64,7 +66,7 @@ class RunLog:
         path = self.out / "replaced.csv"
         there: set[tuple[str, ...]] = set()  # the steps since the latest checkpoint come again after an interruption
         if path.exists():
-            with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            with io.TextIOWrapper(open_regular(path), "utf-8", "surrogateescape", newline="") as file:
                 there = {tuple(line[:3]) for line in csv.reader(file)}
         with path.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.writer(file)
