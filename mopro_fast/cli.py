@@ -5,8 +5,8 @@ import re
 import sys
 import warnings
 
-from mopro_fast.errors import UserError
-from mopro_fast.files import home
+from mopro_fast.errors import UserError, of_the_machine
+from mopro_fast.files import home, open_files
 
 COMMANDS = {  # name: module of this package, help
     "demo": ("demo", "train cross-entropy and MoPro on noisy real images, about 3 minutes on 2 cores"),
@@ -42,9 +42,13 @@ def main(argv: list[str] | None = None) -> None:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_usage())
         return
+    open_files()  # each shard and each connection of a worker is one
     try:
         sys.exit(_run(argv))
-    except UserError as error:
+    except (UserError, OSError) as error:
+        error = of_the_machine(error) if isinstance(error, OSError) else error
+        if error is None:
+            raise
         rank = os.environ.get("RANK", "0")
         print(f"mopro-fast: error: {'' if rank == '0' else f'[rank {rank}] '}{error}", file=sys.stderr)
         sys.exit(2)

@@ -22,7 +22,7 @@ from mopro_fast.data.batches import Batch, EvalBatches, TrainBatches
 from mopro_fast.data.decode import DecodeError
 from mopro_fast.data.index import Index
 from mopro_fast.data.reader import Lost
-from mopro_fast.errors import UserError
+from mopro_fast.errors import UserError, require_resources
 from mopro_fast.ops.two_views import largest_side
 from mopro_fast.transfer import to_device
 
@@ -171,7 +171,8 @@ def _shapes(index: Index, rows: np.ndarray, threads: int) -> np.ndarray:
     def shape(row: int) -> tuple[int, int]:
         try:
             width, height = Image.open(io.BytesIO(index.read(row))).size
-        except Exception:  # Pillow raises many kinds; decoding will name the reason
+        except Exception as error:  # Pillow raises many kinds; decoding will name the reason
+            require_resources(error, index.name(row))
             return 0, 0
         return height, width
 
@@ -194,6 +195,7 @@ def decoded(
         except DecodeError as error:
             return str(error)
         except OSError as error:
+            require_resources(error, index.name(row))
             return error.strerror or type(error).__name__
 
     bar = tqdm(desc="decoding", total=len(rows), unit="img", disable=None if show else True, leave=False)

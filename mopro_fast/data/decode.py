@@ -18,6 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFile
 
+from mopro_fast.errors import require_resources
+
 VERDICTS = ("ok", "converted", "tolerant", "unreadable")
 OK, CONVERTED, TOLERANT, UNREADABLE = range(4)
 CANNOT_READ = "cannot be read"  # kind of reason: the file, whatever is in it
@@ -127,6 +129,7 @@ def examine_files(root: str, paths: list[str]) -> Iterator[tuple]:
                 size, mtime = status.st_size, status.st_mtime_ns
                 found = examine(file.readall())
         except OSError as error:
+            require_resources(error, os.path.join(root, path))
             found = found._replace(reason=f"{CANNOT_READ}: {error.strerror}")
         yield path, found.width, found.height, found.format, VERDICTS[found.verdict], found.reason, size, mtime
 

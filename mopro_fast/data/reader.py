@@ -16,7 +16,7 @@ import numpy as np
 from mopro_fast.data import decode
 from mopro_fast.data.decode import CONVERTED, OK, TOLERANT, UNREADABLE, DecodeError
 from mopro_fast.data.index import Index
-from mopro_fast.errors import UserError
+from mopro_fast.errors import UserError, require_resources
 
 _UNKNOWN, _REFUSED = 254, 255  # verdicts beyond decode's: not examined yet; clean for Pillow, but not for DALI
 _CLEANED_BYTES = 256 << 20  # kept in memory of what clean() made; the first come stay
@@ -134,6 +134,7 @@ class Reader:
         try:
             data, *state = self._index.read_with_state(row)
         except OSError as error:
+            require_resources(error, self._index.name(row))
             raise _Broken(error.strerror or type(error).__name__) from None
         verdict = self._verdict[row]
         if state != self._state[row].tolist():

@@ -27,9 +27,9 @@ from PIL import Image
 from mopro_fast.data import decode
 from mopro_fast.data import workers as processes
 from mopro_fast.data.decode import CANNOT_READ, OK, UNREADABLE, DecodeError
-from mopro_fast.data.paths import Paths, read_columns
-from mopro_fast.errors import UserError, first_line
-from mopro_fast.files import misfit, replacing
+from mopro_fast.data.paths import Paths, read_columns, shown
+from mopro_fast.errors import UserError, first_line, require_resources
+from mopro_fast.files import misfit, open_files, replacing, writing
 from mopro_fast.labels import NO_LABEL
 
 MANIFEST = "manifest.json"
@@ -54,7 +54,6 @@ _OF_RECORD = {
     "rows": [list],
     "skipped": [list],
 }
-_OPEN = 512  # files kept open per set: many systems allow a process 1024
 _PIECE = 1 << 22  # bytes hashed at a time
 
 
@@ -81,8 +80,7 @@ class ShardSet:
     """The classes' names, where the data had them."""
     digest: str
     """sha256 of the table of these columns: equal for equal packs."""
-    _files: dict[int, int] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _files: "_Open" = field(default_factory=lambda: _Open())
 
     def __len__(self) -> int:
         return len(self.id)
@@ -90,14 +88,7 @@ class ShardSet:
     def read(self, i: int) -> bytes:
         """The encoded image. From any thread. Raises OSError."""
         shard, size = int(self.shard[i]), int(self.size[i])
-        with self._lock:
-            file = self._files.get(shard)
-            if file is None and len(self._files) < _OPEN:
-                file = self._files[shard] = os.open(self.path(shard), os.O_RDONLY)
-        if file is None:
-            with open(self.path(shard), "rb", buffering=0) as once:
-                data = os.pread(once.fileno(), size, int(self.offset[i]))
-        else:
+        with self._files.get(self.path(shard)) as file:
             data = os.pread(file, size, int(self.offset[i]))
         if len(data) < size:
             raise OSError(f"{self.path(shard)} ends before image {self.id[i]} does")
@@ -107,10 +98,44 @@ class ShardSet:
         return os.path.join(self.folder, self.names[shard])
 
     def close(self) -> None:
-        with self._lock:
-            for file in self._files.values():
-                os.close(file)
-            self._files.clear()
+        self._files.close()
+
+
+class _Open:
+    """Files of one set that stay open. All sets together keep half of those that the process may have."""
+
+    _kept = 0
+    _lock = threading.RLock()  # the garbage collector may close one set while another holds it
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def get(self, path: str) -> Iterator[int]:
+        """The number of the open file."""
+        number = self._numbers.get(path)
+        if number is None:
+            with _Open._lock:
+                number = self._numbers.get(path)
+                if number is None and _Open._kept < open_files() // 2:
+                    number = self._numbers[path] = os.open(path, os.O_RDONLY)
+                    _Open._kept += 1
+        if number is not None:
+            yield number
+            return
+        number = os.open(path, os.O_RDONLY)
+        try:
+            yield number
+        finally:
+            os.close(number)
+
+    def close(self) -> None:
+        with _Open._lock:
+            while self._numbers:
+                os.close(self._numbers.popitem()[1])
+                _Open._kept -= 1
+
+    __del__ = close
 
 
 def is_pack(folder: str | os.PathLike) -> bool:
@@ -126,8 +151,8 @@ def is_pack(folder: str | os.PathLike) -> bool:
             manifest = json.load(file)
         if isinstance(manifest, dict) and manifest.get("format") == FORMAT:
             return True
-    except (OSError, ValueError, RecursionError):
-        pass
+    except (OSError, ValueError, RecursionError) as error:
+        require_resources(error, path)
     return any(Path(folder, RECORDS).glob("*.json.gz"))
 
 
@@ -140,6 +165,7 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{folder} holds no {MANIFEST}: run `mopro-fast pack` to its end") from None
     except (OSError, ValueError, RecursionError) as error:
+        require_resources(error, path)
         raise UserError(f"cannot read {path} ({first_line(error)}): run `mopro-fast pack` again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{path} was not written by `mopro-fast pack`: give a folder that it made")
@@ -165,6 +191,7 @@ def open_shards(folder: str | os.PathLike, split: str = "train") -> ShardSet:
         path = os.path.join(folder, listed["table"]["name"])
         content = Path(path).read_bytes()
     except OSError as error:
+        require_resources(error, path)
         raise UserError(f"cannot read {path} ({error.strerror}): {_AGAIN}") from None
     if hashlib.sha256(content).hexdigest() != listed["table"]["sha256"]:
         raise UserError(f"{path} is not as it was made: {_AGAIN}")
@@ -210,6 +237,7 @@ def _verify(folder: str, name: str, expected: str) -> Iterator[str]:
         if _sha256(path) != expected:
             yield f"{path}: altered"
     except OSError as error:
+        require_resources(error, path)
         yield f"{path}: {error.strerror}"
 
 
@@ -258,7 +286,7 @@ def write_shard(job: ShardJob) -> Iterator[tuple[int, int | None, int | None]]:
     own = f".{os.getpid()}"  # a worker whose caller was killed may still write while its successor does
     record: dict[str, Any] = {"name": f"{job.name}.tar", "source": source, "bytes_before": 0, "rows": [], "skipped": []}
     index = []
-    try:
+    with writing(job.out, "name another folder"):
         with (
             replacing(os.path.join(job.out, record["name"]), own) as file,
             tarfile.open(fileobj=(hashing := _Hashing(file)), mode="w", format=tarfile.USTAR_FORMAT) as tar,
@@ -281,10 +309,6 @@ def write_shard(job: ShardJob) -> Iterator[tuple[int, int | None, int | None]]:
         record["index"] = {"name": f"{job.name}.idx", "sha256": hashlib.sha256(text).hexdigest()}
         with replacing(_record_path(job.out, job.name), own) as file:
             file.write(gzip.compress(json.dumps(record).encode(), mtime=0))
-    except OSError as error:
-        raise UserError(
-            f"cannot write {job.name} in {job.out}: {error.strerror}: put that right, and the same command goes on"
-        ) from None
 
 
 class _Hashing:
@@ -327,7 +351,8 @@ def _source(job: ShardJob) -> str:
     for number, label, path in job.rows():
         try:
             size = os.stat(os.path.join(job.root, path)).st_size
-        except OSError:
+        except OSError as error:
+            require_resources(error, shown(os.path.join(job.root, path)))
             size = -1
         digest.update(os.fsencode(f"{number} {label} {size} {path}\n"))
     return digest.hexdigest()
@@ -346,7 +371,8 @@ def _is_finished(job: ShardJob, source: str) -> bool:
         return places == [row[3:] for row in record["rows"]] and sorted(row[:3] for row in named) == sorted(
             map(list, job.rows())
         )
-    except (OSError, EOFError, ValueError, TypeError, RecursionError, zlib.error):
+    except (OSError, EOFError, ValueError, TypeError, RecursionError, zlib.error) as error:
+        require_resources(error, _record_path(job.out, job.name))
         return False
 
 
@@ -357,6 +383,7 @@ def _packed_file(job: ShardJob, number: int, path: str) -> tuple[int, bytes, str
     try:
         data = Path(job.root, path).read_bytes()
     except OSError as error:
+        require_resources(error, shown(os.path.join(job.root, path)))
         return 0, b"", f"{CANNOT_READ}: {error.strerror}"
     try:
         return len(data), packed(data, job.size, job.quality), ""

@@ -136,8 +136,9 @@ def clean(o: Clean) -> dict[str, int]:
             # 4. Write the result.
             totals = distributed.by_rank0(lambda: _finish(out, index, numbers, settings))
         if distributed.world()[0] == 0:
-            (out / _NUMBERS).unlink(missing_ok=True)
-            _remove_parts(out / "parts")
+            with writing(out, _HINT):
+                (out / _NUMBERS).unlink(missing_ok=True)
+                _remove_parts(out / "parts")
     return totals
 
 
