@@ -62,7 +62,7 @@ def replacing(path: str | os.PathLike, own: str = "", new: bool = False) -> Iter
                     os.unlink(temporary)
                 raise
             finally:
-                with contextlib.suppress(OSError):  # what a close reports late, fsync has reported before
+                with contextlib.suppress(OSError):
                     file.close()
     except UserError:
         raise
@@ -349,7 +349,8 @@ def _held(
         return number
 
     for _ in range(_TRIES):
-        with _File(path, "a+" if append else "r+", opener=opened) as file:
+        file = _File(path, "a+" if append else "r+", opener=opened)
+        try:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
@@ -359,6 +360,9 @@ def _held(
             if _is_still(path, file):
                 yield file
                 return
+        finally:
+            with contextlib.suppress(OSError):  # what matters in it was flushed before
+                file.close()
     raise Busy(busy)
 
 

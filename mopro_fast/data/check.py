@@ -270,15 +270,15 @@ def _writable(path: str, required: bool, foreign: str | None) -> str | None:
                 os.makedirs(os.path.dirname(place), exist_ok=True)
             open(f"{place}.partial", "ab").close()
         except OSError as error:
-            reasons.append(f"{place} cannot be written ({error.strerror})")
             if required and error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                break
+                raise CannotWrite(place, error, "set --index to another place") from None
+            reasons.append(f"{place} cannot be written ({error.strerror})")
             continue
         if reasons:
             say(f"{reasons[0]}: the index is {place}")
         return place
     if required:
-        raise UserError(f"{', '.join(reasons)}: make room there, or set --index to another place")
+        raise UserError(f"{', '.join(reasons)}: set --index to another place")
     say(f"{', '.join(reasons)}: the result of the check is not kept")
     return None
 
