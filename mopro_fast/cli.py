@@ -45,8 +45,8 @@ def main(argv: list[str] | None = None) -> None:
     open_files()  # each shard and each connection of a worker is one
     try:
         sys.exit(_run(argv))
-    except (UserError, OSError) as error:
-        error = of_the_machine(error) if isinstance(error, OSError) else error
+    except Exception as error:
+        error = error if isinstance(error, UserError) else of_the_machine(error)
         if error is None:
             raise
         rank = os.environ.get("RANK", "0")

@@ -40,11 +40,16 @@ def require_resources(error: BaseException, name: Any) -> None:
         raise UserError(f"cannot open {name}: {error.strerror}: {_REMEDIES[error.errno]}") from None
 
 
-def of_the_machine(error: OSError) -> UserError | None:
-    """An OSError that nobody has expected as a UserError, if there is something that the user can do."""
-    remedy = _REMEDIES.get(error.errno)
+def of_the_machine(error: BaseException) -> UserError | None:
+    """An exception that nobody has expected as a UserError, where the disk or the process lacks something.
+
+    PyTorch and Triton write caches of their own, for one.
+    """
+    error = getattr(error, "inner_exception", error)  # of torch.compile
+    if not isinstance(error, OSError) or error.errno not in _REMEDIES:
+        return None
     where = "" if error.filename is None else f"{error.filename}: "
-    return remedy and UserError(f"{where}{error.strerror}: {remedy}")
+    return UserError(f"{where}{error.strerror}: {_REMEDIES[error.errno]}")
 
 
 def first_line(error: BaseException) -> str:

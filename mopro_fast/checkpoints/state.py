@@ -158,6 +158,7 @@ def read(path: str | Path) -> Any:
     try:
         path.open("rb").close()
     except OSError as error:
+        require_resources(error, path)
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
     try:
         if zipfile.is_zipfile(path):  # PyTorch reads past the checksums that it writes

@@ -17,7 +17,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
-from mopro_fast.errors import UserError
+from mopro_fast.errors import UserError, of_the_machine
 
 
 class Crashed(NamedTuple):
@@ -114,7 +114,7 @@ def serve(descriptor: str) -> None:
                 connection.send(Done())
             except UserError as error:
                 connection.send(error)
-            except Exception:
-                connection.send(RuntimeError(traceback.format_exc()))
+            except Exception as error:
+                connection.send(of_the_machine(error) or RuntimeError(traceback.format_exc()))
     except (EOFError, ConnectionError):  # the caller has ended
         os._exit(0)
