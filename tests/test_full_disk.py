@@ -4,6 +4,7 @@ full_disk.py makes it fail. MOPRO_FAST_FUZZ=3 tries every kind of file that a co
 one operation between; otherwise a few are drawn.
 """
 
+import contextlib
 import errno
 import io
 import json
@@ -24,7 +25,10 @@ from full_disk import FLUSH, ROOM, Disk, Ended, Fault
 from torch.utils._pytree import tree_map
 from two_writers import contents
 
+from mopro_fast import cli, files
 from mopro_fast.checkpoints import state as checkpoints
+from mopro_fast.errors import CannotWrite
+from mopro_fast.files import append, replacing
 
 if sys.platform != "linux":
     pytest.skip("LD_PRELOAD is Linux's", allow_module_level=True)
@@ -151,3 +155,78 @@ def test_every_place_that_writes(command, disk, inputs, tmp_path):
         except AssertionError as error:
             of_kind = [path for kind, path in plain.operations if kind == fault.kind]
             raise AssertionError(f"{fault} at {of_kind[fault.at]}") from error
+
+
+@pytest.mark.medium
+def test_a_training_goes_on_without_tensorboard(disk, inputs, tmp_path):
+    case = Case(disk, "train", inputs, tmp_path / "work")
+    case.argv += ["--tensorboard", "True"]
+    folder = case.out / "tensorboard"
+    plain = disk.run(case.argv, folder)
+    expected = (case.out / "log.jsonl").read_bytes()
+    assert plain.status == 0 and len(plain.operations) > 4
+    for at in (0, 1, sum(kind == ROOM for kind, _ in plain.operations) // 2):
+        case.anew()
+        ended = disk.run(case.argv, folder, Fault(ROOM, at))
+        assert ended.status == 0 and ended.errors() == [], ended.text
+        said = [line for line in ended.text.splitlines() if "No space left on device" in line]
+        assert len(said) == 1 and said[0].endswith("the run goes on without it"), ended.text
+        assert (case.out / "log.jsonl").read_bytes() == expected
+
+
+def test_a_line_is_written_whole_or_not_at_all(tmp_path):
+    class Full(io.FileIO):
+        def write(self, data):
+            if len(data) < 4:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data[: len(data) // 2])
+
+    with Full(tmp_path / "x", "ab") as file:
+        with pytest.raises(CannotWrite, match=r"/x: No space left on device: make room"):
+            append(file, b"a long line\n")
+        assert (tmp_path / "x").read_bytes() == b""
+    with open(tmp_path / "x", "ab", buffering=0) as file:
+        append(file, b"another\n")
+    assert (tmp_path / "x").read_bytes() == b"another\n"
+
+
+@pytest.mark.parametrize("code", ["ENOSPC", "EDQUOT", "EIO", "EFBIG"])
+def test_whatever_a_library_says_the_reason_is_the_disk_s(code, tmp_path, monkeypatch):
+    def write(self, _):
+        self.failed = OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+        raise self.failed
+
+    (tmp_path / "x").write_text("before")
+    monkeypatch.setattr(files._File, "write", write)
+    for hidden in (False, True):
+        with (
+            pytest.raises(CannotWrite, match=f"/x: {os.strerror(getattr(errno, code))}: "),
+            replacing(tmp_path / "x") as file,
+        ):
+            with contextlib.suppress(OSError):
+                file.write(bytes(1 << 20))
+            if hidden:
+                raise RuntimeError("unexpected pos 704 vs 598")
+    assert [p.name for p in tmp_path.iterdir()] == ["x"] and (tmp_path / "x").read_text() == "before"
+
+
+def test_another_file_s_fault_is_not_the_written_one_s(tmp_path):
+    with pytest.raises(FileNotFoundError, match="other"), replacing(tmp_path / "x"):
+        (tmp_path / "other").read_bytes()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device", "/cache/kernel"), ValueError("x")])
+def test_what_nobody_expects(error, monkeypatch, capsys):
+    """PyTorch and Triton write caches of their own."""
+
+    def fails(_):
+        raise error
+
+    monkeypatch.setattr(cli, "_run", fails)
+    with pytest.raises(SystemExit if isinstance(error, OSError) else ValueError):
+        cli.main(["train"])
+    said = capsys.readouterr().err
+    assert isinstance(error, ValueError) or said == (
+        "mopro-fast: error: /cache/kernel: No space left on device: make room there, then run the same command again\n"
+    )

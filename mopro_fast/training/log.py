@@ -6,12 +6,14 @@ writes the same bytes as an uninterrupted one; seconds and images/s go to timing
 
 import contextlib
 import csv
+import functools
 import io
 import json
 import os
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,7 @@ class RunLog:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
+            threading.excepthook = functools.partial(_unless_tensorboard, threading.excepthook)
             with self._tensorboard():
                 self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=global_step or None)
 
@@ -188,6 +191,12 @@ class Replaced:
                 f"{self._index.name(row)} ({reason}): repair the storage and run the same command again, "
                 f"or raise --max-broken {self._most:g}"
             )
+
+
+def _unless_tensorboard(hook: Callable[[Any], object], failed: Any) -> None:
+    """For threading.excepthook: what TensorBoard's thread raises its writer raises as well, where a run says it."""
+    if not type(failed.thread).__module__.startswith("tensorboard."):
+        hook(failed)
 
 
 def _duration(seconds: float) -> str:
