@@ -89,6 +89,23 @@ class Disk:
         self._state[: struct.calcsize(_STATE)] = struct.pack(_STATE, 0, at, kinds, code, halved, os.fsencode(folder))
 
 
+def small_demo() -> None:
+    """The demo with a few digits and one epoch, in this process."""
+    import sklearn.datasets
+
+    from mopro_fast import demo
+
+    digits, config = sklearn.datasets.load_digits, demo.config
+
+    def small(*given):
+        found = config(*given)
+        found.optim.epochs, found.optim.batch_size, found.model.width = 1, 32, 1 / 16
+        return found
+
+    sklearn.datasets.load_digits = lambda return_X_y: tuple(x[:150] for x in digits(return_X_y=return_X_y))
+    demo.config, demo.TEST = small, 40
+
+
 def serve() -> None:
     import nvidia.dali.plugin.pytorch  # noqa: F401
     import torch._dynamo
@@ -107,6 +124,8 @@ def serve() -> None:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
             torch.set_num_threads(1)
+            if argv[0] == "demo":
+                small_demo()
             cli.main(argv)
             return
         os.write(replies, b"%d\n" % os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
