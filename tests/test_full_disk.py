@@ -36,7 +36,7 @@ if full_disk.COMPILER is None:
     pytest.skip("no C compiler: set CC", allow_module_level=True)
 
 EACH = int(os.environ.get("MOPRO_FAST_FUZZ", 0))  # operations of each kind of file
-DRAWN = 3  # faults per command otherwise
+DRAWN = 2  # faults per command otherwise
 KINDS = {ROOM: [(errno.ENOSPC, False), (errno.ENOSPC, True)], FLUSH: [(errno.EIO, False)]}
 MORE = {"train": "--epochs 2 --checkpoint-every 2 --keep 2"}
 
@@ -136,12 +136,9 @@ def values(checkpoint: bytes) -> str:
 
 @pytest.mark.parametrize(
     "command",
-    [
-        *(pytest.param(name, marks=pytest.mark.medium) for name in ("export", "import", "report", "check", "pack")),
-        *(pytest.param(name, marks=pytest.mark.medium) for name in ("train", "eval")),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("retrain", "finetune", "clean", "lowshot", "probe")),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("bench", "demo")),
-    ],
+    [pytest.param(name, marks=pytest.mark.medium) for name in ("train", "eval", "check", "pack", "report", "export")]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("retrain", "finetune", "clean", "lowshot", "probe")]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("import", "bench", "demo")],
 )
 def test_every_place_that_writes(command, disk, inputs, tmp_path):
     case = Case(disk, command, inputs, tmp_path / "work")
@@ -155,6 +152,20 @@ def test_every_place_that_writes(command, disk, inputs, tmp_path):
         except AssertionError as error:
             of_kind = [path for kind, path in plain.operations if kind == fault.kind]
             raise AssertionError(f"{fault} at {of_kind[fault.at]}") from error
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("command", ["report", "check"])
+def test_a_product_that_cannot_be_renewed_stays(command, disk, inputs, tmp_path):
+    case = Case(disk, command, inputs, tmp_path / "work")
+    assert case.run().status == 0
+    before = case.out.read_bytes()
+    shutil.copy(case.work / "inputs/data/val/n01/0.png", case.work / "inputs/data/train/n01/new.png")
+    for fault in (Fault(ROOM, 0), Fault(ROOM, 2), Fault(FLUSH, 0, errno.EIO)):
+        ended = case.run(fault)
+        assert ended.status == 2 and len(ended.errors()) == 1, ended.text
+        assert case.out.read_bytes() == before
+        require_whole(case.work)
 
 
 @pytest.mark.medium

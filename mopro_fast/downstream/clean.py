@@ -25,7 +25,7 @@ from mopro_fast.data import inputs
 from mopro_fast.data.index import Index, Layout, load_index
 from mopro_fast.downstream import image_map
 from mopro_fast.downstream.features import EncoderConfig, Frozen
-from mopro_fast.errors import UserError
+from mopro_fast.errors import UserError, require_resources
 from mopro_fast.files import json_object, own_folder, replacing, require_own, write_json, writing
 from mopro_fast.labels import DECISIONS, REMOVED
 from mopro_fast.models.calibration import BIAS, LOG_SCALE, calibrated
@@ -177,7 +177,8 @@ def _finished(out: Path, settings: dict[str, Any]) -> dict[str, int] | None:
         try:
             found = json.loads(state.read_text())
             changed = [name for name, value in settings.items() if found["settings"].get(name) != value]
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            require_resources(error, state)
             raise UserError(f"{state} cannot be read: remove it, or choose another --out") from None
         if changed and ((out / TABLE).exists() or image_map.begun(out / _NUMBERS)):
             raise UserError(f"{out} holds another cleaning, with other {changed[0]}: choose another --out")

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from mopro_fast.config import OptimConfig
 from mopro_fast.data.index import Index
 from mopro_fast.data.reader import Lost
-from mopro_fast.errors import UserError, first_line
+from mopro_fast.errors import CannotWrite, UserError, first_line
 from mopro_fast.files import append, writing
 
 _LONGEST = 1 << 24  # bytes in a line of the log
@@ -107,9 +107,11 @@ class RunLog:
             with self._tensorboard():
                 self.writer.close()
         if self.active:
-            with writing(self.out, "make it writable"):
-                self.file.close()
-                self.timing.close()
+            for file in (self.file, self.timing):
+                try:
+                    file.close()
+                except OSError as error:
+                    raise CannotWrite(file.name, error) from None
 
     def _scalars(self, prefix: str, values: dict[str, Any], global_step: int) -> None:
         with self._tensorboard():
