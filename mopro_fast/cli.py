@@ -6,8 +6,8 @@ import sys
 import warnings
 
 from mopro_fast.console import guarded, say, tell
-from mopro_fast.errors import UserError
-from mopro_fast.files import home
+from mopro_fast.errors import UserError, of_the_machine
+from mopro_fast.files import home, open_files
 
 COMMANDS = {  # name: module of this package, help
     "demo": ("demo", "train cross-entropy and MoPro on noisy real images, about 3 minutes on 2 cores"),
@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     warnings.filterwarnings("ignore", module=r"PIL\.")  # about odd files: a check names them
     with guarded() as whole:
+        open_files()  # each shard and each connection of a worker is one
         status = _status(argv)
         status = status if whole() else status or 1
     sys.exit(status)
@@ -51,7 +52,10 @@ def _status(argv: list[str]) -> int:
         return _run(argv)
     except SystemExit as stop:  # of those that read the options, after a help or a mistake
         return stop.code or 0
-    except UserError as error:
+    except Exception as error:
+        error = error if isinstance(error, UserError) else of_the_machine(error)
+        if error is None:
+            raise
         rank = os.environ.get("RANK", "0")
         say(f"mopro-fast: error: {'' if rank == '0' else f'[rank {rank}] '}{error}")
         return 2

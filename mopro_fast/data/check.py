@@ -31,8 +31,8 @@ from mopro_fast.data.index import Checked, Index, load_index, synsets, val_layou
 from mopro_fast.data.paths import Paths, shown
 from mopro_fast.data.shards import is_pack, verify_pack
 from mopro_fast.distributed import say
-from mopro_fast.errors import UserError
-from mopro_fast.files import Busy, locked, open_regular, replacing
+from mopro_fast.errors import CannotWrite, UserError, require_resources
+from mopro_fast.files import Busy, append, locked, open_regular, replacing
 
 FILE = ".mopro_fast_index.parquet"
 EXAMPLES = 3  # named per kind of fault
@@ -114,7 +114,8 @@ def _is_foreign(path: str, named: bool) -> str | None:
             return f"{file} is no file"
     try:
         ours = not os.path.isfile(path) or _MARK in (pq.read_schema(path).metadata or {})
-    except (OSError, pa.ArrowInvalid):
+    except (OSError, pa.ArrowInvalid) as error:
+        require_resources(error, path)
         ours = not named
     if not ours:
         return f"{path} is no index of `mopro-fast check`"
@@ -184,7 +185,8 @@ def _stat(index: Index) -> tuple[np.ndarray, np.ndarray]:
 def _state(path: str) -> tuple[int, int]:
     try:
         status = os.stat(path)
-    except OSError:
+    except OSError as error:
+        require_resources(error, shown(path))
         return -1, -1
     return status.st_size, status.st_mtime_ns
 
@@ -201,14 +203,15 @@ class _Partial:
         A power failure may have left zeros in place of others.
         """
         found = []
-        if self._file is not None:
-            self._file.seek(0)
-            text = self._file.read()
-            complete = text[: text.rfind(b"\n") + 1]
-            self._file.truncate(len(complete))
-            for line in reversed(complete.splitlines()):
-                with contextlib.suppress(ValueError, RecursionError):
-                    found.append(json.loads(line))
+        with self._writing():
+            if self._file is not None:
+                self._file.seek(0)
+                text = self._file.read()
+                complete = text[: text.rfind(b"\n") + 1]
+                self._file.truncate(len(complete))
+                for line in reversed(complete.splitlines()):
+                    with contextlib.suppress(ValueError, RecursionError):
+                        found.append(json.loads(line))
         try:
             return _table(found)
         except (ValueError, TypeError, pa.ArrowException):  # a line that no check has written
@@ -217,7 +220,7 @@ class _Partial:
     def add(self, result: tuple) -> None:
         with self._writing():
             if self._file is not None:
-                self._file.write(json.dumps(result).encode() + b"\n")
+                append(self._file, json.dumps(result).encode() + b"\n")
 
     def finish(self, table: pa.Table) -> None:
         named = table.set_column(0, "path", Paths(table["path"]).for_table())
@@ -230,9 +233,9 @@ class _Partial:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except (OSError, CannotWrite) as error:
             if self._required:
-                raise
+                raise (error if isinstance(error, CannotWrite) else CannotWrite(self.path, error)) from None
             say(f"{self.path} cannot be written ({error.strerror}): the result of the check is not kept")
             self._file = None
 
@@ -261,9 +264,9 @@ def _open_partial(path: str, required: bool = True, foreign: str | None = None) 
                     say(f"another process checks the same images: waiting for {place}")
                     said = True
                 time.sleep(_POLL)
-            yield _Partial(place, file, required)
         except OSError as error:
-            raise UserError(f"cannot write {place}: {error.strerror}: make room there, or set --index") from None
+            raise CannotWrite(place, error, "set --index to another place") from None
+        yield _Partial(place, file, required)
 
 
 def _writable(path: str, required: bool, foreign: str | None) -> str | None:
@@ -273,11 +276,13 @@ def _writable(path: str, required: bool, foreign: str | None) -> str | None:
         try:
             if place != path:
                 os.makedirs(os.path.dirname(place), exist_ok=True)
-            open(f"{place}.partial", "ab").close()
+            number = os.open(f"{place}.partial", os.O_WRONLY | os.O_CREAT, 0o666)
+            with contextlib.suppress(OSError):
+                os.close(number)
         except OSError as error:
-            reasons.append(f"{place} cannot be written ({error.strerror})")
             if required and error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                break
+                raise CannotWrite(place, error, "set --index to another place") from None
+            reasons.append(f"{place} cannot be written ({error.strerror})")
             continue
         if reasons:
             say(f"{reasons[0]}: the index is {place}")
@@ -309,8 +314,8 @@ def _read(path: str, tell: bool = False) -> pa.Table:
             return table.cast(_HELD)
         if tell and version not in (None, _VERSION):
             say(f"{path} is of another version of mopro_fast: every image is read again")
-    except (OSError, pa.ArrowException, KeyError, ValueError):
-        pass
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        require_resources(error, path)
     return _HELD.empty_table()
 
 

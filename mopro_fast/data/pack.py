@@ -33,7 +33,7 @@ from mopro_fast.data.index import Index
 from mopro_fast.data.paths import Paths
 from mopro_fast.data.shards import MANIFEST, STATE, ShardJob, is_pack, read_manifest, write_shard
 from mopro_fast.errors import UserError
-from mopro_fast.files import json_object, misfit, own_folder, replacing
+from mopro_fast.files import json_object, misfit, own_folder, replacing, writing
 
 SKIPPED = "skipped.csv"
 _TEMPORARY = re.compile(r"\.((train|val)(-\d{6})?\.(tar|idx|json\.gz|parquet)|skipped\.csv|manifest\.json)\..*tmp")
@@ -230,10 +230,8 @@ def _state(out: str, made_of: dict[str, Any]) -> Iterator[None]:
     if not misfit(before, {"options": dict, "data": {None: str}}):  # else it is new, or was cut short
         _compare(out, before, made_of)
     _write(out, STATE, json.dumps(made_of).encode())
-    try:
+    with writing(out, "name another folder"):
         os.makedirs(os.path.join(out, shards.RECORDS), exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}: name another folder") from None
     try:
         yield
         state.unlink(missing_ok=True)
@@ -254,11 +252,8 @@ def _compare(out: str, there: dict[str, Any], here: dict[str, Any]) -> None:
 
 
 def _write(out: str, name: str, content: bytes) -> None:
-    try:
-        with replacing(os.path.join(out, name)) as file:
-            file.write(content)
-    except OSError as error:
-        raise UserError(f"cannot write {os.path.join(out, name)}: {error.strerror}: the same command goes on") from None
+    with replacing(os.path.join(out, name)) as file:
+        file.write(content)
 
 
 def _gb(size: int) -> str:

@@ -29,9 +29,9 @@ from mopro_fast.console import Progress
 from mopro_fast.data import decode
 from mopro_fast.data import workers as processes
 from mopro_fast.data.decode import CANNOT_READ, OK, UNREADABLE, DecodeError
-from mopro_fast.data.paths import Paths, read_columns
-from mopro_fast.errors import UserError, first_line
-from mopro_fast.files import MOST_TEXT, misfit, open_regular, read_regular, replacing
+from mopro_fast.data.paths import Paths, read_columns, shown
+from mopro_fast.errors import UserError, first_line, require_resources
+from mopro_fast.files import MOST_TEXT, misfit, open_files, open_regular, read_regular, replacing, writing
 from mopro_fast.labels import NO_LABEL
 
 MANIFEST = "manifest.json"
@@ -56,7 +56,6 @@ _OF_RECORD = {
     "rows": [list],
     "skipped": [list],
 }
-_OPEN = 512  # files kept open per set: many systems allow a process 1024
 _PIECE = 1 << 22  # bytes hashed at a time
 _MOST_TABLE = 1 << 34  # bytes
 
@@ -86,8 +85,7 @@ class ShardSet:
     """sha256 of the table of these columns: equal for equal packs."""
     crc32: np.ndarray | None = None
     """int64 [n] of its bytes; None of packs made before they had it."""
-    _files: dict[int, int] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _files: "_Open" = field(default_factory=lambda: _Open())
 
     def __len__(self) -> int:
         return len(self.id)
@@ -95,14 +93,7 @@ class ShardSet:
     def read(self, i: int) -> bytes:
         """The encoded image. From any thread. Raises OSError."""
         shard, size = int(self.shard[i]), int(self.size[i])
-        with self._lock:
-            file = self._files.get(shard)
-            if file is None and len(self._files) < _OPEN:
-                file = self._files[shard] = os.open(self.path(shard), os.O_RDONLY)
-        if file is None:
-            with open(self.path(shard), "rb", buffering=0) as once:
-                data = os.pread(once.fileno(), size, int(self.offset[i]))
-        else:
+        with self._files.get(self.path(shard)) as file:
             data = os.pread(file, size, int(self.offset[i]))
         if len(data) < size:
             raise OSError(f"{self.path(shard)} ends before image {self.id[i]} does")
@@ -112,10 +103,44 @@ class ShardSet:
         return os.path.join(self.folder, self.names[shard])
 
     def close(self) -> None:
-        with self._lock:
-            for file in self._files.values():
-                os.close(file)
-            self._files.clear()
+        self._files.close()
+
+
+class _Open:
+    """Files of one set that stay open. All sets together keep half of those that the process may have."""
+
+    _kept = 0
+    _lock = threading.RLock()  # the garbage collector may close one set while another holds it
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def get(self, path: str) -> Iterator[int]:
+        """The number of the open file."""
+        number = self._numbers.get(path)
+        if number is None:
+            with _Open._lock:
+                number = self._numbers.get(path)
+                if number is None and _Open._kept < open_files() // 2:
+                    number = self._numbers[path] = os.open(path, os.O_RDONLY)
+                    _Open._kept += 1
+        if number is not None:
+            yield number
+            return
+        number = os.open(path, os.O_RDONLY)
+        try:
+            yield number
+        finally:
+            os.close(number)
+
+    def close(self) -> None:
+        with _Open._lock:
+            while self._numbers:
+                os.close(self._numbers.popitem()[1])
+                _Open._kept -= 1
+
+    __del__ = close
 
 
 def is_pack(folder: str | os.PathLike) -> bool:
@@ -130,8 +155,8 @@ def is_pack(folder: str | os.PathLike) -> bool:
         manifest = json.loads(read_regular(path, MOST_TEXT)[0])
         if isinstance(manifest, dict) and manifest.get("format") == FORMAT:
             return True
-    except (OSError, ValueError, RecursionError):
-        pass
+    except (OSError, ValueError, RecursionError) as error:
+        require_resources(error, path)
     return any(Path(folder, RECORDS).glob("*.json.gz"))
 
 
@@ -143,6 +168,7 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{folder} holds no {MANIFEST}: run `mopro-fast pack` to its end") from None
     except (OSError, ValueError, RecursionError) as error:
+        require_resources(error, path)
         raise UserError(f"cannot read {path} ({first_line(error)}): run `mopro-fast pack` again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{path} was not written by `mopro-fast pack`: give a folder that it made")
@@ -168,6 +194,7 @@ def open_shards(folder: str | os.PathLike, split: str = "train") -> ShardSet:
         path = os.path.join(folder, listed["table"]["name"])
         content, _ = read_regular(path, _MOST_TABLE)
     except OSError as error:
+        require_resources(error, path)
         raise UserError(f"cannot read {path} ({error.strerror}): {_AGAIN}") from None
     if hashlib.sha256(content).hexdigest() != listed["table"]["sha256"]:
         raise UserError(f"{path} is not as it was made: {_AGAIN}")
@@ -223,6 +250,7 @@ def _verify(folder: str, name: str, expected: str) -> Iterator[str]:
         if _sha256(path) != expected:
             yield f"{path}: altered"
     except OSError as error:
+        require_resources(error, path)
         yield f"{path}: {error.strerror}"
 
 
@@ -272,7 +300,7 @@ def write_shard(job: ShardJob) -> Iterator[tuple[int, int | None, int | None]]:
     own = f".{os.getpid()}"  # a worker whose caller was killed may still write while its successor does
     record: dict[str, Any] = {"name": f"{job.name}.tar", "source": source, "bytes_before": 0, "rows": [], "skipped": []}
     index = []
-    try:
+    with writing(job.out, "name another folder"):
         with (
             replacing(os.path.join(job.out, record["name"]), own) as file,
             tarfile.open(fileobj=(hashing := _Hashing(file)), mode="w", format=tarfile.USTAR_FORMAT) as tar,
@@ -294,19 +322,11 @@ def write_shard(job: ShardJob) -> Iterator[tuple[int, int | None, int | None]]:
         record |= {"bytes": hashing.size, "sha256": hashing.digest.hexdigest()}
         record["index"] = {"name": f"{job.name}.idx", "sha256": hashlib.sha256(text).hexdigest()}
         _write_record(job, record)
-    except OSError as error:
-        raise _cannot_write(job, error) from None
 
 
 def _write_record(job: ShardJob, record: dict[str, Any]) -> None:
     with replacing(_record_path(job.out, job.name), f".{os.getpid()}") as file:
         file.write(gzip.compress(json.dumps(record).encode(), mtime=0))
-
-
-def _cannot_write(job: ShardJob, error: OSError) -> UserError:
-    return UserError(
-        f"cannot write {job.name} in {job.out}: {error.strerror}: put that right, and the same command goes on"
-    )
 
 
 class _Hashing:
@@ -349,7 +369,8 @@ def _source(job: ShardJob) -> str:
     for number, label, path in job.rows():
         try:
             size = os.stat(os.path.join(job.root, path)).st_size
-        except OSError:
+        except OSError as error:
+            require_resources(error, shown(os.path.join(job.root, path)))
             size = -1
         digest.update(os.fsencode(f"{number} {label} {size} {path}\n"))
     return digest.hexdigest()
@@ -371,7 +392,8 @@ def _is_finished(job: ShardJob, source: str) -> bool:
         return places == [row[3:5] for row in record["rows"]] and sorted(row[:3] for row in named) == sorted(
             map(list, job.rows())
         )
-    except (OSError, EOFError, ValueError, TypeError, RecursionError, zlib.error):
+    except (OSError, EOFError, ValueError, TypeError, RecursionError, zlib.error) as error:
+        require_resources(error, _record_path(job.out, job.name))
         return False
 
 
@@ -380,15 +402,13 @@ def _add_checksums(job: ShardJob) -> None:
     record = read_record(job.out, job.name)
     if all(len(row) > 5 for row in record["rows"]):
         return
-    try:
+    with writing(job.out, "name another folder"):
         with open(os.path.join(job.out, record["name"]), "rb") as tar:
             for row in record["rows"]:
                 tar.seek(row[3])
                 row[5:] = [zlib.crc32(tar.read(row[4]))]
         Path(job.out, MANIFEST).unlink(missing_ok=True)  # it vouches for the table, which is about to change
         _write_record(job, record)
-    except OSError as error:
-        raise _cannot_write(job, error) from None
 
 
 def _packed_file(job: ShardJob, number: int, path: str) -> tuple[int, bytes, str]:
@@ -399,6 +419,7 @@ def _packed_file(job: ShardJob, number: int, path: str) -> tuple[int, bytes, str
         try:
             data, _ = read_regular(os.path.join(job.root, path), decode.MAX_BYTES)
         except OSError as error:
+            require_resources(error, shown(os.path.join(job.root, path)))
             return 0, b"", f"{CANNOT_READ}: {error.strerror}"
         try:
             return len(data), packed(data, job.size, job.quality), ""

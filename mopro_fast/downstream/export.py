@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
 
 def export(weights: Weights, out: str | Path, format: str, classifier: bool = True) -> None:
     """Write ``out``, whole or not at all."""
-    with new_file(Path(out)) as file:
+    with replacing(out, new=True) as file:
         if format == "official":
             torch.save(official(weights), file)
         elif format in ("torchvision", "timm"):
@@ -66,16 +66,6 @@ def export(weights: Weights, out: str | Path, format: str, classifier: bool = Tr
             pickle.dump(detectron2(weights), file)
         else:
             file.write(onnx(weights, classifier))
-
-
-@contextmanager
-def new_file(out: Path, new: bool = True) -> Iterator[BinaryIO]:
-    """replacing() for a file that is not there yet (if ``new``), with a UserError where it cannot be written."""
-    try:
-        with replacing(out, new=new) as file:
-            yield file
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
 
 
 def notes(weights: Weights, format: str) -> Iterator[str]:

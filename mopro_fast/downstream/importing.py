@@ -16,9 +16,8 @@ from mopro_fast.checkpoints.weights import check_fits, load_weights
 from mopro_fast.config import DataConfig, MoProConfig, TrainConfig, from_dict
 from mopro_fast.console import say, tell
 from mopro_fast.data import inputs
-from mopro_fast.downstream.export import new_file
 from mopro_fast.errors import UserError
-from mopro_fast.files import output
+from mopro_fast.files import output, replacing
 from mopro_fast.labels import UNSEEN
 from mopro_fast.models.build import build
 from mopro_fast.models.calibration import CALIBRATION
@@ -47,7 +46,7 @@ def main(argv: list[str]) -> int:
         config = command.parse(rest) if rest else config_of(weights)
         state = resumable(weights, config) if rest else to_state(weights, config)
         state.imported = True
-        with new_file(path, new=not path.exists()) as file:
+        with replacing(path, new=not path.exists()) as file:
             write(file, state)
     m = weights.model
     done = "" if weights.epoch is None else f", {weights.epoch} epochs done"

@@ -110,13 +110,10 @@ def collect(options: Report) -> dict[str, Any]:
 
 
 def write(contents: dict[str, Any], out: Path) -> int:
-    """Write the page, all of it or nothing; -> its bytes."""
+    """Write the page, all of it or nothing; -> its bytes. Raises CannotWrite."""
     page = render(contents).encode()
-    try:
-        with replacing(out) as file:
-            file.write(page)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}; name another file with --out") from None
+    with replacing(out) as file:
+        file.write(page)
     return len(page)
 
 
