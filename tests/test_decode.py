@@ -217,3 +217,118 @@ def test_other_threads_keep_their_setting(monkeypatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # a user's choice changes no verdict, and stays
     assert examine(cut).verdict == TOLERANT
     assert ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (0.2, 0.9), (0, 255), (0, 65535), (-3, 5), (7, 100_000)])
+def test_floats_are_scaled(low, high):
+    numbers = np.linspace(low, high, 4096, dtype=np.float32).reshape(64, 64)
+    pixels = decode(encoded(numbers, "TIFF"))[..., 0].astype(float)
+    black, white = (low, high) if low < 0 or high > 65535 else (0, next(m for m in (1, 255, 65535) if high <= m))
+    assert abs(pixels - (numbers - black) / (white - black) * 255).max() <= 0.51
+
+
+def test_numbers_of_32_bits_and_those_that_are_none():
+    many = np.linspace(-(2**31), 2**31 - 1, 4096).astype(np.int32).reshape(64, 64)
+    pixels = decode(encoded(many, "TIFF"))
+    assert pixels[0, 0, 0] == 0 and pixels[-1, -1, 0] == 255 and abs(pixels.mean() - 127.5) < 1
+    assert decode(encoded(np.full((8, 8), 512, np.int32), "TIFF"))[0, 0, 0] == 2  # of 65535
+    assert decode(encoded(np.full((8, 8), -5.0, np.float32), "TIFF")).max() == 0
+    found = examine(encoded(np.array([[1, np.nan]], np.float32), "TIFF"))
+    assert found.verdict == UNREADABLE and "not finite" in found.reason
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("colours", ["RGB", "L", "CMYK"])
+def test_a_jpeg_whose_data_end_early_is_not_ok(progressive, colours):
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (96, 96, 3), np.uint8)).convert(colours)
+    data = encoded(image, quality=90, progressive=progressive)
+    assert examine(data).verdict == (CONVERTED if colours == "CMYK" else OK)
+    for part in (3, 10, 20):
+        found = examine(data[: part * len(data) // 21] + b"\xff\xd9")
+        assert found.verdict == TOLERANT and "damaged" in found.reason, (part, found)
+
+
+def with_scans(data, count):
+    """A progressive JPEG whose last scan comes ``count`` times more."""
+    last = data.rindex(b"\xff\xda")
+    return data[:-2] + data[last:-2] * count + b"\xff\xd9"
+
+
+def test_many_scans(monkeypatch):
+    data = encoded(Image.new("L", (64, 64), 128), progressive=True)
+    own = module._scans(data)
+    assert own > 3 and module._scans(with_scans(data, 9)) == own + 9
+    assert np.array_equal(decode(clean(with_scans(data, 100))), decode(data))
+    monkeypatch.setattr(module, "_MOST_WORK", 64 * 64 * 50)
+    found = examine(with_scans(data, 100))
+    assert found.verdict == UNREADABLE and found.reason.startswith(f"too large: {own + 100} scans of 64x64 pixels")
+    assert examine(data).verdict == OK
+    monkeypatch.setattr(module, "_PLAIN_SCANS", own - 1)
+    found = examine(data)
+    assert found.verdict == CONVERTED and found.reason == f"unusual JPEG: {own} scans"
+
+
+LARGE = {
+    "jpeg": lambda p: encoded(p, quality=95, subsampling=0),
+    "png": lambda p: encoded(p, "PNG"),
+    "alpha": lambda p: encoded(Image.fromarray(p).convert("RGBA"), "PNG"),
+    "palette": lambda p: encoded(Image.fromarray(p).quantize(256), "PNG"),
+    "16 bits": lambda p: encoded(p[..., 0].astype(np.uint16) * 257, "PNG"),
+    "float": lambda p: encoded(p[..., 0].astype(np.float32) / 255, "TIFF"),
+}
+
+
+@pytest.mark.parametrize("kind", LARGE, ids=lambda kind: kind.replace(" ", "-"))
+@pytest.mark.parametrize("stripe", [1, 2000, 1 << 20])
+def test_large_images_become_smaller(monkeypatch, kind, stripe):
+    monkeypatch.setattr(module, "MOST_PIXELS", 5000)
+    monkeypatch.setattr(module, "_STRIPE", stripe)
+    pixels = picture(150, 203)  # a third: 68 x 50
+    data = LARGE[kind](pixels)
+    found = examine(data)
+    assert found.verdict == CONVERTED and found.reason == "large: 203x150 pixels"
+    small = decode(data)
+    assert small.shape == (found.height, found.width, 3) and found.width * found.height <= 5000
+    source = np.repeat(pixels[..., :1], 3, 2) if kind in ("16 bits", "float") else pixels
+    expected = np.asarray(Image.fromarray(source).resize((found.width, found.height), Image.Resampling.BOX))
+    assert near(small, expected, 4 if kind == "palette" else 2)
+    plain = clean(data)
+    assert examine(plain).verdict == OK and near(decode(plain), small)
+
+
+def test_a_large_image_lying_on_its_side(monkeypatch):
+    monkeypatch.setattr(module, "MOST_PIXELS", 1000)
+    pixels = picture(60, 80)
+    for orientation in (1, 6, 8, 3):
+        found, small = examine(oriented(orientation, pixels)), decode(oriented(orientation, pixels))
+        assert (found.width, found.height) == (27, 20) and small.shape == (20, 27, 3)
+        assert near(small, np.asarray(Image.fromarray(pixels).resize((27, 20), Image.Resampling.BOX)), 6)
+
+
+def test_a_side_too_long_for_a_jpeg(monkeypatch):
+    monkeypatch.setattr(module, "MOST_PIXELS", 100_000)
+    data = encoded(Image.fromarray(picture(4, 66_000)), "PNG")
+    monkeypatch.setattr(module, "_LONGEST_JPEG", 20_000)
+    assert suffix(clean(data)) == ".png" and examine(clean(data)).verdict == OK
+
+
+def test_images_of_thousands_of_pixels_come_one_at_a_time(monkeypatch):
+    """Of two threads one waits for the other, whose image is large."""
+    monkeypatch.setattr(module, "_AT_ONCE", 1000)
+    inside, most = [], []
+
+    def load(_):
+        inside.append(1)
+        most.append(len(inside))
+        stop.wait(0.05)
+        inside.pop()
+
+    stop = threading.Event()
+    monkeypatch.setattr(Image.Image, "load", load)
+    images = [Image.new("RGB", (40, 40)) for _ in range(4)]
+    threads = [threading.Thread(target=module._rgb, args=(image,)) for image in images]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) >= 4 and max(most) == 1

@@ -292,14 +292,14 @@ def _factor(image: Image.Image) -> int:
 def _rgb(image: Image.Image, shorter_side: int | None = None) -> Image.Image:
     """Load, make smaller, convert, turn upright. shorter_side: see decode()."""
     with _few_large(image):
-        width, height = (-(-n // _factor(image)) for n in image.size)
-        if shorter_side:
-            width, height = (min(n, 3 * shorter_side) for n in (width, height))
-        if (width, height) != image.size:
-            image.draft(None, (width, height))
+        whole, factor = image.size, _factor(image)
+        by_libjpeg = math.gcd(factor, 8)
+        wanted = tuple(min(max(1, n // by_libjpeg), 3 * (shorter_side or n)) for n in whole)
+        if wanted != whole:
+            image.draft(None, wanted)
         image.load()
         orientation = _orientation_of(image)
-        factor = _factor(image)
+        factor = math.ceil(factor / round(max(whole) / max(image.size)))
         image = _in_colour(image, _range(image)) if factor == 1 else _reduced(image, factor)
     return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
 
@@ -323,8 +323,6 @@ def _range(image: Image.Image) -> tuple[float, float] | None:
     if image.mode not in ("I", "F"):
         return None
     low, high = image.getextrema()
-    if not math.isfinite(low) or not math.isfinite(high):
-        raise DecodeError("no picture: some of its numbers are not finite")
     if low >= 0 and image.mode == "I" and high <= 65535:
         return 0, 65535
     usual = next((most for most in (1, 255, 65535) if high <= most), None)
@@ -334,7 +332,9 @@ def _range(image: Image.Image) -> tuple[float, float] | None:
 def _in_colour(image: Image.Image, low_high: tuple[float, float] | None) -> Image.Image:
     if low_high is not None:
         low, high = low_high
-        numbers = (np.asarray(image) - np.float64(low)) * (255 / (high - low or 1))
+        if not np.isfinite(numbers := np.asarray(image)).all():
+            raise DecodeError("no picture: some of its numbers are not finite")
+        numbers = (numbers - np.float64(low)) * (255 / (high - low or 1))
         image = Image.fromarray(np.clip(numbers + 0.5, 0, 255).astype(np.uint8))
     return image.convert("RGB")
 
