@@ -234,6 +234,17 @@ def test_interrupted_by_ctrl_c_it_says_so(tmp_path):
     assert check(load(tmp_path), workers=1, progress=False).read < 300
 
 
+def test_an_index_of_another_version_is_read_again(odd, capsys):
+    index = load(odd)
+    path = Path(check(index, workers=1, progress=False).path)
+    content = path.read_bytes()
+    old = pq.read_table(path).drop_columns("crc32")
+    pq.write_table(old.replace_schema_metadata({module._MARK: b"1"}), path)
+    capsys.readouterr()
+    assert check(index, workers=1, progress=False).read == len(index) and path.read_bytes() == content
+    assert capsys.readouterr().err == f"{path} is of another version of mopro_fast: every image is read again\n"
+
+
 def dying_reader(root, paths):
     """As examine_files, but two files are more than the process can bear."""
     for path in paths:

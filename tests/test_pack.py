@@ -1,6 +1,7 @@
 """`mopro-fast pack`: complete, upright, decodable shards; the same bytes however often it is interrupted."""
 
 import csv
+import gzip
 import hashlib
 import io
 import json
@@ -15,6 +16,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from odd_images import decode_cases, encoded, odd_images, oriented, picture
 from PIL import Image
@@ -23,6 +25,8 @@ from test_check import command, run, snapshot  # noqa: F401
 from mopro_fast.data import pack as module
 from mopro_fast.data import shards
 from mopro_fast.data.decode import UNREADABLE, decode, examine
+from mopro_fast.data.index import load_index
+from mopro_fast.data.reader import Broken, Verified
 from mopro_fast.data.shards import open_shards
 from mopro_fast.errors import UserError
 from mopro_fast.files import MARKER
@@ -285,6 +289,49 @@ def test_reading_reports_what_is_gone(packed, tmp_path):
     (tmp_path / "out" / images.names[1]).unlink()
     with pytest.raises(OSError):
         images.read(last + 1)
+
+
+@pytest.mark.medium
+def test_a_pack_without_checksums_is_read_and_gets_them(data, packed, tmp_path):
+    """Versions before had none: its images are examined when they are first read."""
+    old = tmp_path / "old"
+    shutil.copytree(packed, old)
+    as_before(old)
+    images = load_index(old, "train", num_classes=3)
+    assert images.shards.crc32 is None
+    zeroed = 4
+    with open(images.shards.path(images.shards.shard[zeroed]), "r+b") as tar:
+        tar.seek(images.shards.offset[zeroed])
+        tar.write(bytes(images.shards.size[zeroed]))
+    verified = Verified(images)
+    for row in range(10):
+        if row == zeroed:
+            with pytest.raises(Broken, match="not an image"):
+                verified.read_clean(row)
+        else:
+            assert verified.read_clean(row) == images.read(row)
+    verified.close()
+    images.shards.close()
+    shutil.copytree(packed, tmp_path / "again")
+    as_before(tmp_path / "again")
+    before = snapshot(packed)
+    assert command("pack", data, tmp_path / "again", "--size", 64, "--shard-images", 20).returncode == 0
+    after = snapshot(tmp_path / "again")
+    assert [name for name in before if before[name] != after.get(name) and not name.startswith(".mopro")] == []
+
+
+def as_before(pack):
+    """What was written before images had checksums."""
+    for path in (pack / "records").iterdir():
+        record = json.loads(gzip.decompress(path.read_bytes()))
+        record["rows"] = [row[:5] for row in record["rows"]]
+        path.write_bytes(gzip.compress(json.dumps(record).encode(), mtime=0))
+    manifest = json.loads((pack / "manifest.json").read_text())
+    for split in manifest["splits"].values():
+        path = pack / split["table"]["name"]
+        pq.write_table(pq.read_table(path).drop_columns("crc32"), path)
+        split["table"]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (pack / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_more_shards_than_files_kept_open(packed, monkeypatch):

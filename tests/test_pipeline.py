@@ -3,13 +3,15 @@
 import dataclasses
 import io
 import math
+import os
+import signal
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from odd_images import examined
+from odd_images import encoded, examined
 from PIL import Image, ImageOps
 
 from mopro_fast.config import AugmentConfig
@@ -18,6 +20,7 @@ from mopro_fast.data.augment import crop_boxes, draw
 from mopro_fast.data.index import load_index
 from mopro_fast.data.order import epoch_order
 from mopro_fast.data.pipeline import EvalLoader, TrainLoader
+from mopro_fast.data.reader import Broken, Verified
 from mopro_fast.errors import UserError
 from mopro_fast.ops.colour import color_jitter
 
@@ -319,6 +322,47 @@ def test_a_changed_file_that_is_whole_is_shown(photos):
     assert sorted(next(train.epoch(0)).ids.tolist()) == list(range(13)) and train.lost == []
 
 
+@pytest.mark.parametrize("how", ["zeros", "cut", "other", "odd"])
+def test_other_bytes_of_the_same_size_and_time(photos, how):
+    """Only a checksum tells: the size and the time of change are those of the check."""
+    row, path = 3, Path(photos.full_path(3))
+    content, status = path.read_bytes(), path.stat()
+    image = Image.fromarray(picture(99, 20, 25)).convert("L")
+    new = {
+        "zeros": bytes(len(content)),
+        "cut": content[: len(content) // 2],
+        "other": encoded(image),
+        "odd": encoded(image, "GIF"),
+    }[how]
+    assert len(new) <= len(content)
+    path.write_bytes(new.ljust(len(content), b"\0"))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    train = loader(photos, batch_size=12)
+    whole = how in ("other", "odd")
+    for epoch in range(3):
+        batch = next(train.epoch(epoch))
+        assert row in batch.ids if whole else row not in batch.ids
+    assert {lost.row for _, _, lost in train.lost} == (set() if whole else {row})
+    assert all(lost.reason.startswith("changed since it was checked; ") for _, _, lost in train.lost)
+    train.close()
+
+
+def test_bytes_that_end_their_process(photos, monkeypatch):
+    """They end one of its own, and are named; that they were closed meanwhile says nothing about them."""
+    monkeypatch.setattr(decode, "judged", deadly)
+    Path(photos.full_path(5)).write_bytes(b"deadly")
+    images = Verified(photos)
+    for _ in range(2):
+        with pytest.raises(Broken, match=r"changed since .*; it ends the process that decodes it \(signal 11\)"):
+            images.read_clean(5)
+    assert images.read(6) == (photos.read(6), decode.OK)
+    images.close()
+
+
+def deadly(_):
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
 def test_the_storage_is_gone(photos, tmp_path):
     (tmp_path / "c").rename(tmp_path / "d")
     train = loader(photos, batch_size=4)
@@ -340,12 +384,22 @@ def test_bytes_that_dali_refuses_are_found_cleaned_or_replaced(photos, monkeypat
     monkeypatch.setattr(decode, "examine", lambda data: wrong(data)._replace(verdict=decode.OK))
     with monkeypatch.context() as patch:
         patch.setattr(decode, "clean", lambda data: right_clean(data, wrong))
-        train = loader(photos, batch_size=4, crop_in_dali=in_dali)
+        train = loader(examined(photos), batch_size=4, crop_in_dali=in_dali)
+        refusals = monkeypatch_distrust(train, patch)
         batches = [batch for epoch in (0, 1) for batch in train.epoch(epoch)]
     assert all(equal(batches[i], whole[i]) for i in (0, 2))
     assert batches[1].ids[0] == gif and batches[1].ids[2] != text
     assert batches[1].ids[[1, 3]].tolist() == whole[1].ids[[1, 3]].tolist()
     assert {lost.row for _, _, lost in train.lost} == {text}
+    assert set(refusals) == {gif, text}
+
+
+def monkeypatch_distrust(train, patch):
+    """-> the rows that DALI is found to refuse, as they come."""
+    reader, rows = train._stream.reader, []
+    really = reader.distrust
+    patch.setattr(reader, "distrust", lambda row, reason: (rows.append(row), really(row, reason)))
+    return rows
 
 
 def right_clean(data, examine):

@@ -354,6 +354,8 @@ def _say(error: Exception) -> str:
 def _why_unreadable(data: bytes, error: Exception) -> str:
     if not data:
         return "empty file"
+    if isinstance(error, MemoryError):
+        return f"{CANNOT_READ}: not enough memory"
     if isinstance(error, Image.UnidentifiedImageError):
         return f"not an image: it begins with {data[:12]!r}"
     if isinstance(error, Image.DecompressionBombError):
