@@ -268,7 +268,7 @@ def _writable(path: str, required: bool, foreign: str | None) -> str | None:
         try:
             if place != path:
                 os.makedirs(os.path.dirname(place), exist_ok=True)
-            file = open(f"{place}.partial", "ab")  # noqa: SIM115: what its close says must not leave it behind
+            file = open(f"{place}.partial", "ab")  # noqa: SIM115
             with contextlib.suppress(OSError):
                 file.close()
         except OSError as error:
