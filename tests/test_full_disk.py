@@ -39,6 +39,8 @@ EACH = int(os.environ.get("MOPRO_FAST_FUZZ", 0))  # operations of each kind of f
 DRAWN = 2  # faults per command otherwise
 KINDS = {ROOM: [(errno.ENOSPC, False), (errno.ENOSPC, True)], FLUSH: [(errno.EIO, False)]}
 MORE = {"train": "--epochs 2 --checkpoint-every 2 --keep 2"}
+# The demo's indexes hold the times of images that it writes.
+MADE = {f"images/{folder}.mopro_fast_index.parquet" for folder in ("", "val_images_256/")}
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +126,7 @@ def check(case: Case, fault: Fault, given: dict[str, bytes], expected: dict[str,
         assert again.status == 0, again.text
     found = contents(case.out)
     assert set(map(case.place, found)) == set(map(case.place, expected))
-    for name in found.keys() & expected.keys() if same_bytes else ():
+    for name in (found.keys() & expected.keys()) - MADE if same_bytes else ():
         assert found[name] == expected[name] or (name.endswith(".pt") and values(found[name]) == values(expected[name]))
 
 

@@ -276,9 +276,9 @@ def _writable(path: str, required: bool, foreign: str | None) -> str | None:
         try:
             if place != path:
                 os.makedirs(os.path.dirname(place), exist_ok=True)
-            number = os.open(f"{place}.partial", os.O_WRONLY | os.O_CREAT, 0o666)
+            file = open(f"{place}.partial", "ab")  # noqa: SIM115
             with contextlib.suppress(OSError):
-                os.close(number)
+                file.close()
         except OSError as error:
             if required and error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise CannotWrite(place, error, "set --index to another place") from None
