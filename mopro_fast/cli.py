@@ -5,8 +5,9 @@ import re
 import sys
 import warnings
 
-from mopro_fast.errors import UserError
-from mopro_fast.files import home
+from mopro_fast.console import guarded, say, tell
+from mopro_fast.errors import UserError, of_the_machine
+from mopro_fast.files import home, open_files
 
 COMMANDS = {  # name: module of this package, help
     "demo": ("demo", "train cross-entropy and MoPro on noisy real images, about 3 minutes on 2 cores"),
@@ -39,18 +40,28 @@ def main(argv: list[str] | None = None) -> None:
     # process share the cores, steps then take up to 40 times as long; 20,000 turns cost nothing on idle cores.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     warnings.filterwarnings("ignore", module=r"PIL\.")  # about odd files: a check names them
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(_usage())
-        return
+    with guarded() as whole:
+        open_files()  # each shard and each connection of a worker is one
+        status = _status(argv)
+        status = status if whole() else status or 1
+    sys.exit(status)
+
+
+def _status(argv: list[str]) -> int:
     try:
-        sys.exit(_run(argv))
-    except UserError as error:
+        return _run(argv)
+    except SystemExit as stop:  # of those that read the options, after a help or a mistake
+        return stop.code or 0
+    except Exception as error:
+        error = error if isinstance(error, UserError) else of_the_machine(error)
+        if error is None:
+            raise
         rank = os.environ.get("RANK", "0")
-        print(f"mopro-fast: error: {'' if rank == '0' else f'[rank {rank}] '}{error}", file=sys.stderr)
-        sys.exit(2)
+        say(f"mopro-fast: error: {'' if rank == '0' else f'[rank {rank}] '}{error}")
+        return 2
     except KeyboardInterrupt:
-        print(f"mopro-fast: {argv[0]} interrupted: the same command goes on where it stopped", file=sys.stderr)
-        sys.exit(130)
+        say(f"mopro-fast: {argv[0]} interrupted: the same command goes on where it stopped")
+        return 130
 
 
 def _run(argv: list[str]) -> int:
@@ -58,9 +69,12 @@ def _run(argv: list[str]) -> int:
 
     from mopro_fast import __version__
 
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        tell(_usage())
+        return 0
     name, rest = argv[0], argv[1:]
     if name == "--version":
-        print(f"mopro_fast {__version__}")
+        tell(f"mopro_fast {__version__}")
         return 0
     if name not in COMMANDS:
         from mopro_fast.config import nearest

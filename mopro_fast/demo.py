@@ -6,6 +6,7 @@ wrong. Cross-entropy and MoPro then train on them with the same budget through t
 """
 
 import csv
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,9 @@ import tyro
 from PIL import Image
 
 from mopro_fast.config import TrainConfig, recipe
+from mopro_fast.console import tell
 from mopro_fast.errors import UserError
-from mopro_fast.files import own_folder, write_json
+from mopro_fast.files import own_folder, replacing, write_json, writing
 
 SIDE = 32  # of the image files, px
 TEST = 500  # digits that keep their true label and are never trained on
@@ -46,10 +48,10 @@ def demo(out: Path, seed: int) -> int:
     results = run(out, seed)
     if "stopped" in results:
         return 128 + results["stopped"]
-    print(table(results))
+    tell(table(results))
     draw(out, out / "demo.png")
-    print(f"\nfigure: {out / 'demo.png'}    numbers: {out / 'results.json'}    TensorBoard: tensorboard --logdir {out}")
-    print(f"what MoPro did, image by image: mopro-fast report {out / 'mopro'}")
+    tell(f"\nfigure: {out / 'demo.png'}    numbers: {out / 'results.json'}    TensorBoard: tensorboard --logdir {out}")
+    tell(f"what MoPro did, image by image: mopro-fast report {out / 'mopro'}")
     return 0
 
 
@@ -66,9 +68,10 @@ def run(out: Path, seed: int) -> dict:
     from mopro_fast.training.loop import Trainer
     from mopro_fast.training.tasks import task_of
 
-    write_images(out / "images", seed)
+    with writing(f"--out {out}", "name another folder"):
+        write_images(out / "images", seed)
     for method in ("ce", "mopro"):
-        print(f"\n== {'plain cross-entropy' if method == 'ce' else 'MoPro'} ==")
+        tell(f"\n== {'plain cross-entropy' if method == 'ce' else 'MoPro'} ==")
         if received := Trainer(task_of(config(method, out, seed))).run():
             return {"stopped": received}
     results = {"seed": seed} | {f"{m}_top1": curve(out / m, "val", "top1")[-1] for m in ("ce", "mopro")}
@@ -122,8 +125,10 @@ def write_images(folder: Path, seed: int) -> None:
         digit(pixels[row]).save(folder / f"val_images_256/{i:04d}.jpg", quality=90)
     _write_list(folder / "info/train_filelist_google.txt", paths, given)
     _write_list(folder / "info/val_filelist.txt", [f"{i:04d}.jpg" for i in range(TEST)], classes[test])
-    with (folder / "truth.csv").open("w", newline="") as file:  # last: its presence says that all is written
-        csv.writer(file).writerows([("path", "given", "true"), *zip(paths, given, true, strict=True)])
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([("path", "given", "true"), *zip(paths, given, true, strict=True)])
+    with replacing(folder / "truth.csv") as file:  # last: its presence says that all is written
+        file.write(text.getvalue().encode())
 
 
 def digit(pixels: np.ndarray) -> Image.Image:
@@ -234,9 +239,11 @@ def draw(out: Path, path: Path) -> None:
             right = true[i] == assigned[i]  # −1 is both "belongs to no class" and "removed"
             axis.set_title(text, fontsize=9, color="green" if right else "red")
     bottom.suptitle("given → corrected label, and removed images (green: right, red: wrong)", fontsize=11)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=110, format="png")
     plt.close(figure)
 
 
 def _write_list(path: Path, paths: list[str], labels: np.ndarray) -> None:
-    path.write_text("".join(f"{p} {y}\n" for p, y in zip(paths, labels, strict=True)))
+    with replacing(path) as file:
+        file.write("".join(f"{p} {y}\n" for p, y in zip(paths, labels, strict=True)).encode())

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mopro_fast import console
 from mopro_fast.errors import UserError
 from mopro_fast.transfer import to_device
 
@@ -29,7 +30,7 @@ def world() -> tuple[int, int]:
 def say(text: str) -> None:
     """A line on the terminal, once for all ranks; also before they have met."""
     if (dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))) == 0:
-        print(text, file=sys.stderr)
+        console.say(text)
 
 
 def alone() -> bool:

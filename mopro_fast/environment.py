@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mopro_fast import installed
+from mopro_fast.console import escaped, tell
 from mopro_fast.installed import apex_is_of_nvidia, covers
 
 
@@ -161,10 +162,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     report = collect()
     if args.json:
-        print(json.dumps(report, indent=2))
+        tell(json.dumps(report, indent=2))
         return 0
     lines = _lines(report)
     width = max(len(name) for name, _ in lines) + 2
     for name, value in lines:
-        print(f"{name:{width}}{value}")
+        tell(f"{name:{width}}{escaped(value)}")
     return 0

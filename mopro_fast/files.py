@@ -9,15 +9,17 @@ all goes on without.
 import contextlib
 import errno
 import fcntl
+import io
 import json
 import os
 import re
+import resource
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mopro_fast.errors import UserError
+from mopro_fast.errors import CannotWrite, UserError, require_resources
 
 MARKER = ".mopro_fast"  # in a folder: whose it is, {"command": "train"}; its lock
 FEATURES = "features"  # an owner that is no command: several commands share such a folder
@@ -26,6 +28,7 @@ _OTHER = "name another folder"
 _PIECE = 1 << 22  # bytes read at a time of a file that is not as long as it said
 _KINDS = {"a folder": stat.S_ISDIR, "a pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}
 MOST_TEXT = 1 << 28  # bytes of a file of ours or of settings: whatever is larger is something else
+_HANDLES = 1 << 16  # open files that a process of ours may ask for
 _TRIES = 9  # of opening a lock's file that another process removes meanwhile
 
 
@@ -99,33 +102,75 @@ def _require_size(path: str | os.PathLike, size: int, most: int) -> None:
 def replacing(path: str | os.PathLike, own: str = "", new: bool = False) -> Iterator[BinaryIO]:
     """A file for writing that appears as ``path`` when it is complete and on the disk, or not at all.
 
-    own: told apart by this, files of several writers do not mix; of two with the same one is refused. new: refuse to
-    replace a file that has come meanwhile.
+    Raises CannotWrite, also where what writes into it hides the reason, as PyTorch does. own: told apart by this, files
+    of several writers do not mix; of two with the same one is refused. new: refuse to replace a file that has come
+    meanwhile.
     """
     temporary = _beside(path, f"{own}{MARKER}.tmp")
-    with _held(temporary, f"another process writes {path}: wait for it") as file:
+    raw, others = None, False  # others: the caller's code runs, whose OSErrors may be of other files
+    try:
+        with _held(temporary, f"another process writes {path}: wait for it") as raw:
+            file = io.BufferedRandom(raw)
+            try:
+                file.truncate(0)
+                others = True
+                yield file
+                others = False
+                file.flush()
+                if raw.failed:
+                    raise raw.failed
+                os.fsync(raw.fileno())
+                if new:
+                    require_new(path)
+                os.replace(temporary, path)
+            except BaseException:
+                raw.abandoned = True
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+                raise
+            finally:
+                with contextlib.suppress(OSError):
+                    file.close()
+    except UserError:
+        raise
+    except Exception as error:
+        failed = raw.failed if raw else None
+        if failed is None and (others or not isinstance(error, OSError)):
+            raise
+        raise CannotWrite(path, failed or error) from None
+
+
+def append(file: io.FileIO, line: bytes) -> None:
+    """Write all of it at the end of an unbuffered file, or nothing. Raises CannotWrite."""
+    try:
+        end = file.seek(0, os.SEEK_END)
         try:
-            file.truncate(0)
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            if new:
-                require_new(path)
-            os.replace(temporary, path)
+            left = memoryview(line)
+            while left:
+                left = left[file.write(left) :]
         except BaseException:
             with contextlib.suppress(OSError):
-                os.unlink(temporary)
+                file.truncate(end)
             raise
+    except OSError as error:
+        raise CannotWrite(file.name, error) from None
 
 
 @contextlib.contextmanager
-def locked(path: str, busy: str) -> Iterator[BinaryIO]:
-    """A file to read and append to, for one process at a time; removed at a normal end.
+def locked(path: str, busy: str) -> Iterator[io.FileIO]:
+    """A file to read and :func:`append` to, for one process at a time; removed at a normal end, or if it is empty.
 
     busy: message of the Busy where another process has it.
     """
     with _held(path, busy, append=True) as file:
-        yield file
+        try:
+            yield file
+        except BaseException:
+            if os.fstat(file.fileno()).st_size:
+                raise
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            raise
         with contextlib.suppress(FileNotFoundError):  # where there are no locks another one may have removed it
             os.unlink(path)
 
@@ -143,7 +188,7 @@ def output(path: str | os.PathLike, mine: Callable[[Path], bool] | None = None) 
         try:
             stack.enter_context(_held(lock, f"another process writes {path}: wait for it, or name another file"))
         except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}: name another file") from None
+            raise CannotWrite(path, error, "name another file") from None
         try:
             require_new(path, mine)  # by a process that had the lock
             yield path
@@ -181,18 +226,24 @@ def own_folder(
             require_own(path, command, old, flag)
             made = not path.exists()
             busy = f"another process writes into {shown}: wait for it, or name another folder"
-            marker = lock.enter_context(_held(path / MARKER, busy, wait=command == FEATURES, folder=True))
+            marker = None
             try:
+                marker = lock.enter_context(_held(path / MARKER, busy, wait=command == FEATURES, folder=True))
                 require_own(path, command, old, flag)  # by a process that had the lock
                 if not marker.read().strip(b"\0"):
                     marker.truncate(0)
-                    marker.seek(0)
-                    marker.write(json.dumps({"command": command}).encode() + b"\n")
-                    marker.flush()
-                    os.fsync(marker.fileno())
+                    append(marker, json.dumps({"command": command}).encode() + b"\n")
+                    try:
+                        os.fsync(marker.fileno())
+                    except OSError:
+                        marker.truncate(0)
+                        raise
             except BaseException:
-                if _mark(path)[1]:
-                    os.unlink(path / MARKER)
+                with contextlib.suppress(OSError):
+                    if marker and _mark(path)[1]:
+                        os.unlink(path / MARKER)
+                    if made:
+                        path.rmdir()
                 raise
         if command == FEATURES:
             lock.close()
@@ -231,21 +282,22 @@ def json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is none that can be read."""
     try:
         found = json.loads(read_regular(path, MOST_TEXT)[0])
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError) as error:
+        require_resources(error, path)
         found = None
     return found if isinstance(found, dict) else {}
 
 
 @contextlib.contextmanager
 def writing(folder: Path | str, hint: str) -> Iterator[None]:
-    """An OSError inside is a UserError that names the folder and ends with ``hint``, what the user can do."""
+    """An OSError inside is a CannotWrite that names the folder. hint: what the user can do, unless the error says."""
     try:
         yield
     except OSError as error:
         name = os.fsdecode(error.filename or "")
         own = name in str(folder) or os.path.basename(name) == MARKER  # the folder itself, or one above it
         name = "" if own else f"{os.path.basename(name)} "
-        raise UserError(f"cannot write {name}into {folder}: {error.strerror}: {hint}") from None
+        raise CannotWrite(f"{name}into {folder}", error, hint) from None
 
 
 def misfit(value: Any, shape: Any, name: str = "") -> str | None:
@@ -281,13 +333,24 @@ def misfit(value: Any, shape: Any, name: str = "") -> str | None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """The whole file or none."""
+    """The whole file or none. Raises CannotWrite."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
-            file.write(json.dumps(value, indent=2).encode() + b"\n")
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+        raise CannotWrite(path, error) from None
+    with replacing(path) as file:
+        file.write(json.dumps(value, indent=2).encode() + b"\n")
+
+
+def open_files() -> int:
+    """How many files this process may have open, after it has asked for more."""
+    most, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most != resource.RLIM_INFINITY and most < _HANDLES:
+        wanted = _HANDLES if hard == resource.RLIM_INFINITY else min(hard, _HANDLES)
+        with contextlib.suppress(OSError, ValueError):  # macOS has a lower bound of its own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            most = wanted
+    return _HANDLES if most == resource.RLIM_INFINITY else most
 
 
 def home(path: str) -> str:
@@ -318,11 +381,27 @@ def _beside(path: str | os.PathLike, ending: str) -> str:
     return os.path.join(folder, f".{name}{ending}")
 
 
+class _File(io.FileIO):
+    """Remembers why it could not be written. Once abandoned, what a buffer still holds goes nowhere."""
+
+    failed: OSError | None = None
+    abandoned = False
+
+    def write(self, data: Any) -> int:
+        if self.abandoned:
+            return memoryview(data).nbytes
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failed = error
+            raise
+
+
 @contextlib.contextmanager
 def _held(
     path: str | os.PathLike, busy: str, wait: bool = False, append: bool = False, folder: bool = False
-) -> Iterator[BinaryIO]:
-    """A file of ours to read and write, locked; made if need be, never reached through a link.
+) -> Iterator[_File]:
+    """A file of ours to read and write, unbuffered and locked; made if need be, never reached through a link.
 
     busy: message of the Busy where another process has it. wait: for that one's end. folder: make its folder.
     """
@@ -337,7 +416,8 @@ def _held(
         return number
 
     for _ in range(_TRIES):
-        with open(path, "a+b" if append else "r+b", buffering=0 if append else -1, opener=opened) as file:
+        file = _File(path, "a+" if append else "r+", opener=opened)
+        try:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
@@ -347,6 +427,9 @@ def _held(
             if _is_still(path, file):
                 yield file
                 return
+        finally:
+            with contextlib.suppress(OSError):  # what matters in it was flushed before
+                file.close()
     raise Busy(busy)
 
 

@@ -1,16 +1,19 @@
 """Odd and broken image files, made on the spot, and shared's decode-cases where they are."""
 
+import dataclasses
 import io
 import os
 import struct
 import tarfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from mopro_fast.data import decode
 from mopro_fast.data.decode import CONVERTED, OK, TOLERANT, UNREADABLE
 
 SHARED = Path(os.environ.get("MOPRO_FAST_SHARED") or Path(__file__).parents[1].parent / "shared")
@@ -133,3 +136,12 @@ def decode_cases(folder):
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")
     return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def examined(index):
+    """The index with what a check finds."""
+    data = [index.read(i) for i in range(len(index))]
+    found = [decode.examine(d) for d in data]
+    columns = {name: np.array([getattr(f, name) for f in found]) for name in ("verdict", "width", "height")}
+    columns |= {"size": np.array(list(map(len, data))), "crc32": np.array(list(map(zlib.crc32, data)))}
+    return dataclasses.replace(index, checked=SimpleNamespace(reason=[f.reason for f in found], **columns))

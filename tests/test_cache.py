@@ -6,12 +6,14 @@ import sys
 import numpy as np
 import pytest
 import torch
+from odd_images import examined
 from PIL import Image
 
 from mopro_fast import ops
 from mopro_fast.config import AugmentConfig
 from mopro_fast.data import cache
 from mopro_fast.data.cache import DeviceEvalLoader, DeviceTrainLoader
+from mopro_fast.data.decode import DecodeError
 from mopro_fast.data.index import load_index
 from mopro_fast.data.pipeline import EvalLoader, TrainLoader
 from mopro_fast.errors import UserError
@@ -47,7 +49,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def index(folder):
-    return load_index(folder / "list.txt", "train", num_classes=4)
+    return examined(load_index(folder / "list.txt", "train", num_classes=4))
 
 
 def arguments(**changes):
@@ -169,7 +171,7 @@ def test_an_image_that_is_not_as_large_as_its_header_says(index, monkeypatch):
 
 
 def test_nothing_readable(index, monkeypatch):
-    monkeypatch.setattr(cache.decode, "decode", lambda _: (_ for _ in ()).throw(OSError(19, "No such device")))
+    monkeypatch.setattr(cache.decode, "decode", lambda _: (_ for _ in ()).throw(DecodeError("No such device")))
     with pytest.raises(UserError, match=r"cannot read .*jpg \(No such device\), nor any of 25 images"):
         next(on_device(index).epoch(0))
 

@@ -5,11 +5,11 @@ import io
 import math
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from odd_images import examined
 from PIL import Image, ImageOps
 
 from mopro_fast.config import AugmentConfig
@@ -47,7 +47,7 @@ def index(tmp_path_factory):
         Image.fromarray(picture(i, *SHAPES[i % len(SHAPES)])).save(root / name)
         lines.append(f"{name} {i % 5 - 1}")
     (root / "list.txt").write_text("\n".join(lines))
-    return load_index(root / "list.txt", "train", num_classes=4)
+    return examined(load_index(root / "list.txt", "train", num_classes=4))
 
 
 def loader(index, **changes):
@@ -229,7 +229,7 @@ def test_exif_orientation_is_applied_to_size_and_pixels(tmp_path, orientation, i
     image = Image.fromarray(picture(0, 90, 30))
     for i in range(4):
         image.save(tmp_path / "c" / f"{i}.jpg", quality=95, exif=exif)
-    index = load_index(tmp_path, "train", num_classes=1)
+    index = examined(load_index(tmp_path, "train", num_classes=1))
     train = loader(index, batch_size=4, augment=PLAIN, crop_in_dali=in_dali)
     batch, crops = next(train.epoch(0)), train._draw(0, 0).q
     upright = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "c" / "0.jpg")))
@@ -261,14 +261,6 @@ def photos(tmp_path):
     for i in range(13):
         Image.fromarray(picture(i, 40, 50)).save(tmp_path / "c" / f"{i:02}.jpg")
     return examined(load_index(tmp_path, "train", num_classes=1))
-
-
-def examined(index):
-    found = [decode.examine(index.read(i)) for i in range(len(index))]
-    columns = {name: np.array([getattr(f, name) for f in found]) for name in ("verdict", "width", "height")}
-    columns["reason"] = [f.reason for f in found]
-    states = np.array([index.read_with_state(i)[1:] for i in range(len(index))])
-    return dataclasses.replace(index, checked=SimpleNamespace(size=states[:, 0], mtime_ns=states[:, 1], **columns))
 
 
 def damage(path, how):

@@ -262,6 +262,17 @@ class Tags(HTMLParser):
         self.found.append((tag, dict(attrs)))
 
 
+def test_no_string_of_the_run_hides_text(run, tmp_path):
+    moved = tmp_path / "run \x1b[2J\u202e\udcff"
+    shutil.copytree(run, moved)
+    contents = collect(moved)
+    contents["images"].append({"name": "\u202e"})
+    size = page.write(contents, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert len(text.encode()) == size and text.replace("\n", "").isprintable()
+    assert r"run \x1b[2J\u202e\xff" in text and r"\\u202e" in text.partition("<body")[2]
+
+
 def test_no_string_of_the_run_is_html_and_nothing_is_loaded(run):
     contents = collect(run)
     text = page.render(contents)

@@ -1,7 +1,6 @@
 """``mopro-fast bench``: images a second of a training step, ours and its peers', on this machine."""
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from mopro_fast import environment
 from mopro_fast.benchmark import report, throughput
 from mopro_fast.benchmark.throughput import Case
+from mopro_fast.console import say, tell
 from mopro_fast.errors import UserError
 from mopro_fast.files import json_object, output, write_json, writing
 
@@ -78,9 +78,9 @@ def main(argv: list[str]) -> int:
                 write_json(out, {"conditions": conditions, **result})
 
         result = run(options, keep)
-    print(report.table(result))
+    tell(report.table(result))
     if options.out:
-        print(f"\nnumbers: {options.out}")
+        tell(f"\nnumbers: {options.out}")
     return int(report.failed(result))
 
 
@@ -133,7 +133,7 @@ def run(options: Bench, keep: Callable[[dict[str, Any]], object] = lambda _: Non
         for name, variant in throughput.measure(case, chosen_here, options.seconds):
             found["variants"][name] = variant
             at = f"[{i}/{len(cases)} {time.perf_counter() - began:.0f} s] N={case.batch} C={case.classes}"
-            print(f"{at}: {report.brief(name, variant)}", file=sys.stderr, flush=True)
+            say(f"{at}: {report.brief(name, variant)}")
             keep(so_far())
         if everything and not options.variants:
             found["parts_ms"] = throughput.attempt(throughput.parts, case, 10)

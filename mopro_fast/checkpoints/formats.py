@@ -21,7 +21,7 @@ from mopro_fast.checkpoints.fields import is_dense, is_finite
 from mopro_fast.checkpoints.state import RunState, checked, is_ours
 from mopro_fast.checkpoints.state import read as read_torch
 from mopro_fast.config import ModelConfig, TrainConfig
-from mopro_fast.errors import UserError
+from mopro_fast.errors import UserError, require_resources
 from mopro_fast.files import open_regular
 from mopro_fast.models.calibration import CALIBRATION
 
@@ -108,6 +108,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
             about = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
+        require_resources(error, path)
         raise UserError(f"cannot read {path}: {str(error).partition(chr(10))[0]}; is it a whole file?") from None
     if about.get("sha256", digest(tensors)) != digest(tensors):
         raise UserError(f"{path} is damaged: its tensors do not match their checksum; copy it again")

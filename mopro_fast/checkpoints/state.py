@@ -22,8 +22,8 @@ from torch import Tensor
 from mopro_fast import __version__
 from mopro_fast.checkpoints import numpy_scalars
 from mopro_fast.checkpoints.fields import Damaged, check, require, said, settings
-from mopro_fast.errors import UserError
-from mopro_fast.files import replacing, require_regular
+from mopro_fast.errors import UserError, require_resources
+from mopro_fast.files import replacing, require_regular, writing
 
 FORMAT = 2
 NAME = re.compile(r"step_(\d{9})\.pt$")
@@ -91,14 +91,12 @@ def write(file: Any, state: RunState) -> None:
 def save(folder: Path, step: int, state: RunState, keep: int) -> Path:
     """Write ``folder/step_<step>.pt``, then drop all but the newest ``keep`` and what crashes left."""
     path = folder / f"step_{step:09d}.pt"
-    try:
+    with writing(folder, "name another --out"):
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(str(path)) as file:
             write(file, state)
-    except OSError as error:
-        raise UserError(f"cannot write the checkpoint {path}: {error.strerror}; earlier ones are untouched") from None
-    for old in [*all_of(folder)[:-keep], *folder.glob(".step_*.tmp"), *folder.glob("*.partial")]:
-        old.unlink()
+        for old in [*all_of(folder)[:-keep], *folder.glob(".step_*.tmp"), *folder.glob("*.partial")]:
+            old.unlink()
     return path
 
 
@@ -161,6 +159,7 @@ def read(path: str | Path) -> Any:
     except (FileNotFoundError, NotADirectoryError):
         raise (Damaged if os.path.lexists(path) else UserError)(f"no checkpoint at {path}") from None
     except OSError as error:
+        require_resources(error, path)
         kind = Damaged if error.errno in (errno.EINVAL, errno.ELOOP) else UserError
         raise kind(f"cannot read the checkpoint {path}: {error.strerror}") from None
     try:
@@ -176,6 +175,7 @@ def read(path: str | Path) -> Any:
     except UserError:
         raise
     except Exception as error:  # whatever a broken or foreign file makes the unpickler raise
+        require_resources(error, path)
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         if code:
             raise Damaged(

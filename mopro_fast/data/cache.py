@@ -9,19 +9,20 @@ import io
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from mopro_fast import ops
+from mopro_fast.console import Progress
 from mopro_fast.data import decode
 from mopro_fast.data.augment import crop_boxes
 from mopro_fast.data.batches import Batch, EvalBatches, TrainBatches
 from mopro_fast.data.decode import DecodeError
 from mopro_fast.data.index import Index
-from mopro_fast.data.reader import Lost
+from mopro_fast.data.reader import Broken, Lost, Verified
 from mopro_fast.errors import UserError
 from mopro_fast.ops.two_views import largest_side
 from mopro_fast.transfer import to_device
@@ -167,15 +168,16 @@ def _shapes(index: Index, rows: np.ndarray, threads: int) -> np.ndarray:
     """int64 [n, 2]: height and width as the check found them, or of the headers, before any turn; zeros: unknown."""
     if index.checked is not None:
         return np.stack([index.checked.height, index.checked.width], axis=1)[rows].astype(np.int64)
+    images = Verified(index)
 
     def shape(row: int) -> tuple[int, int]:
         try:
-            width, height = Image.open(io.BytesIO(index.read(row))).size
+            width, height = Image.open(io.BytesIO(images.read(row)[0])).size
         except Exception:  # Pillow raises many kinds; decoding will name the reason
             return 0, 0
         return height, width
 
-    with ThreadPoolExecutor(threads) as pool:
+    with closing(images), ThreadPoolExecutor(threads) as pool:
         return np.array(list(pool.map(shape, rows.tolist())), np.int64).reshape(-1, 2)
 
 
@@ -188,16 +190,16 @@ def decoded(
 ) -> Iterator[np.ndarray | str]:
     """then(pixels of each row), or why it cannot be read; with progress where it is to be shown."""
 
+    images = Verified(index)
+
     def work(row: int) -> np.ndarray | str:
         try:
-            return then(decode.decode(index.read(row)))
-        except DecodeError as error:
+            return then(decode.decode(images.read(row)[0]))
+        except (Broken, DecodeError) as error:
             return str(error)
-        except OSError as error:
-            return error.strerror or type(error).__name__
 
-    bar = tqdm(desc="decoding", total=len(rows), unit="img", disable=None if show else True, leave=False)
-    with ThreadPoolExecutor(threads) as pool, bar:
+    bar = Progress("decoding", len(rows), "images", active=show)
+    with closing(images), ThreadPoolExecutor(threads) as pool, bar:
         for first in range(0, len(rows), _CHUNK):
             for result in pool.map(work, rows[first : first + _CHUNK].tolist()):
                 yield result

@@ -23,21 +23,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import tyro
-from tqdm import tqdm
 
+from mopro_fast.console import Progress, escaped, tell
 from mopro_fast.data import workers as processes
 from mopro_fast.data.decode import CANNOT_READ, CONVERTED, OK, UNREADABLE, VERDICTS, crash_reason, examine_files
 from mopro_fast.data.index import Checked, Index, load_index, synsets, val_layout
 from mopro_fast.data.paths import Paths, shown
 from mopro_fast.data.shards import is_pack, verify_pack
 from mopro_fast.distributed import say
-from mopro_fast.errors import UserError
-from mopro_fast.files import Busy, locked, open_regular, replacing
+from mopro_fast.errors import CannotWrite, UserError, require_resources
+from mopro_fast.files import Busy, append, locked, open_regular, replacing
 
 FILE = ".mopro_fast_index.parquet"
 EXAMPLES = 3  # named per kind of fault
 _MARK = b"mopro_fast.check"
-_VERSION = b"1"  # of the verdicts' meaning: raise it, and everything is read again
+_VERSION = b"2"  # of the verdicts' meaning: raise it, and everything is read again
 _CHUNK = 64  # files a worker is given at a time
 _POLL = 0.2  # seconds between two looks for another process's check
 _STAT_THREADS = 16  # a network file system answers each stat in a millisecond
@@ -53,6 +53,7 @@ _SCHEMA = pa.schema(
         ("reason", pa.string()),
         ("bytes", pa.int64()),
         ("mtime_ns", pa.int64()),
+        ("crc32", pa.int64()),
     ],
     metadata={_MARK: _VERSION},
 )
@@ -83,14 +84,14 @@ def check(
             if np.array_equal(found["label"].to_numpy(), index.labels):
                 return _checked(found, place, 0)
     with _open_partial(path, required, foreign) as partial:
-        old = _read(partial.path)
+        old = _read(partial.path, tell=True)
         if named and len(old) and not (_rows_of(old, index.paths) >= 0).any():
             raise UserError(f"{path} is the index of other images: remove it, or name another --index")
         known = pa.concat_tables([partial.read(), old.select(_FOUND.names)])
         # 2. Read what is not known or has changed.
         todo = np.flatnonzero(~_holds(known, _rows_of(known, index.paths), files))
         new = []
-        with tqdm(total=len(todo), desc="check", unit=" images", disable=not progress or not len(todo)) as bar:
+        with Progress("check", len(todo), "images", active=progress) as bar:
             for result in _examine_all(index, todo, workers):
                 partial.add(result)
                 new.append(result)
@@ -113,7 +114,8 @@ def _is_foreign(path: str, named: bool) -> str | None:
             return f"{file} is no file"
     try:
         ours = not os.path.isfile(path) or _MARK in (pq.read_schema(path).metadata or {})
-    except (OSError, pa.ArrowInvalid):
+    except (OSError, pa.ArrowInvalid) as error:
+        require_resources(error, path)
         ours = not named
     if not ours:
         return f"{path} is no index of `mopro-fast check`"
@@ -137,7 +139,7 @@ def _holds(known: pa.Table, rows: np.ndarray, files: tuple[np.ndarray, np.ndarra
 
 def _checked(table: pa.Table, path: str, read: int) -> Checked:
     verdict = pc.index_in(table["verdict"], value_set=pa.array(VERDICTS)).to_numpy().astype(np.uint8)
-    numbers = [table[name].to_numpy() for name in ("bytes", "mtime_ns", "width", "height")]
+    numbers = [table[name].to_numpy() for name in ("bytes", "mtime_ns", "crc32", "width", "height")]
     return Checked(verdict, *numbers, table["reason"].to_pylist(), path, read)
 
 
@@ -158,15 +160,8 @@ def _examine_all(index: Index, rows: np.ndarray, workers: int) -> Iterator[tuple
             elif isinstance(item, processes.Crashed):
                 left = task[1][finished.pop(id(task), 0) :]
                 for path in left[:1]:
-                    yield (
-                        path,
-                        0,
-                        0,
-                        "",
-                        VERDICTS[UNREADABLE],
-                        crash_reason(item),
-                        *_state(os.path.join(index.root, path)),
-                    )
+                    state = _state(os.path.join(index.root, path))
+                    yield path, 0, 0, "", VERDICTS[UNREADABLE], crash_reason(item), *state, -1
                 if left[1:]:
                     tasks.append((index.root, left[1:]))
             else:
@@ -190,7 +185,8 @@ def _stat(index: Index) -> tuple[np.ndarray, np.ndarray]:
 def _state(path: str) -> tuple[int, int]:
     try:
         status = os.stat(path)
-    except OSError:
+    except OSError as error:
+        require_resources(error, shown(path))
         return -1, -1
     return status.st_size, status.st_mtime_ns
 
@@ -207,14 +203,15 @@ class _Partial:
         A power failure may have left zeros in place of others.
         """
         found = []
-        if self._file is not None:
-            self._file.seek(0)
-            text = self._file.read()
-            complete = text[: text.rfind(b"\n") + 1]
-            self._file.truncate(len(complete))
-            for line in reversed(complete.splitlines()):
-                with contextlib.suppress(ValueError, RecursionError):
-                    found.append(json.loads(line))
+        with self._writing():
+            if self._file is not None:
+                self._file.seek(0)
+                text = self._file.read()
+                complete = text[: text.rfind(b"\n") + 1]
+                self._file.truncate(len(complete))
+                for line in reversed(complete.splitlines()):
+                    with contextlib.suppress(ValueError, RecursionError):
+                        found.append(json.loads(line))
         try:
             return _table(found)
         except (ValueError, TypeError, pa.ArrowException):  # a line that no check has written
@@ -223,7 +220,7 @@ class _Partial:
     def add(self, result: tuple) -> None:
         with self._writing():
             if self._file is not None:
-                self._file.write(json.dumps(result).encode() + b"\n")
+                append(self._file, json.dumps(result).encode() + b"\n")
 
     def finish(self, table: pa.Table) -> None:
         named = table.set_column(0, "path", Paths(table["path"]).for_table())
@@ -236,9 +233,9 @@ class _Partial:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except (OSError, CannotWrite) as error:
             if self._required:
-                raise
+                raise (error if isinstance(error, CannotWrite) else CannotWrite(self.path, error)) from None
             say(f"{self.path} cannot be written ({error.strerror}): the result of the check is not kept")
             self._file = None
 
@@ -267,9 +264,9 @@ def _open_partial(path: str, required: bool = True, foreign: str | None = None) 
                     say(f"another process checks the same images: waiting for {place}")
                     said = True
                 time.sleep(_POLL)
-            yield _Partial(place, file, required)
         except OSError as error:
-            raise UserError(f"cannot write {place}: {error.strerror}: make room there, or set --index") from None
+            raise CannotWrite(place, error, "set --index to another place") from None
+        yield _Partial(place, file, required)
 
 
 def _writable(path: str, required: bool, foreign: str | None) -> str | None:
@@ -279,11 +276,13 @@ def _writable(path: str, required: bool, foreign: str | None) -> str | None:
         try:
             if place != path:
                 os.makedirs(os.path.dirname(place), exist_ok=True)
-            open(f"{place}.partial", "ab").close()
+            number = os.open(f"{place}.partial", os.O_WRONLY | os.O_CREAT, 0o666)
+            with contextlib.suppress(OSError):
+                os.close(number)
         except OSError as error:
-            reasons.append(f"{place} cannot be written ({error.strerror})")
             if required and error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                break
+                raise CannotWrite(place, error, "set --index to another place") from None
+            reasons.append(f"{place} cannot be written ({error.strerror})")
             continue
         if reasons:
             say(f"{reasons[0]}: the index is {place}")
@@ -304,16 +303,19 @@ def _in_cache(path: str) -> str | None:
     )
 
 
-def _read(path: str) -> pa.Table:
-    """An earlier result; empty if there is none that can be used."""
+def _read(path: str, tell: bool = False) -> pa.Table:
+    """An earlier result; empty if there is none that can be used. tell: say where that is for its version."""
     try:
         table = pq.read_table(path, memory_map=False)
         known = pc.all(pc.is_in(table["verdict"], value_set=pa.array(VERDICTS))).as_py()
         whole = not any(column.null_count for column in table.columns)
-        if (table.schema.metadata or {}).get(_MARK) == _VERSION and whole and known is not False:
+        version = (table.schema.metadata or {}).get(_MARK)
+        if version == _VERSION and whole and known is not False:
             return table.cast(_HELD)
-    except (OSError, pa.ArrowException, KeyError, ValueError):
-        pass
+        if tell and version not in (None, _VERSION):
+            say(f"{path} is of another version of mopro_fast: every image is read again")
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        require_resources(error, path)
     return _HELD.empty_table()
 
 
@@ -359,7 +361,8 @@ def main(argv: list[str]) -> int:
     if is_pack(options.data):
         wrong = verify_pack(options.data, workers)
         again = f"{len(wrong)} files of this pack are not as they were made: run the same `mopro-fast pack` again"
-        print(*wrong, again if wrong else f"{options.data}: every file is as it was made", sep="\n")
+        for line in (*wrong, again if wrong else f"{options.data}: every file is as it was made"):
+            tell(escaped(line))
         return 1 if wrong else 0
     readable, splits = 0, load_splits(options.data, options.layout, options.root)
     paths = {split: options.index and options.index + ("" if split == "train" else f".{split}") for split in splits}
@@ -370,7 +373,7 @@ def main(argv: list[str]) -> int:
         path = paths[split]
         checked = check(index, workers=workers, progress=True, path=path, forget=True)
         readable += (checked.verdict != UNREADABLE).sum()
-        print(f"{split}: {summary(index, checked)}")
+        tell(f"{split}: {summary(index, checked)}")
     return 0 if readable else 1
 
 

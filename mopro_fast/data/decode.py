@@ -3,28 +3,38 @@
 Pixels are Pillow's ``convert("RGB")`` of the upright image, as the official code sees them but for orientation:
 alpha is dropped, not composited; a palette's transparent entries show their colour; CMYK is converted by Pillow's
 formula, inverted first where Adobe wrote it so; ICC profiles are ignored; of several frames or images the first
-counts. One difference: 16-bit grey is divided by 257, where some Pillow versions clip it to white.
+counts. Differences: 16-bit grey is divided by 257, where some Pillow versions clip it to white; floats and 32-bit
+integers are scaled to 0 ... 255; an image of more than MOST_PIXELS is made smaller by a whole number.
 """
 
 import io
+import math
 import os
 import struct
 import threading
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
+import simplejpeg
 from PIL import Image, ImageFile
 
 from mopro_fast.data.workers import Crashed, limited
+from mopro_fast.errors import require_resources
 from mopro_fast.files import read_regular
 
 VERDICTS = ("ok", "converted", "tolerant", "unreadable")
 OK, CONVERTED, TOLERANT, UNREADABLE = range(4)
 CANNOT_READ = "cannot be read"  # kind of reason: the file, whatever is in it
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses an image as a decompression bomb
+MOST_PIXELS = 1 << 22  # of a decoded image: a batch of 256 takes 3.2 GB at most
+_AT_ONCE = 1 << 24  # pixels of an image beside which no other such is decoded: 0.7 GB for the largest
+_PLAIN_SCANS = 64  # of a JPEG that is OK; encoders write about 10
+_MOST_WORK = 1 << 31  # pixels x scans of a JPEG: 10 seconds
+_LONGEST_JPEG = 65_500  # pixels of a side that libjpeg writes
+_STRIPE = 1 << 20  # pixels of a large image converted at once
 MAX_BYTES = 1 << 29  # of a file; as many pixels, uncompressed
 
 Image.init()
@@ -91,8 +101,8 @@ def looks_like_image(start: bytes) -> bool:
 def examine(data: bytes) -> Examined:
     """Judge an encoded image. Never raises, whatever the bytes.
 
-    OK is conservative: a plain JPEG, PNG, WebP or BMP whose structure was checked byte by byte and which Pillow
-    reads completely in its strict mode.
+    OK is conservative: a plain JPEG, PNG, WebP or BMP of at most MOST_PIXELS whose structure was checked byte by byte
+    and which is read completely without a warning.
     """
     odd, orientation = _odd(data)
     try:
@@ -101,11 +111,16 @@ def examine(data: bytes) -> Examined:
             name, size = image.format or "", image.size
             if odd == "other format" or name not in _CHECKS:  # MPO begins as a JPEG
                 odd = f"{name} file"
+            if _factor(image) > 1:
+                odd = f"large: {image.width}x{image.height} pixels"
+            if name in ("JPEG", "MPO"):
+                with _few_large(image):
+                    _read_strictly(data, image)
+            elif not odd:
+                image.load()
             if odd:
                 return Examined(CONVERTED, odd, name, *_rgb(image).size)
-            image.draft(None, (1, 1))  # all bits of a JPEG are read, but a 64th of the pixels made
-            image.load()
-            seen = _orientation_of(image)
+            seen = _orientation_of(image)  # in a PNG it may follow the pixels
             if seen != orientation:  # from XMP, or in a PNG
                 odd = f"unusual {name}: orientation"
             return Examined(CONVERTED if odd else OK, odd, name, *(size[::-1] if seen > 4 else size))
@@ -121,18 +136,20 @@ def examine(data: bytes) -> Examined:
 
 
 def examine_files(root: str, paths: list[str]) -> Iterator[tuple]:
-    """File by file: path, width, height, format, verdict's name, reason, bytes and time of change in ns (-1: none)."""
+    """File by file: path, width, height, format, verdict's name, reason; bytes, time of change in ns and crc32 (-1:
+    none)."""
     for path in paths:
-        size = mtime = -1
+        size = mtime = crc = -1
         found = Examined(UNREADABLE, "", "", 0, 0)
         try:
             with limited():
                 data, status = read_regular(os.path.join(root, path), MAX_BYTES)
-                size, mtime = status.st_size, status.st_mtime_ns
+                size, mtime, crc = status.st_size, status.st_mtime_ns, zlib.crc32(data)
                 found = examine(data)
         except OSError as error:
+            require_resources(error, os.path.join(root, path))
             found = found._replace(reason=f"{CANNOT_READ}: {error.strerror}")
-        yield path, found.width, found.height, found.format, VERDICTS[found.verdict], found.reason, size, mtime
+        yield path, found.width, found.height, found.format, VERDICTS[found.verdict], found.reason, size, mtime, crc
 
 
 def crash_reason(crash: Crashed) -> str:
@@ -150,10 +167,7 @@ def decode(data: bytes, shorter_side: int | None = None) -> np.ndarray:
     for tolerant in (False, True):  # not only the latter: there are PNGs that Pillow reads strictly alone
         try:
             with _truncation_allowed(tolerant):
-                image = _open(data)
-                if shorter_side:
-                    image.draft(None, (3 * shorter_side, 3 * shorter_side))
-                return np.asarray(_rgb(image))
+                return np.asarray(_rgb(_open(data), shorter_side))
         except Exception as error:
             last = error
     raise DecodeError(_why_unreadable(data, last)) from None
@@ -162,17 +176,35 @@ def decode(data: bytes, shorter_side: int | None = None) -> np.ndarray:
 def clean(data: bytes) -> bytes:
     """Bytes that DALI decodes to ``decode(data)``, which may be ``data``. Raises DecodeError.
 
-    A JPEG with nothing but an unusual header gets a plain one; everything else becomes a PNG.
+    A JPEG with nothing but an unusual header gets a plain one; everything else becomes a PNG, but for large images:
+    these become a JPEG of quality 95.
     """
-    if examine(data).verdict == OK:
+    found = examine(data)
+    if found.verdict == OK:
         return data
     pixels = decode(data)
+    if found.reason.startswith("large"):
+        return encode(Image.fromarray(pixels), quality=95, subsampling=0)
     plain = _with_plain_header(data)
     if plain is not None and examine(plain).verdict == OK and np.array_equal(decode(plain), pixels):
         return plain
+    return encode(Image.fromarray(pixels))
+
+
+def encode(image: Image.Image, **jpeg: int) -> bytes:
+    """As a JPEG with these options; as a PNG without any, or where a side is too long for a JPEG."""
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG", compress_level=1)  # 3 times as fast as the default, 1/10 larger
+    if jpeg and max(image.size) <= _LONGEST_JPEG:
+        image.save(file, "JPEG", **jpeg)
+    else:
+        image.save(file, "PNG", compress_level=1)  # 3 times as fast as the default, 1/10 larger
     return file.getvalue()
+
+
+def judged(data: bytes) -> tuple[Examined, bytes | None]:
+    """What examine() says, and what clean() gives, where that is anything else than ``data``."""
+    found = examine(data)
+    return found, None if found.verdict in (OK, UNREADABLE) else clean(data)
 
 
 def is_stored_upright(data: bytes) -> bool:
@@ -217,20 +249,94 @@ def _truncation_allowed(allowed: bool) -> Iterator[None]:
 
 def _open(data: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    size = f"{image.width}x{image.height} pixels"
     if image.width * image.height > MAX_PIXELS:
-        raise DecodeError(f"too large: {image.width}x{image.height} pixels, at most {MAX_PIXELS} in all are decoded")
+        raise DecodeError(f"too large: {size}, at most {MAX_PIXELS} in all are decoded")
+    if image.format in ("JPEG", "MPO") and (scans := _scans(data)) * image.width * image.height > _MOST_WORK:
+        raise DecodeError(f"too large: {scans} scans of {size}, at most {_MOST_WORK} pixels in all scans are decoded")
     return image
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """Load, convert, turn upright."""
-    image.load()
-    orientation = _orientation_of(image)
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        gray = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-        image = Image.fromarray(((gray + 128) // 257).astype(np.uint8))
-    image = image.convert("RGB")
+def _scans(data: bytes) -> int:
+    """Of a JPEG's first image."""
+    try:
+        *_, (_, _, _, first) = _segments(data)
+    except Exception:  # Pillow forgives more
+        return data.count(b"\xff\xda")
+    end = data.find(b"\xff\xd9", first)
+    return 1 + data.count(b"\xff\xda", first, end if end >= 0 else len(data))
+
+
+def _read_strictly(data: bytes, image: Image.Image) -> None:
+    """Raise a ValueError where libjpeg warns of a JPEG, which Pillow does not tell: data that end early, for one.
+
+    All bits are read, but a 64th of the pixels made. Of the header only what decides the pixels counts.
+    """
+    colours = {"L": "GRAY", "CMYK": "CMYK"}.get(image.mode, "RGB")
+    simplejpeg.decode_jpeg(_pixels_alone(data, []) or data, colorspace=colours, min_height=1, min_width=1)
+
+
+_large = threading.Lock()
+
+
+def _few_large(image: Image.Image) -> AbstractContextManager[object]:
+    """While an image is decoded: one at a time if it is large, which bounds the memory of all threads."""
+    return _large if image.width * image.height > _AT_ONCE else nullcontext()
+
+
+def _factor(image: Image.Image) -> int:
+    """By which width and height are divided so that MOST_PIXELS are left, or more of an image of a few rows."""
+    return math.ceil(math.sqrt(image.width * image.height / MOST_PIXELS))
+
+
+def _rgb(image: Image.Image, shorter_side: int | None = None) -> Image.Image:
+    """Load, make smaller, convert, turn upright. shorter_side: see decode()."""
+    with _few_large(image):
+        width, height = (-(-n // _factor(image)) for n in image.size)
+        if shorter_side:
+            width, height = (min(n, 3 * shorter_side) for n in (width, height))
+        if (width, height) != image.size:
+            image.draft(None, (width, height))
+        image.load()
+        orientation = _orientation_of(image)
+        factor = _factor(image)
+        image = _in_colour(image, _range(image)) if factor == 1 else _reduced(image, factor)
     return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
+
+
+def _reduced(image: Image.Image, factor: int) -> Image.Image:
+    """A 1 / factor of the size, in stripes: a copy of all of it would double the memory."""
+    low_high = _range(image)
+    width, height = image.size
+    small = Image.new("RGB", (-(-width // factor), -(-height // factor)))
+    step = factor * max(1, _STRIPE // (width * factor))
+    for top in range(0, height, step):
+        stripe = image.crop((0, top, width, min(top + step, height)))
+        small.paste(_in_colour(stripe, low_high).reduce(factor), (0, top // factor))
+    return small
+
+
+def _range(image: Image.Image) -> tuple[float, float] | None:
+    """What becomes black and white of an image of numbers that are not 8 bits; None of others."""
+    if image.mode.startswith("I;16"):
+        return 0, 65535
+    if image.mode not in ("I", "F"):
+        return None
+    low, high = image.getextrema()
+    if not math.isfinite(low) or not math.isfinite(high):
+        raise DecodeError("no picture: some of its numbers are not finite")
+    if low >= 0 and image.mode == "I" and high <= 65535:
+        return 0, 65535
+    usual = next((most for most in (1, 255, 65535) if high <= most), None)
+    return (0, usual) if low >= 0 and usual else (low, high)
+
+
+def _in_colour(image: Image.Image, low_high: tuple[float, float] | None) -> Image.Image:
+    if low_high is not None:
+        low, high = low_high
+        numbers = (np.asarray(image) - np.float64(low)) * (255 / (high - low or 1))
+        image = Image.fromarray(np.clip(numbers + 0.5, 0, 255).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def _orientation_of(image: Image.Image) -> int:
@@ -289,6 +395,8 @@ def _jpeg(data: bytes) -> tuple[str, int]:
             return "16-bit quantisation", 1
     if len(frames) != 1 or len(exif) > 1:
         return "not one frame and at most one EXIF block", 1
+    if (scans := _scans(data)) > _PLAIN_SCANS:
+        return f"{scans} scans", 1
     precision, _, _, components = struct.unpack_from(">BHHB", frames[0])
     table = struct.unpack(f">{3 * components}B", frames[0][6:])
     ids, factors = table[::3], [(f >> 4, f & 15) for f in table[1::3]]
@@ -359,8 +467,8 @@ def _png(data: bytes) -> tuple[str, int]:
         if kind == b"IDAT":
             pixels.append(payload)
         at += 12 + length
-    width, height, depth, colour, *_, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
-    if kinds[0] != b"IHDR" or kinds[-1] != b"IEND" or kinds.count(b"PLTE") != (colour == 3):
+    width, height, depth, colour, *methods, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
+    if kinds[0] != b"IHDR" or kinds[-1] != b"IEND" or kinds.count(b"PLTE") != (colour == 3) or any(methods):
         return "chunks", 1
     if depth != 8 or interlaced:
         return "interlaced" if interlaced else f"{depth} bits per channel", 1
@@ -396,11 +504,16 @@ def _with_plain_header(data: bytes) -> bytes | None:
     try:
         with _truncation_allowed(True):
             orientation = _orientation_of(_open(data))
-        parts = [b"\xff\xd8"]
-        if orientation != 1:
-            tiff = b"MM\0*" + struct.pack(">IHHHIHHI", 8, 1, _ORIENTATION, 3, 1, orientation, 0, 0)
-            parts.append(_segment(_APP1, b"Exif\0\0" + tiff))
-        segments = list(_segments(data))
+    except Exception:
+        return None
+    tiff = b"MM\0*" + struct.pack(">IHHHIHHI", 8, 1, _ORIENTATION, 3, 1, orientation, 0, 0)
+    return _pixels_alone(data, [_segment(_APP1, b"Exif\0\0" + tiff)] if orientation != 1 else [])
+
+
+def _pixels_alone(data: bytes, before: list[bytes]) -> bytes | None:
+    """The same, with the segments ``before`` in front of the others."""
+    try:
+        parts, segments = [b"\xff\xd8", *before], list(_segments(data))
         for marker, payload, _, _ in segments:
             if marker not in range(_APP0, _APP0 + 16) or payload.startswith((b"JFIF\0", b"Adobe")):
                 parts.append(_segment(marker, payload))

@@ -49,6 +49,8 @@ class Checked:
     """int64 [n], bytes; -1: no such file."""
     mtime_ns: np.ndarray
     """int64 [n]; -1: no such file."""
+    crc32: np.ndarray
+    """int64 [n], of the bytes; -1: none were read."""
     width: np.ndarray
     """int32 [n], of the upright image; 0 if unreadable."""
     height: np.ndarray
@@ -146,15 +148,9 @@ class Index:
 
     def read(self, i: int) -> bytes:
         """The whole encoded file. Raises OSError."""
-        return self.read_with_state(i)[0]
-
-    def read_with_state(self, i: int) -> tuple[bytes, int, int]:
-        """-> what :meth:`read` gives, its size, and the file's time of change in ns (0 in shards)."""
         if self.shards is not None:
-            data = self.shards.read(self.in_shards[i])
-            return data, len(data), 0
-        data, status = read_regular(self.full_path(i), MAX_BYTES)
-        return data, len(data), status.st_mtime_ns
+            return self.shards.read(self.in_shards[i])
+        return read_regular(self.full_path(i), MAX_BYTES)[0]
 
 
 def load_index(

@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import io
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +74,7 @@ def readable(index: Index, name: str, workers: int, left_out: np.ndarray | None 
     """
     if index.shards is not None:
         return index
-    checked = by_rank0(lambda: check(index, workers=workers, progress=sys.stderr.isatty(), required=False))
+    checked = by_rank0(lambda: check(index, workers=workers, progress=True, required=False))
     counts = np.bincount(checked.verdict, minlength=len(VERDICTS)).tolist()
     say(f"{name}: {len(index)} images: " + ", ".join(f"{n} {v}" for n, v in zip(counts, VERDICTS, strict=True) if n))
     if left_out is None:

@@ -23,8 +23,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
-from tqdm import tqdm
 
+from mopro_fast.console import Progress, tell
 from mopro_fast.data import shards
 from mopro_fast.data import workers as processes
 from mopro_fast.data.check import load_splits, worker_count
@@ -33,7 +33,7 @@ from mopro_fast.data.index import Index
 from mopro_fast.data.paths import Paths
 from mopro_fast.data.shards import MANIFEST, STATE, ShardJob, is_pack, read_manifest, write_shard
 from mopro_fast.errors import UserError
-from mopro_fast.files import json_object, misfit, own_folder, replacing
+from mopro_fast.files import json_object, misfit, own_folder, replacing, writing
 
 SKIPPED = "skipped.csv"
 _TEMPORARY = re.compile(r"\.((train|val)(-\d{6})?\.(tar|idx|json\.gz|parquet)|skipped\.csv|manifest\.json)\..*tmp")
@@ -46,6 +46,7 @@ _TABLE = pa.schema(
         ("path", pa.string()),  # binary where a name is not UTF-8
         ("offset", pa.int64()),
         ("size", pa.int64()),
+        ("crc32", pa.int64()),
         ("shard", pa.int32()),
     ]
 )
@@ -88,7 +89,7 @@ def main(argv: list[str]) -> int:
     for given in (options.data, options.val):
         if given and is_pack(given):
             raise UserError(f"{given} is a pack already: give the data it was made of")
-    print(pack(load_splits(options.data, options.layout, options.root, options.val), options, workers))
+    tell(pack(load_splits(options.data, options.layout, options.root, options.val), options, workers))
     return 0
 
 
@@ -162,7 +163,7 @@ def _write_shards(jobs: list[ShardJob], workers: int) -> int:
     before = after = new = 0
     total = sum(len(job.ids) for job in jobs)
     running = closing(processes.run(write_shard, tasks, workers))
-    with running as items, tqdm(total=total, desc="pack", unit=" images") as bar:
+    with running as items, Progress("pack", total, "images") as bar:
         for (job,), item in items:
             if isinstance(item, processes.Crashed):
                 number = int(job.ids[finished[job.name]]) if finished[job.name] < len(job.ids) else -1
@@ -178,7 +179,7 @@ def _write_shards(jobs: list[ShardJob], workers: int) -> int:
                 finished[job.name] += images
                 if read is not None:
                     before, after, new = before + read, after + written, new + images
-                bar.set_postfix_str(f"{_gb(before)} -> {_gb(after)}", refresh=False)
+                bar.note(f"{_gb(before)} -> {_gb(after)}")
                 bar.update(images)
     return new
 
@@ -191,7 +192,7 @@ def _write_table(out: str, split: str, names: list[str]) -> tuple[dict, list[lis
         skipped += record.pop("skipped")
         rows = record.pop("rows")
         entries.append({**record, "images": len(rows)})
-        columns = [*(zip(*rows, strict=True) if rows else [[]] * 5), [number] * len(rows)]
+        columns = [*(zip(*rows, strict=True) if rows else [[]] * 6), [number] * len(rows)]
         arrays = [
             pa.array(columns[i], f.type) if i != _PATH else Paths(columns[i]).column for i, f in enumerate(_TABLE)
         ]
@@ -229,10 +230,8 @@ def _state(out: str, made_of: dict[str, Any]) -> Iterator[None]:
     if not misfit(before, {"options": dict, "data": {None: str}}):  # else it is new, or was cut short
         _compare(out, before, made_of)
     _write(out, STATE, json.dumps(made_of).encode())
-    try:
+    with writing(out, "name another folder"):
         os.makedirs(os.path.join(out, shards.RECORDS), exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}: name another folder") from None
     try:
         yield
         state.unlink(missing_ok=True)
@@ -253,11 +252,8 @@ def _compare(out: str, there: dict[str, Any], here: dict[str, Any]) -> None:
 
 
 def _write(out: str, name: str, content: bytes) -> None:
-    try:
-        with replacing(os.path.join(out, name)) as file:
-            file.write(content)
-    except OSError as error:
-        raise UserError(f"cannot write {os.path.join(out, name)}: {error.strerror}: the same command goes on") from None
+    with replacing(os.path.join(out, name)) as file:
+        file.write(content)
 
 
 def _gb(size: int) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mopro_fast.console import escaped
 from mopro_fast.errors import first_line
 
 _TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
@@ -64,10 +65,13 @@ class Paths:
             yield b"\n" * (first > 0) + b"\n".join(self.column[first : first + _PIECE].to_pylist())
 
 
-def read_columns(file: Any, *numbers: str) -> tuple[Paths, dict[str, np.ndarray], dict[bytes, bytes]]:
+def read_columns(
+    file: Any, *numbers: str, optional: str = ""
+) -> tuple[Paths, dict[str, np.ndarray], dict[bytes, bytes]]:
     """Of a Parquet file (a path or an open one) the column "path", these others as int64, and its metadata.
 
-    Raises a ValueError where one is missing, of another type, or has no value somewhere; an OSError.
+    optional: one more, where it is there. Raises a ValueError where one is missing, of another type, or has no value
+    somewhere; an OSError.
     """
     import pyarrow.parquet as pq
 
@@ -75,7 +79,8 @@ def read_columns(file: Any, *numbers: str) -> tuple[Paths, dict[str, np.ndarray]
         table = pq.read_table(file, memory_map=False)
         if lacks := [name for name in ("path", *numbers) if name not in table.column_names]:
             raise ValueError(f"it has no column {lacks[0]}")
-        columns = {name: table[name] for name in ("path", *numbers)}
+        names = ("path", *numbers, optional)
+        columns = {name: table[name] for name in names if name in table.column_names}
         for name, column in columns.items():
             of = _TEXT if name == "path" else (pa.types.is_integer,)
             if column.null_count or not any(is_type(column.type) for is_type in of):
@@ -89,8 +94,7 @@ def read_columns(file: Any, *numbers: str) -> tuple[Paths, dict[str, np.ndarray]
 
 def shown(name: str) -> str:
     """A name for messages: what is no text, or would move a terminal's cursor, is written as an escape."""
-    text = os.fsencode(name).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return escaped(os.fsencode(name).decode("utf-8", "surrogateescape"))
 
 
 def plain(names: Iterable[str], root: str) -> Paths:

@@ -1,12 +1,13 @@
 """Encoded images from files or shards, read ahead by threads, and only such bytes as DALI decodes.
 
-A file that DALI cannot decode invalidates its pipeline. So every file's size and time are compared with those of
-the check, a changed one is examined again, an odd one goes through decode.clean(), and one that nobody can read any
-more is replaced by another image.
+Bytes that DALI cannot decode invalidate its pipeline, or end the process. So of every image the crc32 of what is read
+is compared with that of what was examined (by a check, or when it was packed). Other bytes are examined again, in a
+process of its own; odd ones go through decode.clean(); an image that nobody can read is replaced by another one.
 """
 
 import os
 import threading
+import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -14,11 +15,14 @@ from typing import NamedTuple
 import numpy as np
 
 from mopro_fast.data import decode
-from mopro_fast.data.decode import CONVERTED, OK, TOLERANT, UNREADABLE, DecodeError
+from mopro_fast.data.decode import CONVERTED, OK, TOLERANT, UNREADABLE, DecodeError, Examined
 from mopro_fast.data.index import Index
-from mopro_fast.errors import UserError
+from mopro_fast.data.workers import Apart, Died
+from mopro_fast.errors import UserError, require_resources
 
 _UNKNOWN, _REFUSED = 254, 255  # verdicts beyond decode's: not examined yet; clean for Pillow, but not for DALI
+_PROCESSES = 4  # that examine at once, at most
+_PATIENCE = 60  # seconds for an image to be examined
 _CLEANED_BYTES = 256 << 20  # kept in memory of what clean() made; the first come stay
 _MOST_AT_ONCE = 32  # files per task at most: smaller tasks cost as much as a read each
 
@@ -42,31 +46,107 @@ class Read(NamedTuple):
     lost: list[Lost]
 
 
-class _Broken(Exception):
-    pass
+class Broken(Exception):
+    """An image that cannot be read, and why."""
+
+
+class Verified:
+    """The images of ``index``, as bytes that were examined as they are: other bytes reach no decoder."""
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+        self._apart = self._processes()
+        self._lock = threading.Lock()
+        self._cleaned: dict[int, tuple[int, bytes]] = {}  # with the crc32 of what it was made of
+        self._room = _CLEANED_BYTES
+        self._refusals: dict[int, str] = {}  # why a row is UNREADABLE or _REFUSED
+        n, checked, shards = len(index), index.checked, index.shards
+        self._verdict, self._crc = np.full(n, _UNKNOWN, np.uint8), np.full(n, -1, np.int64)
+        if checked is not None:
+            self._verdict, self._crc = checked.verdict.copy(), checked.crc32.copy()
+            self._refusals = {i: checked.reason[i] for i in np.flatnonzero(self._verdict == UNREADABLE).tolist()}
+        elif shards is not None and shards.crc32 is not None:  # pack has written only what DALI decodes
+            self._verdict[:], self._crc = OK, shards.crc32[index.in_shards].copy()
+
+    def read(self, row: int) -> tuple[bytes, int]:
+        """-> the image's bytes and their verdict: OK, CONVERTED or TOLERANT. From any thread. Raises Broken."""
+        try:
+            data = self.index.read(row)
+        except OSError as error:
+            require_resources(error, self.index.name(row))
+            raise Broken(error.strerror or str(error)) from None
+        if (crc := zlib.crc32(data)) != self._crc[row]:
+            self._examine(row, data, crc)
+        verdict = int(self._verdict[row])
+        if verdict in (UNREADABLE, _REFUSED):
+            raise Broken(self._refusals[row])
+        return data, verdict
+
+    def read_clean(self, row: int) -> bytes:
+        """Bytes that DALI decodes. From any thread. Raises Broken."""
+        data, verdict = self.read(row)
+        if verdict == OK:
+            return data
+        crc, cleaned = self._cleaned.get(row, (None, b""))
+        if crc != zlib.crc32(data):
+            try:
+                cleaned = decode.clean(data)
+            except DecodeError as error:
+                raise Broken(str(error)) from None
+            self._keep(row, zlib.crc32(data), cleaned)
+        return cleaned
+
+    def distrust(self, row: int, reason: str) -> None:
+        """DALI has refused what was read for this row: clean it from now on, or if it was clean, take it as broken."""
+        if self._verdict[row] == OK:
+            self._verdict[row] = CONVERTED
+        else:
+            self._refusals[row] = reason
+            self._verdict[row] = _REFUSED
+
+    def close(self) -> None:
+        """End the processes; reading may go on."""
+        before, self._apart = self._apart, self._processes()
+        before.close()
+
+    @staticmethod
+    def _processes() -> Apart:
+        return Apart(decode.judged, _PATIENCE, min(_PROCESSES, os.cpu_count() or 1))
+
+    def _examine(self, row: int, data: bytes, crc: int) -> None:
+        """Judge bytes that are new or have changed, and remember it. An image that was whole must not be cut now."""
+        before, apart = self._verdict[row], self._apart
+        try:
+            found, cleaned = apart(data)
+        except Died as died:
+            if apart is not self._apart:
+                raise Broken("the loader was closed") from None
+            found, cleaned = Examined(UNREADABLE, f"it ends the process that decodes it ({died})", "", 0, 0), None
+        verdict, since = found.verdict, "" if before == _UNKNOWN else "changed since it was checked; "
+        if verdict == TOLERANT and before in (OK, CONVERTED, _REFUSED):
+            verdict = _REFUSED
+        if verdict in (UNREADABLE, _REFUSED):
+            self._refusals[row] = since + found.reason
+        elif cleaned is not None:
+            self._keep(row, crc, cleaned)
+        self._verdict[row] = verdict
+        self._crc[row] = crc
+
+    def _keep(self, row: int, crc: int, cleaned: bytes) -> None:
+        with self._lock:
+            self._room += len(self._cleaned.pop(row, (0, b""))[1])
+            if len(cleaned) <= self._room:
+                self._room -= len(cleaned)
+                self._cleaned[row] = crc, cleaned
 
 
 class Reader:
     """Reads rows of ``index`` with this many threads."""
 
     def __init__(self, index: Index, threads: int) -> None:
-        self._index, self._threads = index, threads
+        self._images, self._threads = Verified(index), threads
         self._pool: ThreadPoolExecutor | None = None
-        self._lock = threading.Lock()
-        self._cleaned: dict[int, tuple[list[int], np.ndarray]] = {}  # with the state of the file
-        self._room = _CLEANED_BYTES
-        self._refusals: dict[int, str] = {}  # why a row is UNREADABLE or _REFUSED
-        n = len(index)
-        if index.checked is not None:
-            self._verdict = index.checked.verdict.copy()
-            self._state = np.stack([index.checked.size, index.checked.mtime_ns], axis=1)
-            for i in np.flatnonzero(self._verdict == UNREADABLE).tolist():
-                self._refusals[i] = index.checked.reason[i]
-        elif index.shards is not None:  # pack has written only what DALI decodes
-            self._verdict = np.full(n, OK, np.uint8)
-            self._state = np.stack([index.shards.size[index.in_shards], np.zeros(n, np.int64)], axis=1)
-        else:
-            self._verdict, self._state = np.full(n, _UNKNOWN, np.uint8), np.full((n, 2), -1, np.int64)
+        self.distrust = self._images.distrust
 
     def start(self, rows: np.ndarray, substitutes: Callable[[int], Iterable[int]] | None) -> Callable[[], Read]:
         """Begin to read; the function returned waits for the result.
@@ -89,84 +169,38 @@ class Reader:
 
         return result
 
-    def distrust(self, row: int, reason: str) -> None:
-        """DALI has refused what was read for this row: clean it from now on, or if it was clean, take it as broken."""
-        if self._verdict[row] == OK:
-            self._verdict[row] = CONVERTED
-        else:
-            self._refusals[row] = reason
-            self._verdict[row] = _REFUSED
-
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
+        self._images.close()
 
     def _read_all(self, rows: list[int], substitutes: Callable[[int], Iterable[int]] | None) -> Read:
         shown, data, lost = [], [], []
         for row in rows:
             by = row
             try:
-                encoded = self._read(row)
-            except _Broken as broken:
+                encoded = self._images.read_clean(row)
+            except Broken as broken:
                 by, encoded = self._first(substitutes(row), row, broken) if substitutes else (-1, None)
                 lost.append(Lost(row, by, str(broken)))
             if encoded is not None:
                 shown.append(by)
-                data.append(encoded)
+                data.append(np.frombuffer(encoded, np.uint8))
         return Read(np.array(shown, np.int64), data, lost)
 
-    def _first(self, candidates: Iterable[int], row: int, broken: _Broken) -> tuple[int, np.ndarray]:
+    def _first(self, candidates: Iterable[int], row: int, broken: Broken) -> tuple[int, bytes]:
         tried = 0
         for other in map(int, candidates):
             tried += 1
             try:
-                return other, self._read(other)
-            except _Broken:
+                return other, self._images.read_clean(other)
+            except Broken:
                 continue
         raise UserError(
-            f"cannot read {self._index.name(row)} ({broken}), nor any of {tried} images tried in its place: "
+            f"cannot read {self._images.index.name(row)} ({broken}), nor any of {tried} images tried in its place: "
             "is the storage still there?"
         )
-
-    def _read(self, row: int) -> np.ndarray:
-        """uint8 [bytes] that DALI decodes."""
-        try:
-            data, *state = self._index.read_with_state(row)
-        except OSError as error:
-            raise _Broken(error.strerror or type(error).__name__) from None
-        verdict = self._verdict[row]
-        if state != self._state[row].tolist():
-            verdict = self._examine(row, data, state)
-        if verdict in (UNREADABLE, _REFUSED):
-            raise _Broken(self._refusals[row])
-        if verdict == OK:
-            return np.frombuffer(data, np.uint8)
-        kept = self._cleaned.get(row)
-        if kept is None or kept[0] != state:
-            try:
-                kept = state, np.frombuffer(decode.clean(data), np.uint8)
-            except DecodeError as error:
-                raise _Broken(str(error)) from None
-            with self._lock:
-                if row not in self._cleaned and kept[1].nbytes <= self._room:
-                    self._room -= kept[1].nbytes
-                    self._cleaned[row] = kept
-        return kept[1]
-
-    def _examine(self, row: int, data: bytes, state: list[int]) -> int:
-        """Judge a file that is new or has changed, and remember it. One that was whole must not be cut now."""
-        before = self._verdict[row]
-        found = decode.examine(data)
-        verdict = found.verdict
-        if verdict == TOLERANT and before in (OK, CONVERTED, _REFUSED):
-            self._refusals[row] = f"changed since it was checked; {found.reason}"
-            verdict = _REFUSED
-        elif verdict == UNREADABLE:
-            since = "" if before == _UNKNOWN else "changed since it was checked; "
-            self._refusals[row] = since + found.reason
-        self._verdict[row], self._state[row] = verdict, state
-        return verdict
 
 
 def reading_threads(decoding_threads: int) -> int:

@@ -1,9 +1,10 @@
 """Packed images: what `mopro-fast pack` writes and how it is read.
 
 A pack is a folder with, per split, shards (WebDataset tars ``train-000000.tar`` with a DALI index ``.idx`` beside
-each; members ``<id>.jpg`` or another suffix, then ``<id>.cls``) and a table ``train.parquet`` of where each image is;
-``skipped.csv`` names the images that are left out; ``records/`` says of each shard what it was made of, so that only
-what is missing or has changed is packed again; ``manifest.json``, written last, lists it all with checksums.
+each; members ``<id>.jpg`` or another suffix, then ``<id>.cls``) and a table ``train.parquet`` of where each image is,
+with its crc32; ``skipped.csv`` names the images that are left out; ``records/`` says of each shard what it was made of,
+so that only what is missing or has changed is packed again; ``manifest.json``, written last, lists it all with
+checksums.
 """
 
 import contextlib
@@ -24,12 +25,13 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
+from mopro_fast.console import Progress
 from mopro_fast.data import decode
 from mopro_fast.data import workers as processes
 from mopro_fast.data.decode import CANNOT_READ, OK, UNREADABLE, DecodeError
-from mopro_fast.data.paths import Paths, read_columns
-from mopro_fast.errors import UserError, first_line
-from mopro_fast.files import MOST_TEXT, misfit, open_regular, read_regular, replacing
+from mopro_fast.data.paths import Paths, read_columns, shown
+from mopro_fast.errors import UserError, first_line, require_resources
+from mopro_fast.files import MOST_TEXT, misfit, open_files, open_regular, read_regular, replacing, writing
 from mopro_fast.labels import NO_LABEL
 
 MANIFEST = "manifest.json"
@@ -54,7 +56,6 @@ _OF_RECORD = {
     "rows": [list],
     "skipped": [list],
 }
-_OPEN = 512  # files kept open per set: many systems allow a process 1024
 _PIECE = 1 << 22  # bytes hashed at a time
 _MOST_TABLE = 1 << 34  # bytes
 
@@ -82,8 +83,9 @@ class ShardSet:
     """The classes' names, where the data had them."""
     digest: str
     """sha256 of the table of these columns: equal for equal packs."""
-    _files: dict[int, int] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    crc32: np.ndarray | None = None
+    """int64 [n] of its bytes; None of packs made before they had it."""
+    _files: "_Open" = field(default_factory=lambda: _Open())
 
     def __len__(self) -> int:
         return len(self.id)
@@ -91,14 +93,7 @@ class ShardSet:
     def read(self, i: int) -> bytes:
         """The encoded image. From any thread. Raises OSError."""
         shard, size = int(self.shard[i]), int(self.size[i])
-        with self._lock:
-            file = self._files.get(shard)
-            if file is None and len(self._files) < _OPEN:
-                file = self._files[shard] = os.open(self.path(shard), os.O_RDONLY)
-        if file is None:
-            with open(self.path(shard), "rb", buffering=0) as once:
-                data = os.pread(once.fileno(), size, int(self.offset[i]))
-        else:
+        with self._files.get(self.path(shard)) as file:
             data = os.pread(file, size, int(self.offset[i]))
         if len(data) < size:
             raise OSError(f"{self.path(shard)} ends before image {self.id[i]} does")
@@ -108,10 +103,44 @@ class ShardSet:
         return os.path.join(self.folder, self.names[shard])
 
     def close(self) -> None:
-        with self._lock:
-            for file in self._files.values():
-                os.close(file)
-            self._files.clear()
+        self._files.close()
+
+
+class _Open:
+    """Files of one set that stay open. All sets together keep half of those that the process may have."""
+
+    _kept = 0
+    _lock = threading.RLock()  # the garbage collector may close one set while another holds it
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def get(self, path: str) -> Iterator[int]:
+        """The number of the open file."""
+        number = self._numbers.get(path)
+        if number is None:
+            with _Open._lock:
+                number = self._numbers.get(path)
+                if number is None and _Open._kept < open_files() // 2:
+                    number = self._numbers[path] = os.open(path, os.O_RDONLY)
+                    _Open._kept += 1
+        if number is not None:
+            yield number
+            return
+        number = os.open(path, os.O_RDONLY)
+        try:
+            yield number
+        finally:
+            os.close(number)
+
+    def close(self) -> None:
+        with _Open._lock:
+            while self._numbers:
+                os.close(self._numbers.popitem()[1])
+                _Open._kept -= 1
+
+    __del__ = close
 
 
 def is_pack(folder: str | os.PathLike) -> bool:
@@ -126,8 +155,8 @@ def is_pack(folder: str | os.PathLike) -> bool:
         manifest = json.loads(read_regular(path, MOST_TEXT)[0])
         if isinstance(manifest, dict) and manifest.get("format") == FORMAT:
             return True
-    except (OSError, ValueError, RecursionError):
-        pass
+    except (OSError, ValueError, RecursionError) as error:
+        require_resources(error, path)
     return any(Path(folder, RECORDS).glob("*.json.gz"))
 
 
@@ -139,6 +168,7 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{folder} holds no {MANIFEST}: run `mopro-fast pack` to its end") from None
     except (OSError, ValueError, RecursionError) as error:
+        require_resources(error, path)
         raise UserError(f"cannot read {path} ({first_line(error)}): run `mopro-fast pack` again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{path} was not written by `mopro-fast pack`: give a folder that it made")
@@ -164,11 +194,14 @@ def open_shards(folder: str | os.PathLike, split: str = "train") -> ShardSet:
         path = os.path.join(folder, listed["table"]["name"])
         content, _ = read_regular(path, _MOST_TABLE)
     except OSError as error:
+        require_resources(error, path)
         raise UserError(f"cannot read {path} ({error.strerror}): {_AGAIN}") from None
     if hashlib.sha256(content).hexdigest() != listed["table"]["sha256"]:
         raise UserError(f"{path} is not as it was made: {_AGAIN}")
     try:
-        paths, columns, _ = read_columns(io.BytesIO(content), "shard", "offset", "size", "label", "id")
+        paths, columns, _ = read_columns(
+            io.BytesIO(content), "shard", "offset", "size", "label", "id", optional="crc32"
+        )
         bytes_of = np.array([shard["bytes"] for shard in listed["shards"]] or [0], np.int64)
         inside = _within(columns["shard"], len(bytes_of)) and _within(columns["offset"], 1 << 62)
         if not inside or not _within(columns["size"], bytes_of[columns["shard"]] - columns["offset"] + 1):
@@ -200,7 +233,15 @@ def verify_pack(folder: str, workers: int) -> list[str]:
     listed = [entry for split in splits for shard in split["shards"] for entry in (shard, shard["index"])]
     listed += [split["table"] for split in splits]
     tasks: deque[tuple] = deque((folder, entry["name"], entry["sha256"]) for entry in listed)
-    return sorted(item for _, item in processes.run(_verify, tasks, workers) if isinstance(item, str))
+    wrong, running = [], contextlib.closing(processes.run(_verify, tasks, workers))
+    with running as items, Progress("verify", len(tasks), "files") as bar:
+        for (_, name, _), item in items:
+            if isinstance(item, processes.Done):
+                bar.update()
+            else:
+                ended = isinstance(item, processes.Crashed)
+                wrong.append(f"{os.path.join(folder, name)}: {item.why}" if ended else item)
+    return sorted(wrong)
 
 
 def _verify(folder: str, name: str, expected: str) -> Iterator[str]:
@@ -209,6 +250,7 @@ def _verify(folder: str, name: str, expected: str) -> Iterator[str]:
         if _sha256(path) != expected:
             yield f"{path}: altered"
     except OSError as error:
+        require_resources(error, path)
         yield f"{path}: {error.strerror}"
 
 
@@ -250,6 +292,7 @@ def write_shard(job: ShardJob) -> Iterator[tuple[int, int | None, int | None]]:
     """
     source = _source(job)
     if _is_finished(job, source):
+        _add_checksums(job)
         yield len(job.ids), None, None
         return
     with contextlib.suppress(FileNotFoundError):
@@ -257,7 +300,7 @@ def write_shard(job: ShardJob) -> Iterator[tuple[int, int | None, int | None]]:
     own = f".{os.getpid()}"  # a worker whose caller was killed may still write while its successor does
     record: dict[str, Any] = {"name": f"{job.name}.tar", "source": source, "bytes_before": 0, "rows": [], "skipped": []}
     index = []
-    try:
+    with writing(job.out, "name another folder"):
         with (
             replacing(os.path.join(job.out, record["name"]), own) as file,
             tarfile.open(fileobj=(hashing := _Hashing(file)), mode="w", format=tarfile.USTAR_FORMAT) as tar,
@@ -270,7 +313,7 @@ def write_shard(job: ShardJob) -> Iterator[tuple[int, int | None, int | None]]:
                 else:
                     members = [(decode.suffix(encoded)[1:], encoded), ("cls", str(label).encode())]
                     at = [(kind, _add(tar, f"{number:09d}.{kind}", content), len(content)) for kind, content in members]
-                    record["rows"].append([number, label, path, *at[0][1:]])
+                    record["rows"].append([number, label, path, *at[0][1:], zlib.crc32(encoded)])
                     index.append(" ".join(f"{kind} {start} {n} {number:09d}.{kind}" for kind, start, n in at) + "\n")
                 yield 1, before, len(encoded)
         text = f"v1.2 {len(index)}\n{''.join(index)}".encode()
@@ -278,12 +321,12 @@ def write_shard(job: ShardJob) -> Iterator[tuple[int, int | None, int | None]]:
             file.write(text)
         record |= {"bytes": hashing.size, "sha256": hashing.digest.hexdigest()}
         record["index"] = {"name": f"{job.name}.idx", "sha256": hashlib.sha256(text).hexdigest()}
-        with replacing(_record_path(job.out, job.name), own) as file:
-            file.write(gzip.compress(json.dumps(record).encode(), mtime=0))
-    except OSError as error:
-        raise UserError(
-            f"cannot write {job.name} in {job.out}: {error.strerror}: put that right, and the same command goes on"
-        ) from None
+        _write_record(job, record)
+
+
+def _write_record(job: ShardJob, record: dict[str, Any]) -> None:
+    with replacing(_record_path(job.out, job.name), f".{os.getpid()}") as file:
+        file.write(gzip.compress(json.dumps(record).encode(), mtime=0))
 
 
 class _Hashing:
@@ -311,8 +354,8 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> int:
 
 
 def read_record(out: str, name: str) -> dict[str, Any]:
-    """What write_shard left: the shard's entry in the manifest, with "rows" (id, label, path, offset, size) and
-    "skipped" (id, label, path, reason)."""
+    """What write_shard left: the shard's entry in the manifest, with "rows" (id, label, path, offset, size, crc32)
+    and "skipped" (id, label, path, reason)."""
     return json.loads(gzip.decompress(read_regular(_record_path(out, name), MOST_TEXT)[0]))
 
 
@@ -326,7 +369,8 @@ def _source(job: ShardJob) -> str:
     for number, label, path in job.rows():
         try:
             size = os.stat(os.path.join(job.root, path)).st_size
-        except OSError:
+        except OSError as error:
+            require_resources(error, shown(os.path.join(job.root, path)))
             size = -1
         digest.update(os.fsencode(f"{number} {label} {size} {path}\n"))
     return digest.hexdigest()
@@ -345,26 +389,42 @@ def _is_finished(job: ShardJob, source: str) -> bool:
         lines = index.decode().splitlines()[1:]
         places = [list(map(int, line.split()[1:3])) for line in lines]
         named = record["rows"] + record["skipped"]
-        return places == [row[3:] for row in record["rows"]] and sorted(row[:3] for row in named) == sorted(
+        return places == [row[3:5] for row in record["rows"]] and sorted(row[:3] for row in named) == sorted(
             map(list, job.rows())
         )
-    except (OSError, EOFError, ValueError, TypeError, RecursionError, zlib.error):
+    except (OSError, EOFError, ValueError, TypeError, RecursionError, zlib.error) as error:
+        require_resources(error, _record_path(job.out, job.name))
         return False
+
+
+def _add_checksums(job: ShardJob) -> None:
+    """To the record of a whole shard, if an earlier version made it."""
+    record = read_record(job.out, job.name)
+    if all(len(row) > 5 for row in record["rows"]):
+        return
+    with writing(job.out, "name another folder"):
+        with open(os.path.join(job.out, record["name"]), "rb") as tar:
+            for row in record["rows"]:
+                tar.seek(row[3])
+                row[5:] = [zlib.crc32(tar.read(row[4]))]
+        Path(job.out, MANIFEST).unlink(missing_ok=True)  # it vouches for the table, which is about to change
+        _write_record(job, record)
 
 
 def _packed_file(job: ShardJob, number: int, path: str) -> tuple[int, bytes, str]:
     """-> size of the file, what goes into the shard, and why nothing does ("" if something does)."""
     if number in job.crashed:
         return 0, b"", job.crashed[number]
-    data = b""
-    try:
-        with processes.limited():
+    with processes.limited():
+        try:
             data, _ = read_regular(os.path.join(job.root, path), decode.MAX_BYTES)
+        except OSError as error:
+            require_resources(error, shown(os.path.join(job.root, path)))
+            return 0, b"", f"{CANNOT_READ}: {error.strerror}"
+        try:
             return len(data), packed(data, job.size, job.quality), ""
-    except OSError as error:
-        return 0, b"", f"{CANNOT_READ}: {error.strerror}"
-    except DecodeError as error:
-        return len(data), b"", str(error)
+        except DecodeError as error:
+            return len(data), b"", str(error)
 
 
 def packed(data: bytes, size: int, quality: int) -> bytes:
@@ -385,6 +445,4 @@ def packed(data: bytes, size: int, quality: int) -> bytes:
     if shorter > size:
         longer = size * longer // shorter
         image = image.resize((size, longer) if found.width <= found.height else (longer, size), Image.BILINEAR)
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=quality)
-    return file.getvalue()
+    return decode.encode(image, quality=quality)

@@ -22,7 +22,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
-from mopro_fast.errors import UserError, first_line
+from mopro_fast.errors import UserError, first_line, of_the_machine
 
 WAITING, COMPUTING = 120, 60  # seconds that limited() gives: as a clock has them, and of a core's time
 NO_ANSWER = "no answer"
@@ -141,6 +141,9 @@ class Apart:
         if isinstance(answer, Exception):
             raise answer
         return answer[0]
+
+    def __del__(self) -> None:
+        self.close()
 
     def close(self) -> None:
         """End the processes; calls that wait for an answer raise Died, and so do later ones."""
@@ -278,8 +281,8 @@ def serve(descriptor: int, life: int) -> None:
                 connection.send(Done())
             except UserError as error:
                 connection.send(error)
-            except Exception:
-                connection.send(RuntimeError(traceback.format_exc()))
+            except Exception as error:
+                connection.send(of_the_machine(error) or RuntimeError(traceback.format_exc()))
     except (EOFError, ConnectionError):  # the caller has ended
         os._exit(0)
 

@@ -7,7 +7,6 @@ for every image: the same bytes whatever the number of ranks and interruptions.
 import contextlib
 import json
 import os
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,11 +21,12 @@ from torch import Tensor
 from mopro_fast import distributed
 from mopro_fast.checkpoints.formats import Weights, digest
 from mopro_fast.config import MoProConfig
+from mopro_fast.console import say, tell
 from mopro_fast.data import inputs
 from mopro_fast.data.index import Index, Layout, load_index
 from mopro_fast.downstream import image_map
 from mopro_fast.downstream.features import EncoderConfig, Frozen
-from mopro_fast.errors import UserError
+from mopro_fast.errors import UserError, require_resources
 from mopro_fast.files import (
     MOST_TEXT,
     json_object,
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
         raise UserError("mopro-fast clean CKPT needs --data and --out")
     totals = clean(o)
     if distributed.world()[0] == 0:
-        print(summary(totals, Path(o.out)))
+        tell(summary(totals, Path(o.out)))
     distributed.leave()
     return 0
 
@@ -146,8 +146,9 @@ def clean(o: Clean) -> dict[str, int]:
             # 4. Write the result.
             totals = distributed.by_rank0(lambda: _finish(out, index, numbers, settings))
         if distributed.world()[0] == 0:
-            (out / _NUMBERS).unlink(missing_ok=True)
-            _remove_parts(out / "parts")
+            with writing(out, _HINT):
+                (out / _NUMBERS).unlink(missing_ok=True)
+                _remove_parts(out / "parts")
     return totals
 
 
@@ -186,12 +187,13 @@ def _finished(out: Path, settings: dict[str, Any]) -> dict[str, int] | None:
         try:
             found = json.loads(read_regular(state, MOST_TEXT)[0])
             changed = [name for name, value in settings.items() if found["settings"].get(name) != value]
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            require_resources(error, state)
             raise UserError(f"{state} cannot be read: remove it, or choose another --out") from None
         if changed and ((out / TABLE).exists() or image_map.begun(out / _NUMBERS)):
             raise UserError(f"{out} holds another cleaning, with other {changed[0]}: choose another --out")
         if "totals" in found and (out / TABLE).is_file():
-            print(f"{out} is finished", file=sys.stderr)
+            say(f"{out} is finished")
             return found["totals"]
     return None
 

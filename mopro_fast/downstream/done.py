@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mopro_fast.distributed import by_rank0, world
-from mopro_fast.files import MOST_TEXT, read_regular, writing
+from mopro_fast.files import MOST_TEXT, append, read_regular, writing
 
 
 class Done:
@@ -27,13 +27,14 @@ class Done:
 
     def add(self, key: str, result: Any) -> None:
         self.results[key] = result
-        with self._own.open("a") as file:
-            file.write(f"\n{json.dumps([key, result])}\n")
+        with writing(self._folder, "make it writable"), self._own.open("ab", buffering=0) as file:
+            append(file, f"\n{json.dumps([key, result])}\n".encode())
 
     def remove(self) -> None:
         """When all is finished and written elsewhere; on one rank."""
-        for path in self._folder.glob(self._pattern):
-            path.unlink()
+        with writing(self._folder, "make it writable"):
+            for path in self._folder.glob(self._pattern):
+                path.unlink()
 
     def _read(self) -> dict[str, Any]:
         found = {}

@@ -15,6 +15,7 @@ import tyro
 from torch import Tensor
 
 from mopro_fast.checkpoints.formats import digest
+from mopro_fast.console import tell
 from mopro_fast.data.class_folders import class_numbers, is_number, read_classes
 from mopro_fast.data.index import Index, class_root, load_index, read_class_names, synsets, with_numbers
 from mopro_fast.data.paths import shown
@@ -84,7 +85,7 @@ def evaluate(o: Eval, paths: dict[str, str]) -> int:
     leave()
     if rank == 0:
         write_json(Path(o.out) / "eval.json", {"checkpoint": o.checkpoint, "sets": results})
-        print(table(results, o.top))
+        tell(table(results, o.top))
     return 0
 
 

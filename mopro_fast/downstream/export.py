@@ -3,13 +3,12 @@
 import json
 import logging
 import pickle
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from mopro_fast.checkpoints.formats import Weights, about, detectron2, official, safetensors, strings, torchvision
 from mopro_fast.checkpoints.weights import build_encoder, load_weights
+from mopro_fast.console import say, tell
 from mopro_fast.errors import UserError
 from mopro_fast.files import output, replacing
 from mopro_fast.models.calibration import CALIBRATION
@@ -46,15 +46,15 @@ def main(argv: list[str]) -> int:
         export(weights, out, o.format, o.classifier)
     m = weights.model
     classes = "no classifier" if weights.num_classes is None else f"{weights.num_classes} classes"
-    print(f"{o.out}: {o.format}, {m.arch} of width {m.width:g}, {classes}")
+    tell(f"{o.out}: {o.format}, {m.arch} of width {m.width:g}, {classes}")
     for note in notes(weights, o.format):
-        print(f"note: {note}", file=sys.stderr)
+        say(f"note: {note}")
     return 0
 
 
 def export(weights: Weights, out: str | Path, format: str, classifier: bool = True) -> None:
     """Write ``out``, whole or not at all."""
-    with new_file(Path(out)) as file:
+    with replacing(out, new=True) as file:
         if format == "official":
             torch.save(official(weights), file)
         elif format in ("torchvision", "timm"):
@@ -66,16 +66,6 @@ def export(weights: Weights, out: str | Path, format: str, classifier: bool = Tr
             pickle.dump(detectron2(weights), file)
         else:
             file.write(onnx(weights, classifier))
-
-
-@contextmanager
-def new_file(out: Path, new: bool = True) -> Iterator[BinaryIO]:
-    """replacing() for a file that is not there yet (if ``new``), with a UserError where it cannot be written."""
-    try:
-        with replacing(out, new=new) as file:
-            yield file
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
 
 
 def notes(weights: Weights, format: str) -> Iterator[str]:

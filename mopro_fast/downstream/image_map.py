@@ -8,7 +8,6 @@ import contextlib
 import functools
 import hashlib
 import shutil
-import sys
 import time
 import zipfile
 from collections import deque
@@ -20,9 +19,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mopro_fast import files
+from mopro_fast.console import Progress, say
 from mopro_fast.data.index import Index
 from mopro_fast.data.pipeline import EvalLoader
 from mopro_fast.distributed import by_rank0, gather_lists, world
@@ -66,10 +65,8 @@ def compute(
         by_rank0(lambda: _join(path, len(index), width))
     if lost and rank == 0:
         named = ", ".join(index.name(row) for row in lost[:_NAMED]) + ", ..." * (len(lost) > _NAMED)
-        print(
-            f"{len(lost)} images could not be read and are left out: {named}; to try them again, remove "
-            f"{again or path}",
-            file=sys.stderr,
+        say(
+            f"{len(lost)} images could not be read and are left out: {named}; to try them again, remove {again or path}"
         )
     with _reading(path):
         files.require_regular(path)
@@ -137,7 +134,7 @@ def _work(index: Index, batches: list[np.ndarray], path: Path, step: Step, loade
 
     with (
         contextlib.closing(loader),
-        tqdm(total=total, desc=name, unit=" images", disable=True if rank else None, file=sys.stderr) as bar,
+        Progress(name, total, "images", active=not rank) as bar,
     ):
         try:
             for ids, values in in_order(computing, loader, loader_options["device"]):

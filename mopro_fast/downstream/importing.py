@@ -6,7 +6,6 @@ the options of a training, ``mopro-fast train`` with the same options and ``--re
 
 import dataclasses
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -15,10 +14,10 @@ from mopro_fast.checkpoints.formats import Weights, to_state
 from mopro_fast.checkpoints.state import RunState, load, write
 from mopro_fast.checkpoints.weights import check_fits, load_weights
 from mopro_fast.config import DataConfig, MoProConfig, TrainConfig, from_dict
+from mopro_fast.console import say, tell
 from mopro_fast.data import inputs
-from mopro_fast.downstream.export import new_file
 from mopro_fast.errors import UserError
-from mopro_fast.files import output
+from mopro_fast.files import output, replacing
 from mopro_fast.labels import UNSEEN
 from mopro_fast.models.build import build
 from mopro_fast.models.calibration import CALIBRATION
@@ -37,7 +36,7 @@ To go on with an official training give a recipe and the options of `mopro-fast 
 
 def main(argv: list[str]) -> int:
     if "-h" in argv or "--help" in argv or not argv:
-        print(USAGE)
+        tell(USAGE)
         return 0
     if len(argv) < 2 or argv[0].startswith("-") or argv[1].startswith("-"):
         raise UserError("two files come first: mopro-fast import FILE OUT (more: mopro-fast import --help)")
@@ -47,13 +46,13 @@ def main(argv: list[str]) -> int:
         config = command.parse(rest) if rest else config_of(weights)
         state = resumable(weights, config) if rest else to_state(weights, config)
         state.imported = True
-        with new_file(path, new=not path.exists()) as file:
+        with replacing(path, new=not path.exists()) as file:
             write(file, state)
     m = weights.model
     done = "" if weights.epoch is None else f", {weights.epoch} epochs done"
-    print(f"{out}: {m.arch} of width {m.width:g}, {weights.num_classes or 'no'} classes{done}, from {weights.kind}")
+    tell(f"{out}: {m.arch} of width {m.width:g}, {weights.num_classes or 'no'} classes{done}, from {weights.kind}")
     if rest and weights.optimizer is None:
-        print("note: no SGD momentum in the file: it starts at zero", file=sys.stderr)
+        say("note: no SGD momentum in the file: it starts at zero")
     return 0
 
 

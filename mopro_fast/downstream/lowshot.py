@@ -7,15 +7,14 @@ precision; everything else: one SVM for all classes, accuracy.
 
 import os
 import random
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import numpy as np
 import tyro
-from tqdm import tqdm
 
+from mopro_fast.console import Progress, tell
 from mopro_fast.data.index import Index, load_index, val_layout
 from mopro_fast.data.lists import read_list
 from mopro_fast.data.paths import Paths
@@ -109,7 +108,7 @@ def lowshot(o: Lowshot) -> int:
     result = report(o, task, svm_scores(np.asarray(train), test[tested], *labels, rows, o.cost, jobs, done))
     write_json(out / "lowshot.json", result)
     done.remove()
-    print(table(result))
+    tell(table(result))
     return 0
 
 
@@ -218,7 +217,7 @@ def svm_scores(
         for c in range(len(labels))
         if (*key, c) not in found
     ]
-    with tqdm(total=len(calls), desc="SVMs", disable=not calls or not sys.stderr.isatty()) as bar:
+    with Progress("SVMs", len(calls), "fitted") as bar:
         for key, score, converged in Parallel(jobs, return_as="generator_unordered")(calls):
             found[key] = (score, converged)
             if done is not None:

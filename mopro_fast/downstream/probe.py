@@ -9,7 +9,6 @@ validation images; the best result on the test images, which their code prints, 
 
 import itertools
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +19,8 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from mopro_fast.console import Progress, tell
 from mopro_fast.data.index import Index, load_index, val_layout
 from mopro_fast.data.order import place_in_class
 from mopro_fast.distributed import gather_lists, leave, world
@@ -118,7 +117,7 @@ def probe(o: Probe) -> int:
         result = report(o, {name: len(of.labels) for name, of in rows.items()}, classes, results)
         write_json(out / "probe.json", result)
         done.remove()
-        print(table(result))
+        tell(table(result))
     return 0
 
 
@@ -169,19 +168,20 @@ def fit(rows: dict[str, Rows], classes: int, lam: float, steps: int, every: int,
     optimizer = torch.optim.LBFGS(net.parameters())
     objective = closure(net, optimizer, train, lam)
     found, before = [], None
-    quiet = world()[0] != 0 or not sys.stderr.isatty()
-    for step in tqdm(range(1, steps + 1), desc=f"λ={lam:g}", unit=" steps", disable=quiet):
-        optimizer.step(objective)
-        if step % every and step != steps:
-            continue
-        weights = nn.utils.parameters_to_vector(net.parameters()).detach()
-        if not weights.isfinite().all():
-            break
-        accuracies = {name: accuracy(net, of, classes) for name, of in rows.items() if name != "train"}
-        found.append({"step": step, **accuracies})
-        if before is not None and torch.equal(weights, before):
-            break  # a whole round without any change: there will be none
-        before = weights
+    with Progress(f"λ={lam:g}", steps, "steps", active=world()[0] == 0) as bar:
+        for step in range(1, steps + 1):
+            optimizer.step(objective)
+            bar.update()
+            if step % every and step != steps:
+                continue
+            weights = nn.utils.parameters_to_vector(net.parameters()).detach()
+            if not weights.isfinite().all():
+                break
+            accuracies = {name: accuracy(net, of, classes) for name, of in rows.items() if name != "train"}
+            found.append({"step": step, **accuracies})
+            if before is not None and torch.equal(weights, before):
+                break  # a whole round without any change: there will be none
+            before = weights
     return found
 
 

@@ -5,7 +5,6 @@ import hashlib
 import html
 import json
 import re
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -17,6 +16,7 @@ import numpy as np
 import tyro
 
 from mopro_fast.config import TrainConfig
+from mopro_fast.console import escaped, say, tell
 from mopro_fast.errors import UserError
 from mopro_fast.files import open_regular, output, replacing
 from mopro_fast.labels import SHOWN, by_class, relabellings, verdicts
@@ -72,10 +72,10 @@ def main(argv: list[str]) -> int:
         contents = collect(options)
         size = write(contents, path)
     for name, why in contents["missing"].items():
-        print(f"not in the report: {name}: {why}", file=sys.stderr)
+        say(f"not in the report: {name}: {why}")
     unread = f", {len(contents['unread'])} could not be read" if contents["unread"] else ""
-    print(f"{size / 1e6:.1f} MB, {len(contents['images'])} images{unread}", file=sys.stderr)
-    print(out)
+    say(f"{size / 1e6:.1f} MB, {len(contents['images'])} images{unread}")
+    tell(str(out))
     return 0
 
 
@@ -110,13 +110,10 @@ def collect(options: Report) -> dict[str, Any]:
 
 
 def write(contents: dict[str, Any], out: Path) -> int:
-    """Write the page, all of it or nothing; -> its bytes."""
+    """Write the page, all of it or nothing; -> its bytes. Raises CannotWrite."""
     page = render(contents).encode()
-    try:
-        with replacing(out) as file:
-            file.write(page)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}; name another file with --out") from None
+    with replacing(out) as file:
+        file.write(page)
     return len(page)
 
 
@@ -134,6 +131,7 @@ def is_page(path: Path) -> bool:
 
 def render(contents: dict[str, Any]) -> str:
     """One HTML file that loads nothing. Its policy lets the browser run page.js alone, whatever the strings hold."""
+    contents = _escaped(contents)
     html_, css, js = (files(__package__).joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
     parts = {
         "policy": f"default-src 'none'; img-src data:; style-src {_hash(css)}; script-src {_hash(js)}",
@@ -144,6 +142,15 @@ def render(contents: dict[str, Any]) -> str:
         "data": json.dumps(contents, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], html_)
+
+
+def _escaped(value: Any) -> Any:
+    """The same with every string as it can be shown: names may hold what reverses or hides the text around them."""
+    if isinstance(value, dict):
+        return {_escaped(name): _escaped(v) for name, v in value.items()}
+    if isinstance(value, list | tuple):
+        return list(map(_escaped, value))
+    return escaped(value) if isinstance(value, str) else value
 
 
 def _hash(text: str) -> str:

@@ -5,7 +5,7 @@ import sys
 
 import tyro
 
-from mopro_fast import distributed
+from mopro_fast import console, distributed
 from mopro_fast.config import MOPRO, RECIPES, VIEW_K, TrainConfig, differences, flag, recipe
 from mopro_fast.errors import UserError
 
@@ -29,7 +29,7 @@ def run(task) -> int:
 
 def parse(argv: list[str]) -> TrainConfig:
     if not argv or argv[0] in ("-h", "--help"):
-        print(_usage())
+        console.tell(_usage())
         sys.exit(0)
     if argv[0].startswith("-"):
         raise UserError(f"the recipe comes first: mopro-fast train RECIPE {argv[0]} … (one of {', '.join(RECIPES)})")
@@ -44,7 +44,7 @@ def parse(argv: list[str]) -> TrainConfig:
     if config.method == "ce" and os.environ.get("RANK", "0") == "0":
         changed = differences(recipe(argv[0]).as_dict(), config.as_dict())
         for name in (name for name in changed if name in MOPRO | VIEW_K):
-            print(f"note: {flag(name)} has no effect with --method ce", file=sys.stderr)
+            console.say(f"note: {flag(name)} has no effect with --method ce")
     return config
 
 

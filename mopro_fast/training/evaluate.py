@@ -1,18 +1,19 @@
 """Top-1 and top-5 accuracy of an encoder's classifier; what label correction would do to images not trained on."""
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mopro_fast import distributed, ops
+from mopro_fast.console import Progress
 from mopro_fast.models.method import Method
 from mopro_fast.models.resnet import ResNet
 
 
 @torch.no_grad()
-def accuracy(encoder: ResNet, loader: Iterable, device: torch.device, bf16: bool = False) -> dict[str, float | int]:
+def accuracy(encoder: ResNet, loader: Collection, device: torch.device, bf16: bool = False) -> dict[str, float | int]:
     """-> top1 and top5 in percent and the number of images, over all ranks. The loader shows each image once.
 
     With fewer than five classes top5 counts all of them. The encoder is left in the mode it was in.
@@ -25,7 +26,7 @@ def accuracy(encoder: ResNet, loader: Iterable, device: torch.device, bf16: bool
 
 @torch.no_grad()
 def held_out(
-    model: Method, loader: Iterable, device: torch.device, bf16: bool, given: Tensor, trusted: bool
+    model: Method, loader: Collection, device: torch.device, bf16: bool, given: Tensor, trusted: bool
 ) -> dict[str, float | int | list[int] | None]:
     """:func:`accuracy` on the held-out labels, and of a method that corrects labels what it would do to these images,
     as shares of them: relabelled, removed; sure (a score above its threshold). sure_right: of the sure ones, how many
@@ -58,16 +59,18 @@ def held_out(
     return found
 
 
-def _outputs(encoder: ResNet, loader: Iterable, device: torch.device, bf16: bool, embed: bool):
+def _outputs(encoder: ResNet, loader: Collection, device: torch.device, bf16: bool, embed: bool):
     """logits [n, C], q [n, D] or None, labels [n] and ids [n] of each batch."""
     training = encoder.training
     encoder.eval()
     try:
-        for images, labels, ids in loader:
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                features = encoder.features(ops.normalize(images))
-                out = encoder.classifier(features), encoder.project(features) if embed else None
-            yield *out, labels, ids
+        with Progress("evaluation", len(loader), "batches", active=distributed.world()[0] == 0) as bar:
+            for images, labels, ids in loader:
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    features = encoder.features(ops.normalize(images))
+                    out = encoder.classifier(features), encoder.project(features) if embed else None
+                yield *out, labels, ids
+                bar.update()
     finally:
         encoder.train(training)
 

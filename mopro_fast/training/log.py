@@ -4,22 +4,24 @@ log.jsonl holds only what is a function of the config and the data, so that an i
 writes the same bytes as an uninterrupted one; seconds and images/s go to timing.jsonl.
 """
 
+import contextlib
 import csv
+import functools
 import io
 import json
 import os
-import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from mopro_fast import console
 from mopro_fast.config import OptimConfig
 from mopro_fast.data.index import Index
 from mopro_fast.data.reader import Lost
-from mopro_fast.errors import UserError
-from mopro_fast.files import open_regular
+from mopro_fast.errors import CannotWrite, UserError, first_line
+from mopro_fast.files import append, open_regular, writing
 
 _LONGEST = 1 << 24  # bytes in a line of the log
 
@@ -33,7 +35,7 @@ class RunLog:
         self.writer = None
         if not active:
             return
-        self.file = (out / "log.jsonl").open("a+b")
+        self.file = (out / "log.jsonl").open("a+b", buffering=0)
         size = self.file.seek(0, os.SEEK_END)
         end = min(size, log_bytes)  # entries written after the checkpoint we resume from come again
         self.file.seek(end - min(end, _LONGEST))
@@ -41,11 +43,13 @@ class RunLog:
         self.file.seek(0, os.SEEK_END)
         if 0 < size < log_bytes:
             self.say(f"{out / 'log.jsonl'} has lost its end: {log_bytes - size} bytes that the checkpoint knows of")
-        self.timing = (out / "timing.jsonl").open("a")
+        self.timing = (out / "timing.jsonl").open("ab", buffering=0)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=global_step or None)
+            threading.excepthook = functools.partial(_unless_tensorboard, threading.excepthook)
+            with self._tensorboard():
+                self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=global_step or None)
 
     @property
     def bytes(self) -> int:
@@ -57,8 +61,7 @@ class RunLog:
         if not self.active:
             return
         line = {"split": split, "epoch": epoch, "step": step, **values}
-        self.file.write(json.dumps(line).encode() + b"\n")
-        self.file.flush()
+        append(self.file, json.dumps(line).encode() + b"\n")
         self._scalars(split, values, global_step)
 
     def replaced(self, index: Index, lost: list[tuple[int, int, Lost]]) -> None:
@@ -70,43 +73,58 @@ class RunLog:
         if path.exists():
             with io.TextIOWrapper(open_regular(path), "utf-8", "surrogateescape", newline="") as file:
                 there = {tuple(line[:3]) for line in csv.reader(file)}
-        with path.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            writer = csv.writer(file)
-            if not there:
-                writer.writerow(["epoch", "step", "path", "reason", "shown instead"])
-            for epoch, step, (row, by, reason) in lost:
-                if (str(epoch), str(step), index.paths[row]) not in there:
-                    writer.writerow([epoch, step, index.paths[row], reason, index.paths[by]])
-                if row not in self.named:
-                    self.say(f"cannot read {index.name(row)} ({reason}): another image is shown, here and from now on")
-                self.named.add(row)
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        if not there:
+            writer.writerow(["epoch", "step", "path", "reason", "shown instead"])
+        for epoch, step, (row, by, reason) in lost:
+            if (str(epoch), str(step), index.paths[row]) not in there:
+                writer.writerow([epoch, step, index.paths[row], reason, index.paths[by]])
+            if row not in self.named:
+                self.say(f"cannot read {index.name(row)} ({reason}): another image is shown, here and from now on")
+            self.named.add(row)
+        with writing(self.out, "make it writable"), path.open("ab", buffering=0) as file:
+            append(file, text.getvalue().encode("utf-8", "surrogateescape"))
 
     def speed(self, epoch: int, step: int, global_step: int, images_per_second: float, data_wait: float) -> None:
         """One line of timing.jsonl; data_wait is the share of the time spent waiting for images."""
         if not self.active:
             return
         values = {"images_per_second": round(images_per_second, 2), "data_wait": round(data_wait, 4)}
-        self.timing.write(json.dumps({"epoch": epoch, "step": step, "time": round(time.time(), 2), **values}) + "\n")
-        self.timing.flush()
+        line = {"epoch": epoch, "step": step, "time": round(time.time(), 2), **values}
+        append(self.timing, json.dumps(line).encode() + b"\n")
         self._scalars("speed", values, global_step)
 
     def say(self, text: str) -> None:
         """A line for the person watching, beside the progress bar."""
         if self.active:
-            tqdm.write(text, file=sys.stderr)
+            console.say(text)
 
     def close(self) -> None:
-        if self.active:
-            self.file.close()
-            self.timing.close()
         if self.writer:
-            self.writer.close()
+            with self._tensorboard():
+                self.writer.close()
+        if self.active:
+            for file in (self.file, self.timing):
+                try:
+                    file.close()
+                except OSError as error:
+                    raise CannotWrite(file.name, error) from None
 
     def _scalars(self, prefix: str, values: dict[str, Any], global_step: int) -> None:
-        if self.writer:
+        with self._tensorboard():
             for name, value in values.items():
-                if isinstance(value, (int, float)):
+                if self.writer and isinstance(value, (int, float)):
                     self.writer.add_scalar(f"{prefix}/{name}", value, global_step)
+
+    @contextlib.contextmanager
+    def _tensorboard(self) -> Iterator[None]:
+        """The run goes on without TensorBoard where that cannot write: it shows what the logs hold."""
+        try:
+            yield
+        except OSError as error:
+            self.writer = None
+            self.say(f"cannot write {self.out / 'tensorboard'} ({first_line(error)}): the run goes on without it")
 
 
 class Progress:
@@ -115,15 +133,9 @@ class Progress:
     def __init__(self, log: RunLog, epoch: int, step: int, config: OptimConfig, steps: int) -> None:
         """step: the first of the epoch that is taken now, of ``steps``."""
         self._log, self._config, self._epoch, self._steps = log, config, epoch, steps
-        self._bar = tqdm(
-            total=steps * config.batch_size,
-            initial=step * config.batch_size,
-            desc=f"epoch {epoch + 1}/{config.epochs}",
-            unit="img",
-            disable=None if log.active else True,  # None: only on a terminal
-            leave=False,
-            file=sys.stderr,
-        )
+        name, total = f"epoch {epoch + 1}/{config.epochs}", steps * config.batch_size
+        done = step * config.batch_size
+        self._bar = console.Progress(name, total, "images", done=done, active=log.active, lines=False)
         self.waited = 0.0
         """Seconds of waiting for images since the last entry."""
         self._began, self._since = time.perf_counter(), step
@@ -141,11 +153,11 @@ class Progress:
         seconds = now - self._began
         speed = (step - self._since) * c.batch_size / seconds
         self._log.speed(self._epoch, step, global_step, speed, self.waited / seconds)
-        left = _duration((c.epochs * self._steps - global_step) * c.batch_size / speed)
+        left = console.duration((c.epochs * self._steps - global_step) * c.batch_size / speed)
         shown = {name: f"{values[name]:.3f}" for name in ("loss", "acc_cls", "kept") if name in values}
-        self._bar.set_postfix({**shown, "run left": left})
-        if self._bar.disable:
-            text = " ".join(f"{name} {value}" for name, value in shown.items())
+        text = " ".join(f"{name} {value}" for name, value in shown.items())
+        self._bar.note(f"{text}, run left {left}")
+        if not self._bar.is_bar:
             where = f"epoch {self._epoch + 1}/{c.epochs} step {step}/{self._steps}"
             self._log.say(f"{where} | {text} | {speed:.0f} img/s | {left} left")
         self._began, self.waited, self._since = now, 0.0, step
@@ -173,6 +185,12 @@ class Replaced:
                 f"{self._index.name(row)} ({reason}): repair the storage and run the same command again, "
                 f"or raise --max-broken {self._most:g}"
             )
+
+
+def _unless_tensorboard(hook: Callable[[Any], object], failed: Any) -> None:
+    """For threading.excepthook: what TensorBoard's thread raises its writer raises as well, where a run says it."""
+    if not type(failed.thread).__module__.startswith("tensorboard."):
+        hook(failed)
 
 
 def _duration(seconds: float) -> str:

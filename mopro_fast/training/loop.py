@@ -4,14 +4,13 @@ A run is a function of its config and data. The loader, the shuffle across ranks
 (seed, epoch, step) alone; what else a run is at a step is in checkpoints/state.py.
 """
 
-import sys
 import time
 from contextlib import closing
 from pathlib import Path
 
 import torch
 
-from mopro_fast import distributed
+from mopro_fast import console, distributed
 from mopro_fast.checkpoints.state import RunState
 from mopro_fast.checkpoints.weights import initialise
 from mopro_fast.data import inputs
@@ -76,7 +75,7 @@ class Trainer:
                 self.train_step.load_from(state, self.folder.found)
                 self.epoch, self.step = self.folder.position(self.steps)
             if self.rank == 0:
-                print(self.folder.resumed(), file=sys.stderr)
+                console.say(self.folder.resumed())
         # 4. What the run writes.
         self.folder.write_settings(self.index)
         with self.folder.writing():

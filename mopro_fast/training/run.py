@@ -69,7 +69,7 @@ class RunFolder:
             raise UserError(f"--out {self.path} holds other files, such as {names[0]}: name a new or an empty folder")
 
     def writing(self) -> contextlib.AbstractContextManager[None]:
-        """An OSError inside becomes a UserError that names the folder."""
+        """An OSError inside becomes a CannotWrite that names the folder."""
         return writing(f"--out {self.path}", "name another folder")
 
     def sets(self, task: Task) -> dict[str, Index]:
