@@ -276,7 +276,7 @@ def _writable(path: str, required: bool, foreign: str | None) -> str | None:
         try:
             if place != path:
                 os.makedirs(os.path.dirname(place), exist_ok=True)
-            number = os.open(f"{place}.partial", os.O_WRONLY | os.O_CREAT, 0o666)
+            number = os.open(f"{place}.partial", os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o666)
             with contextlib.suppress(OSError):
                 os.close(number)
         except OSError as error:
