@@ -472,3 +472,15 @@ def test_all_decode_cases(tmp_path, run):  # noqa: F811
     gray = by_name["gray.jpg"]
     for name in ("png_16bit_gray.png", "png_la.png"):  # the same photograph
         assert abs(by_name[name].mean() - gray.mean()) < 2 and abs(by_name[name].std() - gray.std()) < 3
+
+
+def test_a_pipe_in_place_of_a_shard_is_not_waited_for(packed, tmp_path):
+    copy = shutil.copytree(packed, tmp_path / "copy")
+    images = open_shards(copy)
+    (copy / images.names[0]).unlink()
+    os.mkfifo(copy / images.names[0])
+    with pytest.raises(OSError):
+        images.read(0)
+    images.close()
+    with pytest.raises(UserError, match="has 0 bytes"):
+        open_shards(copy)

@@ -276,9 +276,9 @@ def _writable(path: str, required: bool, foreign: str | None) -> str | None:
         try:
             if place != path:
                 os.makedirs(os.path.dirname(place), exist_ok=True)
-            file = open(f"{place}.partial", "ab")  # noqa: SIM115
+            number = os.open(f"{place}.partial", os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o666)
             with contextlib.suppress(OSError):
-                file.close()
+                os.close(number)
         except OSError as error:
             if required and error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise CannotWrite(place, error, "set --index to another place") from None

@@ -123,12 +123,12 @@ class _Open:
             with _Open._lock:
                 number = self._numbers.get(path)
                 if number is None and _Open._kept < open_files() // 2:
-                    number = self._numbers[path] = os.open(path, os.O_RDONLY)
+                    number = self._numbers[path] = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
                     _Open._kept += 1
         if number is not None:
             yield number
             return
-        number = os.open(path, os.O_RDONLY)
+        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
             yield number
         finally:
