@@ -62,8 +62,8 @@ class Pack:
     out: Annotated[str, tyro.conf.Positional]
     """Folder for the shards. An interrupted pack goes on; a complete one is verified and repaired."""
     size: int = 256
-    """Shorter side in pixels, with Pillow's antialiased bilinear filter; smaller images stay as they are. 0: no image
-    is resized, and all that DALI decodes are kept byte for byte."""
+    """Shorter side in pixels, with Pillow's antialiased bilinear filter; smaller images stay as they are. 0: only
+    those of more than 2048 x 2048 pixels are resized, and all that DALI decodes are kept byte for byte."""
     quality: int = 90
     """JPEG quality of the images that are written anew, 1 to 95."""
     val: str | None = None
