@@ -128,9 +128,10 @@ def guarded() -> Iterator[Callable[[], bool]]:
 
 def _fill_standard_descriptors() -> None:
     """Where 0, 1 or 2 is closed, the next file opened would get that number, and messages meant for a terminal."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(descriptor, True)
-    os.close(descriptor)
+    with contextlib.suppress(OSError):  # no handle is left: then these three are in use
+        while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+            os.set_inheritable(descriptor, True)
+        os.close(descriptor)
 
 
 class _Descriptor(io.FileIO):

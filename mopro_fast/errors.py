@@ -1,6 +1,7 @@
 """The one exception whose message is meant for the person at the keyboard; what an OSError says about the machine."""
 
 import errno
+import os
 from typing import Any
 
 _REMEDIES = {
@@ -34,10 +35,15 @@ class CannotWrite(UserError):
         return UserError, self.args  # from a worker process
 
 
+class OutOfResources(UserError):
+    """The process lacks handles or memory to open something, which says nothing about that."""
+
+
 def require_resources(error: BaseException, name: Any) -> None:
-    """Raise a UserError where opening ``name`` failed for what the process lacks: that says nothing about the file."""
-    if isinstance(error, OSError) and error.errno in _OF_THE_PROCESS:
-        raise UserError(f"cannot open {name}: {error.strerror}: {_REMEDIES[error.errno]}") from None
+    """Raise OutOfResources where opening or reading ``name`` failed for what the process lacks."""
+    number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
+    if number in _OF_THE_PROCESS:
+        raise OutOfResources(f"cannot open {name}: {os.strerror(number)}: {_REMEDIES[number]}") from None
 
 
 def of_the_machine(error: BaseException) -> UserError | None:

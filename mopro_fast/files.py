@@ -40,9 +40,9 @@ def read_regular(path: str | os.PathLike, most: int) -> tuple[bytes, os.stat_res
     """-> the whole of a regular file, and its state as it was when it was opened.
 
     Raises an OSError whose strerror says why not: also for another kind of file, which is not waited for, and for one
-    of more than ``most`` bytes, which are not read.
+    of more than ``most`` bytes, which are not read. A process without handles or memory is OutOfResources.
     """
-    number = _open_regular(path, os.O_RDONLY)
+    number = open_descriptor(path)
     try:
         status = os.fstat(number)
         _require_size(path, status.st_size, most)
@@ -55,15 +55,16 @@ def read_regular(path: str | os.PathLike, most: int) -> tuple[bytes, os.stat_res
             _require_size(path, size, most)
             data = b"".join(parts)
         return data, status
-    except MemoryError:
-        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), os.fspath(path)) from None
+    except (MemoryError, OSError) as error:
+        require_resources(error, os.fspath(path))
+        raise
     finally:
         os.close(number)
 
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
     """A regular file to read. Raises an OSError as :func:`read_regular` does for another kind."""
-    return open(path, "rb", opener=_open_regular)
+    return open(path, "rb", opener=open_descriptor)
 
 
 def require_regular(path: str | os.PathLike) -> None:
@@ -71,10 +72,12 @@ def require_regular(path: str | os.PathLike) -> None:
     open_regular(path).close()
 
 
-def _open_regular(path: str | os.PathLike, flags: int) -> int:
+def open_descriptor(path: str | os.PathLike, flags: int = os.O_RDONLY) -> int:
+    """As :func:`open_regular`, for the caller to close."""
     try:
         number = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError as error:
+        require_resources(error, os.fspath(path))
         if error.errno == errno.ENXIO:  # a socket, or a device that is not there
             _require_regular(path, os.stat(path).st_mode)
         raise
@@ -282,8 +285,7 @@ def json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is none that can be read."""
     try:
         found = json.loads(read_regular(path, MOST_TEXT)[0])
-    except (OSError, ValueError, RecursionError) as error:
-        require_resources(error, path)
+    except (OSError, ValueError, RecursionError):
         found = None
     return found if isinstance(found, dict) else {}
 

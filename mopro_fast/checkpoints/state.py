@@ -159,7 +159,6 @@ def read(path: str | Path) -> Any:
     except (FileNotFoundError, NotADirectoryError):
         raise (Damaged if os.path.lexists(path) else UserError)(f"no checkpoint at {path}") from None
     except OSError as error:
-        require_resources(error, path)
         kind = Damaged if error.errno in (errno.EINVAL, errno.ELOOP) else UserError
         raise kind(f"cannot read the checkpoint {path}: {error.strerror}") from None
     try:

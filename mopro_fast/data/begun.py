@@ -12,7 +12,7 @@ from mopro_fast.data.index import Index
 from mopro_fast.data.lists import read_list
 from mopro_fast.data.paths import Paths, read_columns
 from mopro_fast.distributed import say
-from mopro_fast.errors import UserError, first_line, require_resources
+from mopro_fast.errors import OutOfResources, UserError, first_line, require_resources
 from mopro_fast.files import misfit, replacing
 from mopro_fast.labels import NO_LABEL
 
@@ -45,6 +45,8 @@ def begun(folder: Path, digest: str | None, num_classes: int) -> Index | None:
         else:
             paths, labels, _ = read_list(str(path), lambda _: True)
             classes = _classes_before(paths, labels, num_classes)
+    except OutOfResources:
+        raise
     except (OSError, ValueError, RecursionError, UserError) as error:
         require_resources(error, path)
         say(f"cannot read {path} ({first_line(error)}): the run's images are taken as they are now")

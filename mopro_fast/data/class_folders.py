@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from mopro_fast.data.decode import looks_like_image
 from mopro_fast.data.paths import Paths, shown
 from mopro_fast.distributed import say
-from mopro_fast.errors import UserError, require_resources
+from mopro_fast.errors import UserError
 from mopro_fast.files import MARKER, open_regular
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif", ".tif", ".tiff")
@@ -154,8 +154,7 @@ def _looks_like_image(path: str) -> bool:
     try:
         with open_regular(path) as file:
             return looks_like_image(file.read(32))
-    except OSError as error:
-        require_resources(error, shown(path))
+    except OSError:
         return False
 
 

@@ -22,7 +22,6 @@ import simplejpeg
 from PIL import Image, ImageFile
 
 from mopro_fast.data.workers import Crashed, limited
-from mopro_fast.errors import require_resources
 from mopro_fast.files import read_regular
 
 VERDICTS = ("ok", "converted", "tolerant", "unreadable")
@@ -147,7 +146,6 @@ def examine_files(root: str, paths: list[str]) -> Iterator[tuple]:
                 size, mtime, crc = status.st_size, status.st_mtime_ns, zlib.crc32(data)
                 found = examine(data)
         except OSError as error:
-            require_resources(error, os.path.join(root, path))
             found = found._replace(reason=f"{CANNOT_READ}: {error.strerror}")
         yield path, found.width, found.height, found.format, VERDICTS[found.verdict], found.reason, size, mtime, crc
 

@@ -18,7 +18,7 @@ from mopro_fast.data import decode
 from mopro_fast.data.decode import CONVERTED, OK, TOLERANT, UNREADABLE, DecodeError, Examined
 from mopro_fast.data.index import Index
 from mopro_fast.data.workers import Apart, Died
-from mopro_fast.errors import UserError, require_resources
+from mopro_fast.errors import UserError
 
 _UNKNOWN, _REFUSED = 254, 255  # verdicts beyond decode's: not examined yet; clean for Pillow, but not for DALI
 _PROCESSES = 4  # that examine at once, at most
@@ -73,7 +73,6 @@ class Verified:
         try:
             data = self.index.read(row)
         except OSError as error:
-            require_resources(error, self.index.name(row))
             raise Broken(error.strerror or str(error)) from None
         if (crc := zlib.crc32(data)) != self._crc[row]:
             self._examine(row, data, crc)

@@ -31,7 +31,15 @@ from mopro_fast.data import workers as processes
 from mopro_fast.data.decode import CANNOT_READ, OK, UNREADABLE, DecodeError
 from mopro_fast.data.paths import Paths, read_columns, shown
 from mopro_fast.errors import UserError, first_line, require_resources
-from mopro_fast.files import MOST_TEXT, misfit, open_files, open_regular, read_regular, replacing, writing
+from mopro_fast.files import (
+    MOST_TEXT,
+    misfit,
+    open_files,
+    open_regular,
+    read_regular,
+    replacing,
+    writing,
+)
 from mopro_fast.labels import NO_LABEL
 
 MANIFEST = "manifest.json"
@@ -123,12 +131,12 @@ class _Open:
             with _Open._lock:
                 number = self._numbers.get(path)
                 if number is None and _Open._kept < open_files() // 2:
-                    number = self._numbers[path] = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+                    number = self._numbers[path] = open_descriptor(path)
                     _Open._kept += 1
         if number is not None:
             yield number
             return
-        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        number = open_descriptor(path)
         try:
             yield number
         finally:
@@ -155,8 +163,8 @@ def is_pack(folder: str | os.PathLike) -> bool:
         manifest = json.loads(read_regular(path, MOST_TEXT)[0])
         if isinstance(manifest, dict) and manifest.get("format") == FORMAT:
             return True
-    except (OSError, ValueError, RecursionError) as error:
-        require_resources(error, path)
+    except (OSError, ValueError, RecursionError):
+        pass
     return any(Path(folder, RECORDS).glob("*.json.gz"))
 
 
@@ -168,7 +176,6 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{folder} holds no {MANIFEST}: run `mopro-fast pack` to its end") from None
     except (OSError, ValueError, RecursionError) as error:
-        require_resources(error, path)
         raise UserError(f"cannot read {path} ({first_line(error)}): run `mopro-fast pack` again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{path} was not written by `mopro-fast pack`: give a folder that it made")
@@ -194,7 +201,6 @@ def open_shards(folder: str | os.PathLike, split: str = "train") -> ShardSet:
         path = os.path.join(folder, listed["table"]["name"])
         content, _ = read_regular(path, _MOST_TABLE)
     except OSError as error:
-        require_resources(error, path)
         raise UserError(f"cannot read {path} ({error.strerror}): {_AGAIN}") from None
     if hashlib.sha256(content).hexdigest() != listed["table"]["sha256"]:
         raise UserError(f"{path} is not as it was made: {_AGAIN}")
@@ -250,7 +256,6 @@ def _verify(folder: str, name: str, expected: str) -> Iterator[str]:
         if _sha256(path) != expected:
             yield f"{path}: altered"
     except OSError as error:
-        require_resources(error, path)
         yield f"{path}: {error.strerror}"
 
 
@@ -392,8 +397,7 @@ def _is_finished(job: ShardJob, source: str) -> bool:
         return places == [row[3:5] for row in record["rows"]] and sorted(row[:3] for row in named) == sorted(
             map(list, job.rows())
         )
-    except (OSError, EOFError, ValueError, TypeError, RecursionError, zlib.error) as error:
-        require_resources(error, _record_path(job.out, job.name))
+    except (OSError, EOFError, ValueError, TypeError, RecursionError, zlib.error):
         return False
 
 
@@ -419,7 +423,6 @@ def _packed_file(job: ShardJob, number: int, path: str) -> tuple[int, bytes, str
         try:
             data, _ = read_regular(os.path.join(job.root, path), decode.MAX_BYTES)
         except OSError as error:
-            require_resources(error, shown(os.path.join(job.root, path)))
             return 0, b"", f"{CANNOT_READ}: {error.strerror}"
         try:
             return len(data), packed(data, job.size, job.quality), ""

@@ -26,7 +26,7 @@ from mopro_fast.data import inputs
 from mopro_fast.data.index import Index, Layout, load_index
 from mopro_fast.downstream import image_map
 from mopro_fast.downstream.features import EncoderConfig, Frozen
-from mopro_fast.errors import UserError, require_resources
+from mopro_fast.errors import UserError
 from mopro_fast.files import (
     MOST_TEXT,
     json_object,
@@ -187,8 +187,7 @@ def _finished(out: Path, settings: dict[str, Any]) -> dict[str, int] | None:
         try:
             found = json.loads(read_regular(state, MOST_TEXT)[0])
             changed = [name for name, value in settings.items() if found["settings"].get(name) != value]
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            require_resources(error, state)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             raise UserError(f"{state} cannot be read: remove it, or choose another --out") from None
         if changed and ((out / TABLE).exists() or image_map.begun(out / _NUMBERS)):
             raise UserError(f"{out} holds another cleaning, with other {changed[0]}: choose another --out")
