@@ -34,6 +34,7 @@ from mopro_fast.errors import UserError, first_line, require_resources
 from mopro_fast.files import (
     MOST_TEXT,
     misfit,
+    open_descriptor,
     open_files,
     open_regular,
     read_regular,
