@@ -140,6 +140,7 @@ def decode_cases(folder):
 
 def examined(index):
     """The index with what a check finds."""
+    pytest.importorskip("simplejpeg")
     data = [index.read(i) for i in range(len(index))]
     found = [decode.examine(d) for d in data]
     columns = {name: np.array([getattr(f, name) for f in found]) for name in ("verdict", "width", "height")}

@@ -18,7 +18,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
-import simplejpeg
 from PIL import Image, ImageFile
 
 from mopro_fast.data.workers import Crashed, limited
@@ -270,6 +269,8 @@ def _read_strictly(data: bytes, image: Image.Image) -> None:
 
     All bits are read, but a 64th of the pixels made. Of the header only what decides the pixels counts.
     """
+    import simplejpeg  # here, so that a GPU that is there for minutes can time steps without it
+
     colours = {"L": "GRAY", "CMYK": "CMYK"}.get(image.mode, "RGB")
     simplejpeg.decode_jpeg(_pixels_alone(data, []) or data, colorspace=colours, min_height=1, min_width=1)
 
