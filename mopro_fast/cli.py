@@ -2,9 +2,11 @@
 
 import os
 import re
+import signal
 import sys
 import warnings
 
+from mopro_fast import peers, signals
 from mopro_fast.errors import UserError
 from mopro_fast.files import home
 
@@ -43,14 +45,22 @@ def main(argv: list[str] | None = None) -> None:
         print(_usage())
         return
     try:
-        sys.exit(_run(argv))
+        with signals.heeded(argv[0]):
+            status = _run(argv)
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        print(f"mopro-fast: error: {'' if rank == '0' else f'[rank {rank}] '}{error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"mopro-fast: {argv[0]} interrupted: the same command goes on where it stopped", file=sys.stderr)
-        sys.exit(130)
+        print(f"mopro-fast: error: {signals.of_rank()}{error}", file=sys.stderr)
+        peers.leave(2)
+    except KeyboardInterrupt as stop:
+        number = getattr(stop, "number", signal.SIGINT)
+        print(peers.explained(stop) or signals.interrupted(argv[0], number), file=sys.stderr)
+        peers.leave(128 + number)
+    except RuntimeError as error:
+        line = peers.explained(error)
+        if line is None:
+            raise
+        print(line, file=sys.stderr)
+        peers.leave(peers.STATUS)
+    sys.exit(status)
 
 
 def _run(argv: list[str]) -> int:
