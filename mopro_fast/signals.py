@@ -16,6 +16,7 @@ from collections.abc import Iterator
 HEEDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 UNHEARD = 3.0  # seconds in which the main thread has to hear of a signal
 CLEANING = 10.0  # and then to clean up
+LEAVING = 2.0  # and then to end
 SAVING = 300.0  # what a checkpoint that is being written may take
 _LOOK = 0.1  # seconds between two looks at the time
 
@@ -147,8 +148,9 @@ def heeded(command: str) -> Iterator[None]:
         last_line()  # the caller says it
         raise
     finally:
-        if _asked:  # threads that hang with the storage would be waited for
-            allow(UNHEARD)
+        if _asked:  # at its end Python waits for all threads, also for those that hang with the storage
+            last_line()
+            allow(LEAVING)
         else:
             signal.set_wakeup_fd(wakeup)
             for s, handler in before.items():
