@@ -46,16 +46,16 @@ def alone() -> bool:
     return world()[1] == 1
 
 
-def number(name: str, otherwise: int, least: int = 0, most: int = 1 << 31) -> int:
+def number(name: str, otherwise: int, least: int = 0, most: int | None = None) -> int:
     """The whole number that torchrun or a scheduler has put into the environment."""
     text = os.environ.get(name, "")
     if not text.strip():
         return otherwise
     value = int(text) if re.fullmatch(r"\s*[+-]?\d{1,12}\s*", text, re.ASCII) else None
-    if value is None or not least <= value <= most:
+    if value is None or value < least or (most is not None and value > most):
+        bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise UserError(
-            f"the environment has {name}={text!r}, no whole number from {least} to {most}: start with torchrun, or "
-            f"unset {name}"
+            f"the environment has {name}={text!r}, no whole number {bounds}: start with torchrun, or unset {name}"
         )
     return value
 
@@ -110,7 +110,8 @@ def _join(backend: str, device: torch.device | None, timeout: float) -> None:
     _group_timeout = max(_group_timeout, datetime.timedelta(seconds=2 * timeout))
     rank, ranks = number("RANK", 0), number("WORLD_SIZE", 1)
     host, port = os.environ["MASTER_ADDR"], number("MASTER_PORT", 0)
-    meeting = f"rank {rank} of {ranks} cannot meet the others at {host}:{port} (MASTER_ADDR, MASTER_PORT)"
+    meeting = f"the {ranks} ranks cannot meet at {host}:{port} (MASTER_ADDR, MASTER_PORT)"
+    remedy = "is rank 0 there?" if rank else "start as many as WORLD_SIZE says"
     note = threading.Timer(_PATIENCE, say, [f"waiting for {ranks} ranks to meet at {host}:{port}"])
     note.daemon = True
     note.start()
@@ -130,13 +131,13 @@ def _join(backend: str, device: torch.device | None, timeout: float) -> None:
             peers.start(rank, ranks, host, timeout, from_rank0, lambda why: gather_lists([why])) if ranks > 1 else None
         )
     except OSError as error:
-        raise UserError(f"{meeting}: {first_line(error)}: is rank 0 there?") from None
+        raise UserError(f"{meeting}: {first_line(error)}: {remedy}") from None
     except (RuntimeError, ValueError) as error:
         if "EADDRINUSE" in str(error):
             raise UserError(
                 f"port {port} is in use on {host}: choose another MASTER_PORT (torchrun --master-port)"
             ) from None
-        raise UserError(f"{meeting}: {first_line(error)}: start as many as WORLD_SIZE says") from None
+        raise UserError(f"{meeting}: {first_line(error)}: {remedy}") from None
     finally:
         note.cancel()
     if why:

@@ -97,7 +97,7 @@ class Trainer:
         return self.epoch * self.steps + self.step
 
     def run(self) -> int:
-        epochs = self.config.optim.epochs
+        epochs, received = self.config.optim.epochs, 0
         if self.epoch == epochs:
             self.log.say(f"{self.out} is finished: {epochs} epochs done")
         else:
@@ -106,11 +106,11 @@ class Trainer:
             with distributed.StopSignal() as stop:
                 while self.epoch < epochs:
                     if received := self._next_epoch(stop):
-                        return received
+                        break
         finally:
             self.close()
         peers.pause()
-        return 0
+        return received
 
     def _next_epoch(self, stop: distributed.StopSignal) -> int:
         """-> 0, or the signal that has stopped it; then all is saved."""
