@@ -2,9 +2,11 @@
 
 import os
 import re
+import signal
 import sys
 import warnings
 
+from mopro_fast import peers, signals
 from mopro_fast.console import guarded, say, tell
 from mopro_fast.errors import UserError, of_the_machine
 from mopro_fast.files import home, open_files
@@ -43,25 +45,30 @@ def main(argv: list[str] | None = None) -> None:
     with guarded() as whole:
         open_files()  # each shard and each connection of a worker is one
         status = _status(argv)
-        status = status if whole() else status or 1
+        if status := status if whole() else status or 1:
+            peers.leave(status)
     sys.exit(status)
 
 
 def _status(argv: list[str]) -> int:
     try:
-        return _run(argv)
+        with signals.heeded(argv[0] if argv else ""):
+            return _run(argv)
     except SystemExit as stop:  # of those that read the options, after a help or a mistake
         return stop.code or 0
+    except KeyboardInterrupt as stop:
+        number = getattr(stop, "number", signal.SIGINT)
+        say(peers.explained(stop) or signals.interrupted(argv[0], number))
+        return 128 + number
     except Exception as error:
+        if line := peers.explained(error):
+            say(line)
+            return peers.STATUS
         error = error if isinstance(error, UserError) else of_the_machine(error)
         if error is None:
             raise
-        rank = os.environ.get("RANK", "0")
-        say(f"mopro-fast: error: {'' if rank == '0' else f'[rank {rank}] '}{error}")
+        say(f"mopro-fast: error: {signals.of_rank()}{error}")
         return 2
-    except KeyboardInterrupt:
-        say(f"mopro-fast: {argv[0]} interrupted: the same command goes on where it stopped")
-        return 130
 
 
 def _run(argv: list[str]) -> int:

@@ -48,6 +48,7 @@ _INTERVALS = {
     "[1, 16384]": "data.eval_resize model.embed_dim",
     "[1, 16777216]": "mopro.queue_size",
     "[1, 8192]": "data.image_size",
+    "[10, 1000000]": "run.timeout",
     "[1, inf)": "run.log_every run.checkpoint_every run.keep",
 }
 LIMITS = {name: interval for interval, names in _INTERVALS.items() for name in names.split()}
@@ -248,6 +249,9 @@ class RunConfig:
     """Checkpoint to take the weights from, without its optimizer and position."""
     tensorboard: bool = True
     """Write TensorBoard events into out."""
+    timeout: float = 600
+    """Several ranks: seconds after which one that does not come, gives no sign of life, or keeps all others from going
+    on ends the run. One step must be shorter, the first (with --compile True) included."""
 
 
 class Settings:

@@ -3,9 +3,11 @@
 import contextlib
 import datetime
 import os
-import signal
+import re
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -13,11 +15,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from mopro_fast import console
-from mopro_fast.errors import UserError
+from mopro_fast import console, peers, signals
+from mopro_fast.errors import UserError, first_line
 from mopro_fast.transfer import to_device
+
+TIMEOUT = 600.0  # seconds; see start()
+_group_timeout = datetime.timedelta(minutes=30)  # of collectives: peers.py knows sooner, and better
+_PATIENCE = 20.0  # seconds before ranks that do not come are spoken of
+_STEP = 10.0  # seconds that a signal waits for the end of a step at least
 
 T = TypeVar("T")
 
@@ -29,7 +37,7 @@ def world() -> tuple[int, int]:
 
 def say(text: str) -> None:
     """A line on the terminal, once for all ranks; also before they have met."""
-    if (dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))) == 0:
+    if (dist.get_rank() if dist.is_initialized() else number("RANK", 0)) == 0:
         console.say(text)
 
 
@@ -38,18 +46,33 @@ def alone() -> bool:
     return world()[1] == 1
 
 
-def start(device: str, deterministic: bool | None = None) -> torch.device:
+def number(name: str, otherwise: int, least: int = 0, most: int | None = None) -> int:
+    """The whole number that torchrun or a scheduler has put into the environment."""
+    text = os.environ.get(name, "")
+    if not text.strip():
+        return otherwise
+    value = int(text) if re.fullmatch(r"\s*[+-]?\d{1,12}\s*", text, re.ASCII) else None
+    if value is None or value < least or (most is not None and value > most):
+        bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise UserError(
+            f"the environment has {name}={text!r}, no whole number {bounds}: start with torchrun, or unset {name}"
+        )
+    return value
+
+
+def start(device: str, deterministic: bool | None = None, timeout: float = TIMEOUT) -> torch.device:
     """Join torchrun's process group, if there is one, and return this rank's device.
 
     device: "auto" (the GPU of this local rank if CUDA is there), "cpu" or "cuda".
     deterministic: True: only cuDNN kernels that repeat bit for bit; False: the fastest; None: as it is.
+    timeout: seconds after which a rank that does not come, or does not go on, ends the others.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device {device!r} is unknown: choose auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda was asked for but PyTorch sees no GPU: `mopro-fast env` says more, or use cpu")
     cuda = device != "cpu" and torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank = number("LOCAL_RANK", 0)
     if cuda and local_rank >= torch.cuda.device_count():
         raise UserError(
             f"local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} visible): "
@@ -61,15 +84,89 @@ def start(device: str, deterministic: bool | None = None) -> torch.device:
         torch.cuda.set_stream(torch.cuda.Stream())  # all work's stream: the default one cannot be captured in a graph
     if cuda and deterministic is not None:
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = not deterministic, deterministic
-    if {"WORLD_SIZE", "RANK", "MASTER_ADDR"} <= os.environ.keys() and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=place if cuda else None)
+    if dist.is_initialized():
+        peers.resume(timeout)
+    elif _ranks_of_environment():
+        _join("nccl" if cuda else "gloo", place if cuda else None, timeout)
     return place
+
+
+def _ranks_of_environment() -> bool:
+    """Whether the environment names a process group to join."""
+    ranks = number("WORLD_SIZE", 1, least=1)
+    rank = number("RANK", 0)
+    if rank >= ranks:
+        raise UserError(f"the environment has RANK={rank} of WORLD_SIZE={ranks}: ranks count from 0 to {ranks - 1}")
+    number("MASTER_PORT", 0, most=65535)
+    missing = [name for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing and ranks > 1:
+        raise UserError(f"the environment has WORLD_SIZE={ranks} but no {missing[0]}: start with torchrun, or set it")
+    return not missing
+
+
+def _join(backend: str, device: torch.device | None, timeout: float) -> None:
+    """Meet the other ranks. A UserError where they do not come within ``timeout`` seconds."""
+    global _group_timeout
+    _group_timeout = max(_group_timeout, datetime.timedelta(seconds=2 * timeout))
+    rank, ranks = number("RANK", 0), number("WORLD_SIZE", 1)
+    host, port = os.environ["MASTER_ADDR"], number("MASTER_PORT", 0)
+    meeting = f"the {ranks} ranks cannot meet at {host}:{port} (MASTER_ADDR, MASTER_PORT)"
+    remedy = "is rank 0 there?" if rank else "start as many as WORLD_SIZE says"
+    note = threading.Timer(_PATIENCE, say, [f"waiting for {ranks} ranks to meet at {host}:{port}"])
+    note.daemon = True
+    note.start()
+    try:
+        if rank != 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            _reach(host, port, timeout)  # TCPStore prints pages while it tries
+        store, _, _ = next(rendezvous("env://", timeout=datetime.timedelta(seconds=timeout)))
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("mopro_fast", store),
+            rank=rank,
+            world_size=ranks,
+            timeout=_group_timeout,
+            device_id=device,
+        )
+        why = (
+            peers.start(rank, ranks, host, timeout, from_rank0, lambda why: gather_lists([why])) if ranks > 1 else None
+        )
+    except OSError as error:
+        raise UserError(f"{meeting}: {first_line(error)}: {remedy}") from None
+    except (RuntimeError, ValueError) as error:
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"port {port} is in use on {host}: choose another MASTER_PORT (torchrun --master-port)"
+            ) from None
+        raise UserError(f"{meeting}: {first_line(error)}: {remedy}") from None
+    finally:
+        note.cancel()
+    if why:
+        say(f"ranks cannot watch each other ({why}): where one ends the others may wait for it")
+
+
+def _reach(host: str, port: int, timeout: float) -> None:
+    """Wait until somebody listens there."""
+    until = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(0.1, until - time.monotonic())).close()
+            return
+        except (ConnectionError, TimeoutError):
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.2)
 
 
 def leave() -> None:
     """Leave the process group, if there is one. Not after an error: other ranks may wait in a collective."""
+    peers.stop()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def new_group() -> dist.ProcessGroup:
+    """A group of all ranks with a queue of its own."""
+    return dist.new_group(timeout=_group_timeout)
 
 
 def gather_rows(x: Tensor) -> Tensor:
@@ -208,41 +305,53 @@ def sync_buffers(module: nn.Module) -> None:
             b.copy_(part.view_as(b))
 
 
-class StopSignal:
-    """SIGTERM and Ctrl-C as a flag that all ranks see at the same step.
+class StopSignal(signals.Flag):
+    """SIGTERM, SIGHUP and Ctrl-C as a flag that all ranks see at the same step.
 
     Each :meth:`poll` starts an all-reduce of the flag on a CPU group and reads the one started a step before: the
     device never waits for it, a rank only for one that is more than a step behind.
     """
 
     def __init__(self) -> None:
-        self.signal = 0
-        self.group = None if alone() else dist.new_group(backend="gloo")
+        super().__init__()
+        self.group = None if alone() else dist.new_group(backend="gloo", timeout=_group_timeout)
         self.pending: tuple[dist.Work, Tensor] | None = None
+        self.longest, self.polled = 0.0, time.monotonic()
 
     def __enter__(self) -> "StopSignal":
-        main = threading.current_thread() is threading.main_thread()  # others may not set handlers
-        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT) if main}
+        super().__enter__()
+        self._allow()
+        peers.moved(training=True)
         return self
 
-    def __exit__(self, *_) -> None:
-        for s, handler in self.before.items():
-            signal.signal(s, handler)
+    def __exit__(self, *error) -> None:
+        peers.moved(training=False)
+        super().__exit__(*error)
 
-    def _note(self, number: int, _frame) -> None:
-        if self.signal and self.group is None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C ends a single process at once (torchrun repeats the first itself)
-        self.signal = number
+    def again(self) -> None:
+        if self.group is None:  # torchrun repeats the first itself
+            super().again()
 
     def poll(self) -> int:
         """Call once a step on every rank; -> the signal's number on all ranks, 0 for none."""
-        if self.group is None:
-            return self.signal
-        seen = 0
-        if self.pending:
-            work, flag = self.pending
-            work.wait()
-            seen = int(flag)
-        flag = torch.tensor(self.signal)
-        self.pending = (dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group, async_op=True), flag)
+        now = time.monotonic()
+        self.longest, self.polled = max(self.longest, now - self.polled), now
+        self._allow()
+        peers.moved()
+        seen = self.signal
+        if self.group is not None:
+            seen = 0
+            if self.pending:
+                work, flag = self.pending
+                work.wait()
+                seen = int(flag)
+            flag = torch.tensor(self.signal)
+            self.pending = (dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group, async_op=True), flag)
+        self.heeded |= bool(seen)
         return seen
+
+    def _allow(self) -> None:
+        """A step may have to end first; on several ranks two, and one that waits for images spoils them for all."""
+        seconds = max(_STEP, 3 * self.longest)
+        self.patience = 0 if self.group is None else seconds / 2
+        signals.allow(seconds)

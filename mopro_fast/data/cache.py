@@ -23,6 +23,7 @@ from mopro_fast.data.batches import Batch, EvalBatches, TrainBatches
 from mopro_fast.data.decode import DecodeError
 from mopro_fast.data.index import Index
 from mopro_fast.data.reader import Broken, Lost, Verified
+from mopro_fast.data.waiting import results_of
 from mopro_fast.errors import UserError
 from mopro_fast.ops.two_views import largest_side
 from mopro_fast.transfer import to_device
@@ -201,8 +202,9 @@ def decoded(
     bar = Progress("decoding", len(rows), "images", active=show)
     with closing(images), ThreadPoolExecutor(threads) as pool, bar:
         for first in range(0, len(rows), _CHUNK):
-            for result in pool.map(work, rows[first : first + _CHUNK].tolist()):
-                yield result
+            chunk = rows[first : first + _CHUNK].tolist()
+            for row, task in [(row, pool.submit(work, row)) for row in chunk]:
+                yield results_of([task], [lambda row=row: index.name(row)])[0]
                 bar.update()
 
 

@@ -21,7 +21,7 @@ from mopro_fast.data.lists import read_list
 from mopro_fast.data.order import place_in_class
 from mopro_fast.data.paths import Paths, shown
 from mopro_fast.data.pipeline import EvalLoader, TrainLoader
-from mopro_fast.distributed import by_rank0, say, world
+from mopro_fast.distributed import by_rank0, number, say, world
 from mopro_fast.errors import UserError
 from mopro_fast.files import replacing
 
@@ -159,7 +159,7 @@ def _shared(c: Settings, device: torch.device) -> dict[str, Any]:
 
 def threads(d: DataConfig) -> int:
     """Decoding threads of a rank."""
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local_ranks = number("LOCAL_WORLD_SIZE", 1, least=1)
     return d.threads or max(1, len(os.sched_getaffinity(0)) // local_ranks)
 
 

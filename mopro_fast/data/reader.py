@@ -17,6 +17,7 @@ import numpy as np
 from mopro_fast.data import decode
 from mopro_fast.data.decode import CONVERTED, OK, TOLERANT, UNREADABLE, DecodeError, Examined
 from mopro_fast.data.index import Index
+from mopro_fast.data.waiting import results_of
 from mopro_fast.data.workers import Apart, Died
 from mopro_fast.errors import UserError
 
@@ -156,13 +157,13 @@ class Reader:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="mopro_fast-read")
         each = min(_MOST_AT_ONCE, -(-len(rows) // self._threads))
-        tasks = [
-            self._pool.submit(self._read_all, rows[first : first + each].tolist(), substitutes)
-            for first in range(0, len(rows), each)
-        ]
+        parts = [rows[first : first + each].tolist() for first in range(0, len(rows), each)]
+        begun: list[list[int]] = [[] for _ in parts]  # the rows that a task has begun to read
+        tasks = [self._pool.submit(self._read_all, *part, substitutes) for part in zip(parts, begun, strict=True)]
+        names = [lambda i=i: self._index.name((begun[i] or parts[i])[-1 if begun[i] else 0]) for i in range(len(parts))]
 
         def result() -> Read:
-            parts = [task.result() for task in tasks]
+            parts = results_of(tasks, names)
             rows = np.array([row for part in parts for row in part.rows], np.int64)
             return Read(rows, [x for part in parts for x in part.data], [x for part in parts for x in part.lost])
 
@@ -174,9 +175,10 @@ class Reader:
             self._pool = None
         self._images.close()
 
-    def _read_all(self, rows: list[int], substitutes: Callable[[int], Iterable[int]] | None) -> Read:
+    def _read_all(self, rows: list[int], begun: list[int], substitutes: Callable[[int], Iterable[int]] | None) -> Read:
         shown, data, lost = [], [], []
         for row in rows:
+            begun.append(row)
             by = row
             try:
                 encoded = self._images.read_clean(row)

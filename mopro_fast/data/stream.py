@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mopro_fast import peers, signals
 from mopro_fast.data.augment import Views
 from mopro_fast.data.reader import Read, Reader
 from mopro_fast.errors import UserError
@@ -158,6 +159,8 @@ class Stream:
 
     def next(self) -> Job:
         """Wait for the next job; unless it has no rows left, its outputs are the decoder's until the next call."""
+        signals.check()
+        peers.moved()
         while True:
             self._advance()
             job = self._decoding[0]

@@ -88,8 +88,9 @@ def locked(path: Path) -> Iterator[None]:
         if world()[0] == 0:
             with _writing(path.parent):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                busy = f"another process computes {path}: wait for it"
-                stack.enter_context(files.locked(str(path.with_suffix(".lock")), busy))
+                busy, lock = f"another process computes {path}: wait for it", path.with_suffix(".lock")
+                stack.enter_context(files.locked(str(lock), busy))
+                stack.callback(lock.unlink, missing_ok=True)  # also where an error ends it
         yield
 
 

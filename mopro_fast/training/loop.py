@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mopro_fast import console, distributed
+from mopro_fast import console, distributed, peers, signals
 from mopro_fast.checkpoints.state import RunState
 from mopro_fast.checkpoints.weights import initialise
 from mopro_fast.data import inputs
@@ -32,7 +32,7 @@ class Trainer:
     def __init__(self, task: Task) -> None:
         self.task, self.config = task, task.config
         run, optim = self.config.run, self.config.optim
-        self.device = distributed.start(run.device, run.deterministic)
+        self.device = distributed.start(run.device, run.deterministic, run.timeout)
         self.rank, self.ranks = distributed.world()
         self.config.validate(self.ranks)
         backends.require(self.device.type)
@@ -96,7 +96,7 @@ class Trainer:
         return self.epoch * self.steps + self.step
 
     def run(self) -> int:
-        epochs = self.config.optim.epochs
+        epochs, received = self.config.optim.epochs, 0
         if self.epoch == epochs:
             self.log.say(f"{self.out} is finished: {epochs} epochs done")
         else:
@@ -104,20 +104,32 @@ class Trainer:
         try:
             with distributed.StopSignal() as stop:
                 while self.epoch < epochs:
-                    received = self._train_epoch(stop)
-                    if not received:
-                        self._end_epoch()
-                        received = stop.poll() if self.epoch < epochs else 0
-                    if received:
-                        path = self._save()
-                        self.log.say(
-                            f"stopped by signal {received} in epoch {self.epoch + 1} after step {self.step} of "
-                            f"{self.steps}; saved {path}: the same command goes on from there"
-                        )
-                        return received
+                    if received := self._next_epoch(stop):
+                        break
         finally:
             self.close()
-        return 0
+        peers.pause()
+        return received
+
+    def _next_epoch(self, stop: distributed.StopSignal) -> int:
+        """-> 0, or the signal that has stopped it; then all is saved."""
+        try:
+            received = self._train_epoch(stop)
+            if not received:
+                self._end_epoch(stop)
+                received = stop.poll() if self.epoch < self.config.optim.epochs else 0
+            path = self._save() if received else None
+        except signals.Stopped as stopped:  # while it waited for images, or evaluated
+            received = stopped.number
+            if self.step < self.steps and self.ranks > 1:
+                raise  # the others cannot take part
+            path = self._save() if self.step < self.steps else self.folder.newest()
+        if received:
+            self.log.say(
+                f"stopped by signal {received} in epoch {self.epoch + 1} after step {self.step} of {self.steps}; "
+                f"saved {path}: the same command goes on from there"
+            )
+        return received
 
     def close(self) -> None:
         """Let go of files, threads and GPU memory; :meth:`run` does it at its end."""
@@ -154,17 +166,18 @@ class Trainer:
         self.rates = self.task.learning_rates(self.epoch, self.step, self.steps)
         self.train_step(batch, extra, self.epoch, self.step, self.rates)
 
-    def _end_epoch(self) -> None:
+    def _end_epoch(self, stop: distributed.StopSignal) -> None:
         self._save()  # evaluation may take longer than a scheduler waits between SIGTERM and SIGKILL
         values = {**self.train_step.means(1), "replaced": self.replaced.counts[0]}
         self.log.entry("epoch", self.epoch, self.step, self.global_step, values)
         distributed.sync_buffers(self.model)
         model, device, bf16, holdout = self.model, self.device, self.train_step.bf16, None
         for name, loader in self.eval_loaders.items():
-            if name == "holdout":
-                values = holdout = self.classes.judge_held_out(model, loader, device, bf16)
-            else:
-                values = accuracy(model.encoder_q, loader, device, bf16)
+            with stop.at_once():
+                if name == "holdout":
+                    values = holdout = self.classes.judge_held_out(model, loader, device, bf16)
+                else:
+                    values = accuracy(model.encoder_q, loader, device, bf16)
             self.log.entry(name, self.epoch, self.step, self.global_step, values)
             self.log.say(f"epoch {self.epoch + 1}/{self.config.optim.epochs} {name}: {told(values)}")
             if lost := distributed.gather_lists(loader.lost):
@@ -207,4 +220,5 @@ class Trainer:
             classes=self.class_names,
         )
         self.train_step.save_into(state)
-        return self.folder.save(self.global_step, state)
+        with signals.saving():
+            return self.folder.save(self.global_step, state)

@@ -31,7 +31,7 @@ from mopro_fast.training.task import Task
 FREE = {"data.path", "data.root", "data.val", "data.layout", "data.extra_val", "data.threads", "data.max_broken"}
 FREE |= {"data.holdout", "data.hw_decoder_load", "optim.sgd"}  # which images are held out is compared
 FREE |= {f"run.{name}" for name in ("out", "device", "log_every", "checkpoint_every", "keep")}
-FREE |= {f"run.{name}" for name in ("resume", "init", "tensorboard", "cuda_graph", "compile", "recompute")}
+FREE |= {f"run.{name}" for name in ("resume", "init", "tensorboard", "timeout", "cuda_graph", "compile", "recompute")}
 
 
 class RunFolder:
@@ -189,10 +189,13 @@ class RunFolder:
             with self.writing(), replacing(str(self.path / "labels.pt")) as file:
                 torch.save(assigned, file)
 
+    def newest(self) -> Path | None:
+        """The checkpoint that was saved last."""
+        return next(reversed(checkpoints.all_of(self.checkpoints)), None)
+
     def last_checkpoint(self) -> str:
         """For messages."""
-        saved = checkpoints.all_of(self.checkpoints)
-        return f"last checkpoint: {saved[-1] if saved else 'none yet'}"
+        return f"last checkpoint: {self.newest() or 'none yet'}"
 
     def _newest(self) -> str | Path | None:
         resume, saved = self.config.run.resume, checkpoints.all_of(self.checkpoints)

@@ -206,7 +206,7 @@ class Shuffle:
         """rows: of all ranks."""
         self._seed, self._rows = seed, rows
         # A group of its own, so that an exchange does not queue up behind the step's collectives.
-        self._group = None if distributed.alone() else torch.distributed.new_group()
+        self._group = None if distributed.alone() else distributed.new_group()
 
     def __call__(self, batches, global_step: int):
         """Of each batch (the first is that of ``global_step``): the batch with view_k shuffled, and ``place``."""

@@ -1,0 +1,220 @@
+"""SIGTERM, SIGHUP and Ctrl-C end a command whatever it waits for: by an exception, and if need be without it.
+
+Python runs a handler only where the main thread is in Python. Where that waits in a library (for another rank, a GPU
+or a disk) a thread that the signal wakes ends the process.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+HEEDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+UNHEARD = 3.0  # seconds in which the main thread has to hear of a signal
+CLEANING = 10.0  # and then to clean up
+LEAVING = 2.0  # and then to end
+SAVING = 300.0  # what a checkpoint that is being written may take
+_LOOK = 0.1  # seconds between two looks at the time
+
+_limit = (0.0, UNHEARD)  # since when a signal has how many seconds to end the process
+_asked = 0  # the first signal that came
+_flag: "Flag | None" = None
+_said = threading.Lock()  # held by who said the last line
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ends the command."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def allow(seconds: float) -> None:
+    """A signal, also one that has come, has this long from now on to end the process."""
+    global _limit
+    _limit = time.monotonic(), seconds
+
+
+@contextlib.contextmanager
+def saving() -> Iterator[None]:
+    """What is written inside is finished first, if it takes less than SAVING."""
+    before = _limit[1]
+    allow(SAVING)
+    try:
+        yield
+    finally:
+        allow(before)
+
+
+def in_saving() -> bool:
+    return _limit[1] == SAVING
+
+
+def check() -> None:
+    """Raise Stopped if a signal was noted that cannot wait for a good moment any longer; for those who wait."""
+    if _flag is not None and threading.current_thread() is threading.main_thread():
+        _flag.check()
+
+
+class Flag:
+    """In this context signals are noted, in ``signal`` (0: none), for the work to stop at a good moment.
+
+    A wait that calls :func:`check` ends ``patience`` seconds after one.
+    """
+
+    patience = 0.0
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self.heeded = False
+        """Whether the signal ends the work already."""
+        self._came = 0.0
+        self._raises = False
+
+    def __enter__(self) -> "Flag":
+        global _flag
+        main = threading.current_thread() is threading.main_thread()  # others may not set handlers
+        heeded = [s for s in HEEDED if s == signal.SIGINT or not _ignored(s)]
+        self._before = {s: signal.signal(s, self._note) for s in heeded if main}
+        self._outer, _flag = _flag, self
+        allow(CLEANING)
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        global _flag
+        _flag = self._outer
+        for s, handler in self._before.items():
+            signal.signal(s, handler)
+        allow(CLEANING if self.signal else UNHEARD)
+        if self.signal and not self.heeded and kind is None:
+            raise Stopped(self.signal)
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside, a signal raises Stopped: nothing would be lost."""
+        self._raises = True
+        try:
+            if self.signal:
+                self._stop()
+            yield
+        finally:
+            self._raises = False
+
+    def check(self) -> None:
+        if self.signal and time.monotonic() >= self._came + self.patience:
+            self._stop()
+
+    def again(self) -> None:
+        """Ctrl-C was pressed once more."""
+        raise KeyboardInterrupt
+
+    def _stop(self) -> None:
+        self.heeded = True
+        raise Stopped(self.signal)
+
+    def _note(self, number: int, _frame) -> None:
+        global _asked
+        first, self.signal, _asked = not self.signal, number, number
+        if first:
+            self._came = time.monotonic()
+            if self._raises:
+                self._stop()
+        elif number == signal.SIGINT:
+            self.again()
+
+
+@contextlib.contextmanager
+def heeded(command: str) -> Iterator[None]:
+    """Inside, the first signal raises Stopped in the main thread; the process ends in time whatever comes of that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    global _asked, _said
+    _asked, _said = 0, threading.Lock()
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = {s: signal.signal(s, _stop) for s in HEEDED if not _ignored(s)}
+    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    watcher = threading.Thread(target=_end_in_time, args=(reader, command), daemon=True, name="mopro_fast-signals")
+    watcher.start()
+    try:
+        yield
+    except BaseException:
+        last_line()  # the caller says it
+        raise
+    finally:
+        if _asked:  # at its end Python waits for all threads, also for those that hang with the storage
+            last_line()
+            allow(LEAVING)
+        else:
+            signal.set_wakeup_fd(wakeup)
+            for s, handler in before.items():
+                signal.signal(s, handler)
+            os.write(writer, b"\0")
+            watcher.join()
+            os.close(reader)
+            os.close(writer)
+
+
+def interrupted(command: str, number: int) -> str:
+    """The line that says so."""
+    how = "interrupted" if number == signal.SIGINT else f"stopped by signal {number}"
+    return f"mopro-fast: {of_rank()}{command} {how}: the same command goes on where it stopped"
+
+
+def of_rank() -> str:
+    """Before what other ranks than the first say."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"[rank {rank}] "
+
+
+def last_line() -> bool:
+    """Whether the caller is the first who says why the process ends; others must be silent."""
+    return _said.acquire(blocking=False)
+
+
+def end(line: str, status: int) -> None:
+    """End the process from any thread: nothing is cleaned up, nothing waited for, not even the terminal."""
+
+    def say() -> None:
+        if last_line():
+            with contextlib.suppress(OSError):
+                os.write(2, ("\n" * os.isatty(2) + line + "\n").encode(errors="backslashreplace"))
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+
+    speaker = threading.Thread(target=say, daemon=True)
+    speaker.start()
+    speaker.join(1)
+    os._exit(status)
+
+
+def _ignored(number: int) -> bool:
+    return signal.getsignal(number) is signal.SIG_IGN
+
+
+def _stop(number: int, _frame) -> None:
+    global _asked
+    if not _asked:
+        _asked = number
+        allow(CLEANING)
+        raise Stopped(number)
+
+
+def _end_in_time(pipe: int, command: str) -> None:
+    came = number = 0
+    while True:
+        if select.select([pipe], [], [], _LOOK if came else None)[0]:
+            byte = os.read(pipe, 1)
+            if byte in (b"", b"\0"):
+                return
+            if byte[0] in HEEDED and not came:
+                came, number = time.monotonic(), byte[0]
+        since, seconds = _limit
+        if came and time.monotonic() > max(came, since) + seconds:
+            end(interrupted(command, number), 128 + number)

@@ -1,0 +1,239 @@
+"""Ranks that end or hang end the others; ranks that cannot meet say so."""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import FORKS
+
+from mopro_fast import cli, distributed, peers, signals
+from mopro_fast.errors import UserError
+
+ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Ranks:
+    """Watches of ranks in this process, and what they would end it with."""
+
+    def __init__(self, ranks: int, timeout: float) -> None:
+        self.ended: dict[str, float] = {}
+        pairs = {rank: socket.socketpair() for rank in range(1, ranks)}
+        self.theirs = {rank: pair[1] for rank, pair in pairs.items()}
+        self.watches = {0: peers.Watch(0, {rank: pair[0] for rank, pair in pairs.items()}, timeout)}
+
+    def watch(self, rank: int, timeout: float) -> peers.Watch:
+        self.watches[rank] = peers.Watch(rank, {0: self.theirs[rank]}, timeout)
+        return self.watches[rank]
+
+    def end(self, line: str, _status: int) -> None:
+        (watch,) = [w for w in self.watches.values() if w._thread is threading.current_thread()]
+        watch._closing = True
+        self.ended[threading.current_thread().name] = line
+
+    def lines(self, wanted: int, seconds: float = 3) -> list[str]:
+        until = time.monotonic() + seconds
+        while len(self.ended) < wanted and time.monotonic() < until:
+            time.sleep(0.01)
+        return [self.ended[name].partition("error: ")[2] for name in sorted(self.ended)]
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    made = []
+
+    def make(count: int, timeout: float = 60) -> Ranks:
+        made.append(Ranks(count, timeout))
+        for i, watch in made[0].watches.items():
+            watch._thread.name = f"rank {i}"
+        monkeypatch.setattr(signals, "end", made[0].end)
+        return made[0]
+
+    monkeypatch.setattr(peers, "LAST", 0.05)
+    monkeypatch.delenv("RANK", raising=False)
+    yield make
+    for closing in (*made[0].watches.values(), *made[0].theirs.values()):
+        closing.close()
+
+
+GO_ON = ": the same command goes on where it stopped"
+
+
+def test_a_rank_that_ends_ends_all(ranks):
+    r = ranks(3)
+    r.watch(2, 60)._thread.name = "rank 2"
+    r.theirs[1].close()
+    assert r.lines(2) == ["rank 1 has ended" + GO_ON] * 2
+
+
+def test_rank_0_that_ends_ends_the_others(ranks):
+    r = ranks(2)
+    watch = r.watch(1, 60)
+    r.watches[0]._away = True  # it would end, too
+    r.watches[0]._links[1].shutdown(socket.SHUT_RDWR)
+    assert r.lines(1) == ["rank 0 has ended" + GO_ON] and watch.lost
+
+
+def test_ranks_that_are_done_may_end_until_they_are_needed(ranks):
+    r = ranks(2)
+    r.watch(1, 60)
+    r.watches.pop(1).close()
+    assert r.lines(1, 0.2) == [] and not r.watches[0].lost
+    r.watches[0].be_away(True)
+    r.watches[0].be_away(False)
+    assert r.lines(1) == ["rank 1 has ended" + GO_ON]
+
+
+def test_a_checkpoint_is_finished_first(ranks):
+    r = ranks(2)
+    with signals.saving():
+        r.theirs[1].close()
+        assert r.lines(1, 0.4) == [] and r.watches[0].lost
+    assert len(r.lines(1)) == 1
+
+
+def test_a_rank_without_a_sign_of_life(ranks):
+    r = ranks(2, timeout=0.4)  # rank 1 says nothing
+    assert r.lines(1) == ["rank 1 has given no sign of life for 0 s" + GO_ON]
+
+
+def test_signs_of_life_are_enough_where_ranks_work_alone(ranks):
+    r = ranks(2, timeout=0.3)
+    r.watch(1, 0.3)
+    assert r.lines(1, 1) == []
+
+
+def test_ranks_that_train_and_do_not_go_on(ranks):
+    r = ranks(2, timeout=0.4)
+    other = r.watch(1, 0.4)
+    other._thread.name = "rank 1"
+    for watch in r.watches.values():
+        watch.training, watch.last_moved = True, time.monotonic()
+    other.waits_for = "a.jpg"
+    began = time.monotonic()
+    while time.monotonic() < began + 1:
+        other.last_moved = time.monotonic()  # one goes on
+        assert not r.ended
+        time.sleep(0.02)
+    assert r.lines(2) == ["no rank has gone on for 0 s, rank 1 waits for a.jpg" + GO_ON] * 2
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def rank_of_two(rank: int, port: int, what: str, errors: str) -> None:
+    os.dup2(os.open(f"{errors}.{rank}", os.O_WRONLY | os.O_CREAT), 2)
+    sys.stderr = os.fdopen(2, "w", closefd=False)
+    values = (str(rank), "2", str(rank), "127.0.0.1", str(port))
+    os.environ.update(zip(ENVIRONMENT, values, strict=True))
+    cli._run = lambda _: work(rank, what)
+    cli.main(["train"])
+
+
+def work(rank: int, what: str) -> int:
+    distributed.start("cpu", timeout=10)
+    dist.barrier()
+    if what == "alone":  # rank 0 works, and rank 1 does not come
+        distributed.by_rank0(lambda: time.sleep(60))
+    if rank == 1:
+        if what == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "mistaken":
+            raise UserError("a mistake of rank 1")
+        distributed.leave()
+        return 0
+    if what != "done":
+        dist.all_reduce(torch.ones(1))
+    distributed.leave()
+    time.sleep(0.3)
+    return 0
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("what", "statuses", "lines"),
+    [
+        ("killed", [1, -9], ["rank 1 has ended" + GO_ON, ""]),
+        ("mistaken", [1, 2], ["rank 1 has ended" + GO_ON, "[rank 1] a mistake of rank 1"]),
+        ("alone", [1, -9], ["rank 1 has ended" + GO_ON, ""]),
+        ("done", [0, 0], ["", ""]),
+    ],
+    ids=["killed", "mistaken", "alone", "done"],
+)
+def test_two_ranks(tmp_path, what, statuses, lines):
+    port, errors = free_port(), str(tmp_path / "errors")
+    processes = [FORKS.Process(target=rank_of_two, args=(rank, port, what, errors)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    if what == "alone":
+        time.sleep(2)
+        os.kill(processes[1].pid, signal.SIGKILL)
+    processes[1].join(60)
+    began = time.monotonic()
+    processes[0].join(60)
+    assert [process.exitcode for process in processes] == statuses and time.monotonic() - began < 5
+    for rank, line in enumerate(lines):
+        said = Path(f"{errors}.{rank}").read_text()
+        assert said.count("mopro-fast") == (line != "") and "Traceback" not in said, said
+        assert f"mopro-fast: error: {line}" * bool(line) in said
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+
+    def set(*values: str) -> None:
+        for name, value in zip(ENVIRONMENT, values, strict=False):
+            monkeypatch.setenv(name, value)
+
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    yield set
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (("x", "2"), "RANK='x', no whole number"),
+        (("0", "two"), "WORLD_SIZE='two', no whole number of at least 1"),
+        (("0", "0"), "WORLD_SIZE='0', no whole number of at least 1"),
+        (("2", "2"), "RANK=2 of WORLD_SIZE=2: ranks count from 0 to 1"),
+        (("0", "2", "-1"), "LOCAL_RANK='-1'"),
+        (("0", "2"), "WORLD_SIZE=2 but no MASTER_ADDR"),
+        (("0", "2", "0", "localhost"), "WORLD_SIZE=2 but no MASTER_PORT"),
+        (("0", "2", "0", "localhost", "70000"), "MASTER_PORT='70000', no whole number from 0 to 65535"),
+        (("1", "2", "0", "nowhere.invalid", "29500"), "cannot meet at nowhere.invalid:29500 .* is rank 0 there"),
+    ],
+    ids=["rank", "size", "none", "range", "local", "address", "port", "number", "host"],
+)
+def test_an_environment_that_cannot_be_is_one_line(environment, values, message):
+    environment(*values)
+    with pytest.raises(UserError, match=message) as caught:
+        distributed.start("cpu", timeout=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_ranks_that_cannot_meet(environment):
+    with socket.create_server(("", 0)) as listener:
+        port = str(listener.getsockname()[1])
+        environment("0", "2", "0", "127.0.0.1", port)
+        with pytest.raises(UserError, match=rf"port {port} is in use on 127.0.0.1: choose another MASTER_PORT"):
+            distributed.start("cpu", timeout=1)
+    for rank, message in (("0", "start as many as WORLD_SIZE says"), ("1", "refused: is rank 0 there?")):
+        environment(rank, "2", "0", "127.0.0.1", port)
+        with pytest.raises(UserError, match=message):
+            distributed.start("cpu", timeout=0.5)
+
+
+def test_one_process_needs_no_others(environment):
+    environment("0", "1")
+    assert distributed.start("cpu") == torch.device("cpu")
