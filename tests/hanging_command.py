@@ -15,7 +15,7 @@ FOREVER = threading.Event()
 
 
 def hang(reads: int) -> None:
-    read, numbers = Index.read_with_state, count()
+    read, numbers = Index.read, count()
 
     def hanging(index, row):
         number = next(numbers)
@@ -25,7 +25,7 @@ def hang(reads: int) -> None:
             FOREVER.wait()
         return read(index, row)
 
-    Index.read_with_state = hanging
+    Index.read = hanging
 
 
 if __name__ == "__main__":
