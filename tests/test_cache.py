@@ -205,7 +205,7 @@ def test_free_memory():
 
 def test_an_image_with_too_long_a_side(index, monkeypatch):
     monkeypatch.setattr(cache, "largest_side", lambda _: 119)
-    with pytest.raises(UserError, match=r"3\.jpg has 120x24 pixels, --cache device takes sides of at most 119"):
+    with pytest.raises(UserError, match=r"3\.jpg has 24x120 pixels, --cache device takes sides of at most 119"):
         on_device(index)
 
 

@@ -42,7 +42,7 @@ def dali(files):
 def check_against_dali(named):
     """OK files as they are, the others cleaned; -> how many of each verdict."""
     counts = dict.fromkeys(VERDICTS, 0)
-    names, files, expected = [], [], []
+    names, files, expected, large = [], [], [], set()
     for name, data in named:
         found = examine(data)
         counts[VERDICTS[found.verdict]] += 1
@@ -55,14 +55,14 @@ def check_against_dali(named):
             continue
         pixels = decode(data)
         assert pixels.dtype == np.uint8 and pixels.shape == (found.height, found.width, 3), name
-        if pixels.size > 100_000_000:  # the decompression bomb: 10 s
-            continue
+        if module._factor(module._open(data)) > 1:
+            large.add(name)
         cleaned = clean(data)
         assert examine(cleaned).verdict == OK and (found.verdict != OK or cleaned is data), name
         names, files, expected = [*names, name], [*files, cleaned], [*expected, pixels]
     for name, (got, peeked), pixels in zip(names, dali(files), expected, strict=True):
         assert got.shape == pixels.shape == peeked, name
-        assert abs(got.astype(int) - pixels).max() <= 1, name
+        assert near(got, pixels, 1) if name in large else abs(got.astype(int) - pixels).max() <= 1, name
     return counts
 
 

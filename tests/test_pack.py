@@ -254,7 +254,7 @@ def test_changed_shards_are_found_and_repaired(data, packed, tmp_path, run):  # 
 
 def test_a_file_whose_reading_ends_the_process_is_not_as_it_was_made(packed, monkeypatch):
     def ended(_function, tasks, _workers):
-        yield tasks[0], shards.processes.Crashed("signal 11")
+        yield tasks[0], shards.processes.Crashed(-11)
         yield tasks[1], shards.processes.Done()
 
     monkeypatch.setattr(shards.processes, "run", ended)
@@ -303,7 +303,7 @@ def test_a_pack_without_checksums_is_read_and_gets_them(data, packed, tmp_path):
     with open(images.shards.path(images.shards.shard[zeroed]), "r+b") as tar:
         tar.seek(images.shards.offset[zeroed])
         tar.write(bytes(images.shards.size[zeroed]))
-    verified = Verified(images)
+    verified = Verified(images, 2)
     for row in range(10):
         if row == zeroed:
             with pytest.raises(Broken, match="not an image"):

@@ -351,7 +351,7 @@ def test_bytes_that_end_their_process(photos, monkeypatch):
     """They end one of its own, and are named; that they were closed meanwhile says nothing about them."""
     monkeypatch.setattr(decode, "judged", deadly)
     Path(photos.full_path(5)).write_bytes(b"deadly")
-    images = Verified(photos)
+    images = Verified(photos, 1)
     for _ in range(2):
         with pytest.raises(Broken, match=r"changed since .*; it ends the process that decodes it \(signal 11\)"):
             images.read_clean(5)
@@ -359,7 +359,7 @@ def test_bytes_that_end_their_process(photos, monkeypatch):
     images.close()
 
 
-def deadly(_):
+def deadly(*_):
     os.kill(os.getpid(), signal.SIGSEGV)
 
 

@@ -169,7 +169,7 @@ def _shapes(index: Index, rows: np.ndarray, threads: int) -> np.ndarray:
     """int64 [n, 2]: height and width as the check found them, or of the headers, before any turn; zeros: unknown."""
     if index.checked is not None:
         return np.stack([index.checked.height, index.checked.width], axis=1)[rows].astype(np.int64)
-    images = Verified(index)
+    images = Verified(index, threads)
 
     def shape(row: int) -> tuple[int, int]:
         try:
@@ -191,7 +191,7 @@ def decoded(
 ) -> Iterator[np.ndarray | str]:
     """then(pixels of each row), or why it cannot be read; with progress where it is to be shown."""
 
-    images = Verified(index)
+    images = Verified(index, threads)
 
     def work(row: int) -> np.ndarray | str:
         try:

@@ -28,7 +28,8 @@ OK, CONVERTED, TOLERANT, UNREADABLE = range(4)
 CANNOT_READ = "cannot be read"  # kind of reason: the file, whatever is in it
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses an image as a decompression bomb
 MOST_PIXELS = 1 << 22  # of a decoded image: a batch of 256 takes 3.2 GB at most
-_AT_ONCE = 1 << 24  # pixels of an image beside which no other such is decoded: 0.7 GB for the largest
+_MOST_MEMORY = 1 << 29  # bytes, while an image is decoded
+_AT_ONCE = 1 << 24  # pixels of an image beside which no other such is decoded
 _PLAIN_SCANS = 64  # of a JPEG that is OK; encoders write about 10
 _MOST_WORK = 1 << 31  # pixels x scans of a JPEG: 10 seconds
 _LONGEST_JPEG = 65_500  # pixels of a side that libjpeg writes
@@ -102,35 +103,43 @@ def examine(data: bytes) -> Examined:
     OK is conservative: a plain JPEG, PNG, WebP or BMP of at most MOST_PIXELS whose structure was checked byte by byte
     and which is read completely without a warning.
     """
+    return _looked_at(data)[0]
+
+
+def _looked_at(data: bytes) -> tuple[Examined, Image.Image | None, bool]:
+    """-> what examine() says; where that is CONVERTED or TOLERANT, the image in colour; whether it was made smaller."""
     odd, orientation = _odd(data)
+    large = False
     try:
         with _truncation_allowed(False):
             image = _open(data)
-            name, size = image.format or "", image.size
+            name, size, large = image.format or "", image.size, _factor(image) > 1
             if odd == "other format" or name not in _CHECKS:  # MPO begins as a JPEG
                 odd = f"{name} file"
-            if _factor(image) > 1:
+            if large:
                 odd = f"large: {image.width}x{image.height} pixels"
             if name in ("JPEG", "MPO"):
                 with _few_large(image):
                     _read_strictly(data, image)
             elif not odd:
                 image.load()
-            if odd:
-                return Examined(CONVERTED, odd, name, *_rgb(image).size)
-            seen = _orientation_of(image)  # in a PNG it may follow the pixels
-            if seen != orientation:  # from XMP, or in a PNG
-                odd = f"unusual {name}: orientation"
-            return Examined(CONVERTED if odd else OK, odd, name, *(size[::-1] if seen > 4 else size))
+            if not odd:
+                seen = _orientation_of(image)  # in a PNG it may follow the pixels
+                if seen == orientation:
+                    return Examined(OK, "", name, *(size[::-1] if seen > 4 else size)), None, False
+                odd = f"unusual {name}: orientation"  # from XMP, or in a PNG
+            image = _rgb(image)
+            return Examined(CONVERTED, odd, name, *image.size), image, large
     except Exception as error:
         strict = _say(error)
     try:
         with _truncation_allowed(True):
             image = _open(data)
-            name = image.format or ""
-            return Examined(TOLERANT, f"truncated or damaged: {strict}", name, *_rgb(image).size)
+            name, large = image.format or "", _factor(image) > 1
+            image = _rgb(image)
+            return Examined(TOLERANT, f"truncated or damaged: {strict}", name, *image.size), image, large
     except Exception as error:
-        return Examined(UNREADABLE, _why_unreadable(data, error), "", 0, 0)
+        return Examined(UNREADABLE, _why_unreadable(data, error), "", 0, 0), None, False
 
 
 def examine_files(root: str, paths: list[str]) -> Iterator[tuple]:
@@ -176,16 +185,10 @@ def clean(data: bytes) -> bytes:
     A JPEG with nothing but an unusual header gets a plain one; everything else becomes a PNG, but for large images:
     these become a JPEG of quality 95.
     """
-    found = examine(data)
-    if found.verdict == OK:
-        return data
-    pixels = decode(data)
-    if found.reason.startswith("large"):
-        return encode(Image.fromarray(pixels), quality=95, subsampling=0)
-    plain = _with_plain_header(data)
-    if plain is not None and examine(plain).verdict == OK and np.array_equal(decode(plain), pixels):
-        return plain
-    return encode(Image.fromarray(pixels))
+    found, cleaned = judged(data)
+    if found.verdict == UNREADABLE:
+        raise DecodeError(found.reason)
+    return cleaned or data
 
 
 def encode(image: Image.Image, **jpeg: int) -> bytes:
@@ -198,10 +201,21 @@ def encode(image: Image.Image, **jpeg: int) -> bytes:
     return file.getvalue()
 
 
-def judged(data: bytes) -> tuple[Examined, bytes | None]:
-    """What examine() says, and what clean() gives, where that is anything else than ``data``."""
-    found = examine(data)
-    return found, None if found.verdict in (OK, UNREADABLE) else clean(data)
+def judged(data: bytes, trusted: bool = True) -> tuple[Examined, bytes | None]:
+    """What examine() says, and what clean() gives where that is something else than ``data``.
+
+    trusted: False where DALI has refused ``data``: then it is encoded anew, even if it is OK.
+    """
+    found, image, large = _looked_at(data)
+    if found.verdict == UNREADABLE or (found.verdict == OK and trusted):
+        return found, None
+    pixels = decode(data) if image is None else np.asarray(image)
+    if large:
+        return found, encode(Image.fromarray(pixels), quality=95, subsampling=0)
+    plain = _with_plain_header(data) if trusted else None
+    if plain is not None and examine(plain).verdict == OK and np.array_equal(decode(plain), pixels):
+        return found, plain
+    return found, encode(Image.fromarray(pixels))
 
 
 def is_stored_upright(data: bytes) -> bool:
@@ -249,9 +263,19 @@ def _open(data: bytes) -> Image.Image:
     size = f"{image.width}x{image.height} pixels"
     if image.width * image.height > MAX_PIXELS:
         raise DecodeError(f"too large: {size}, at most {MAX_PIXELS} in all are decoded")
+    if (needed := _memory(image)) > _MOST_MEMORY:
+        raise DecodeError(f"too large: {size} take {needed >> 20} MB, at most {_MOST_MEMORY >> 20} are used to decode")
     if image.format in ("JPEG", "MPO") and (scans := _scans(data)) * image.width * image.height > _MOST_WORK:
         raise DecodeError(f"too large: {scans} scans of {size}, at most {_MOST_WORK} pixels in all scans are decoded")
     return image
+
+
+def _memory(image: Image.Image) -> int:
+    """Bytes that decoding takes. A JPEG's large images are made smaller row by row, but all scans are kept."""
+    pixels, channels = image.width * image.height, len(image.getbands())
+    if image.format in ("JPEG", "MPO"):
+        return 2 * pixels * channels if "progressive" in image.info else 0
+    return pixels * (4 if channels > 1 or image.mode in ("I", "F") else 2 if image.mode.startswith("I;16") else 1)
 
 
 def _scans(data: bytes) -> int:

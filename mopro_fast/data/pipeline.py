@@ -13,7 +13,7 @@ import torch
 
 from mopro_fast.data.augment import ATTEMPTS, WIDEST, Crops
 from mopro_fast.data.batches import Batch, EvalBatches, TrainBatches
-from mopro_fast.data.reader import Reader, reading_threads
+from mopro_fast.data.reader import Reader
 from mopro_fast.data.stream import READ_AHEAD, Decoder, Job, Stream
 from mopro_fast.data.views import Cropper
 from mopro_fast.ops.colour import color_jitter
@@ -51,7 +51,7 @@ class TrainLoader(TrainBatches):
 
         decoder = Decoder(define, self.batch_size, self.threads, self.device, self.hw_decoder_load)
         depth = 1 + self.prefetch if in_dali else 2
-        self._stream = Stream(Reader(self.index, reading_threads(self.threads)), decoder, depth)
+        self._stream = Stream(Reader(self.index, self.threads), decoder, depth)
         self._next: tuple[int, int] | None = None  # the position that the stream stands at
         self._cropping: tuple[Job, Callable[[], list[torch.Tensor]]] | None = None
 
@@ -154,7 +154,7 @@ class EvalLoader(EvalBatches):
             return [fn.resize(images, size=[self.image_size] * 2, roi_start=start, roi_end=end, interp_type=kind)]
 
         decoder = Decoder(define, self.batch_size, self.threads, self.device, self.hw_decoder_load)
-        self._stream = Stream(Reader(self.index, reading_threads(self.threads)), decoder, 1 + _EVAL_AHEAD)
+        self._stream = Stream(Reader(self.index, self.threads), decoder, 1 + _EVAL_AHEAD)
 
     def __len__(self) -> int:
         return len(self.batches)

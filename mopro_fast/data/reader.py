@@ -1,8 +1,9 @@
 """Encoded images from files or shards, read ahead by threads, and only such bytes as DALI decodes.
 
 Bytes that DALI cannot decode invalidate its pipeline, or end the process. So of every image the crc32 of what is read
-is compared with that of what was examined (by a check, or when it was packed). Other bytes are examined again, in a
-process of its own; odd ones go through decode.clean(); an image that nobody can read is replaced by another one.
+is compared with that of what was examined (by a check, or when it was packed). Other bytes are examined again. That
+and converting odd images is done by processes of their own, which take the memory and the crashes of their libraries
+with them. An image that nobody can read is replaced by another one.
 """
 
 import os
@@ -15,14 +16,13 @@ from typing import NamedTuple
 import numpy as np
 
 from mopro_fast.data import decode
-from mopro_fast.data.decode import CONVERTED, OK, TOLERANT, UNREADABLE, DecodeError, Examined
+from mopro_fast.data.decode import CONVERTED, OK, TOLERANT, UNREADABLE, Examined
 from mopro_fast.data.index import Index
 from mopro_fast.data.waiting import results_of
 from mopro_fast.data.workers import Apart, Died
 from mopro_fast.errors import UserError
 
 _UNKNOWN, _REFUSED = 254, 255  # verdicts beyond decode's: not examined yet; clean for Pillow, but not for DALI
-_PROCESSES = 4  # that examine at once, at most
 _PATIENCE = 60  # seconds for an image to be examined
 _CLEANED_BYTES = 256 << 20  # kept in memory of what clean() made; the first come stay
 _MOST_AT_ONCE = 32  # files per task at most: smaller tasks cost as much as a read each
@@ -54,13 +54,15 @@ class Broken(Exception):
 class Verified:
     """The images of ``index``, as bytes that were examined as they are: other bytes reach no decoder."""
 
-    def __init__(self, index: Index) -> None:
-        self.index = index
-        self._apart = self._processes()
+    def __init__(self, index: Index, processes: int) -> None:
+        """processes: that examine and convert images, at most."""
+        self.index, self._processes = index, processes
+        self._apart = self._started()
         self._lock = threading.Lock()
         self._cleaned: dict[int, tuple[int, bytes]] = {}  # with the crc32 of what it was made of
         self._room = _CLEANED_BYTES
         self._refusals: dict[int, str] = {}  # why a row is UNREADABLE or _REFUSED
+        self._distrusted: set[int] = set()
         n, checked, shards = len(index), index.checked, index.shards
         self._verdict, self._crc = np.full(n, _UNKNOWN, np.uint8), np.full(n, -1, np.int64)
         if checked is not None:
@@ -87,41 +89,36 @@ class Verified:
         data, verdict = self.read(row)
         if verdict == OK:
             return data
-        crc, cleaned = self._cleaned.get(row, (None, b""))
-        if crc != zlib.crc32(data):
-            try:
-                cleaned = decode.clean(data)
-            except DecodeError as error:
-                raise Broken(str(error)) from None
-            self._keep(row, zlib.crc32(data), cleaned)
-        return cleaned
+        kept = self._cleaned.get(row)
+        if kept is not None and kept[0] == self._crc[row]:
+            return kept[1]
+        found, cleaned = self._judged(data, row not in self._distrusted)
+        if cleaned is None and found.verdict == UNREADABLE:
+            raise Broken(found.reason)
+        self._keep(row, zlib.crc32(data), cleaned or data)
+        return cleaned or data
 
     def distrust(self, row: int, reason: str) -> None:
         """DALI has refused what was read for this row: clean it from now on, or if it was clean, take it as broken."""
         if self._verdict[row] == OK:
             self._verdict[row] = CONVERTED
+            self._distrusted.add(row)
         else:
             self._refusals[row] = reason
             self._verdict[row] = _REFUSED
 
     def close(self) -> None:
         """End the processes; reading may go on."""
-        before, self._apart = self._apart, self._processes()
+        before, self._apart = self._apart, self._started()
         before.close()
 
-    @staticmethod
-    def _processes() -> Apart:
-        return Apart(decode.judged, _PATIENCE, min(_PROCESSES, os.cpu_count() or 1))
+    def _started(self) -> Apart:
+        return Apart(decode.judged, _PATIENCE, self._processes)  # each process is started when it is needed
 
     def _examine(self, row: int, data: bytes, crc: int) -> None:
         """Judge bytes that are new or have changed, and remember it. An image that was whole must not be cut now."""
-        before, apart = self._verdict[row], self._apart
-        try:
-            found, cleaned = apart(data)
-        except Died as died:
-            if apart is not self._apart:
-                raise Broken("the loader was closed") from None
-            found, cleaned = Examined(UNREADABLE, f"it ends the process that decodes it ({died})", "", 0, 0), None
+        before = self._verdict[row]
+        found, cleaned = self._judged(data)
         verdict, since = found.verdict, "" if before == _UNKNOWN else "changed since it was checked; "
         if verdict == TOLERANT and before in (OK, CONVERTED, _REFUSED):
             verdict = _REFUSED
@@ -132,6 +129,16 @@ class Verified:
         self._verdict[row] = verdict
         self._crc[row] = crc
 
+    def _judged(self, data: bytes, trusted: bool = True) -> tuple[Examined, bytes | None]:
+        """decode.judged(), in another process."""
+        apart = self._apart
+        try:
+            return apart(data, trusted)
+        except Died as died:
+            if apart is not self._apart:
+                raise Broken("the loader was closed") from None
+            return Examined(UNREADABLE, f"it ends the process that decodes it ({died})", "", 0, 0), None
+
     def _keep(self, row: int, crc: int, cleaned: bytes) -> None:
         with self._lock:
             self._room += len(self._cleaned.pop(row, (0, b""))[1])
@@ -141,10 +148,10 @@ class Verified:
 
 
 class Reader:
-    """Reads rows of ``index`` with this many threads."""
+    """Reads rows of ``index``, ahead of so many threads that decode."""
 
-    def __init__(self, index: Index, threads: int) -> None:
-        self._images, self._threads = Verified(index), threads
+    def __init__(self, index: Index, decoding_threads: int) -> None:
+        self._images, self._threads = Verified(index, decoding_threads), _reading_threads(decoding_threads)
         self._pool: ThreadPoolExecutor | None = None
         self.distrust = self._images.distrust
 
@@ -160,7 +167,7 @@ class Reader:
         parts = [rows[first : first + each].tolist() for first in range(0, len(rows), each)]
         begun: list[list[int]] = [[] for _ in parts]  # the rows that a task has begun to read
         tasks = [self._pool.submit(self._read_all, *part, substitutes) for part in zip(parts, begun, strict=True)]
-        names = [lambda i=i: self._index.name((begun[i] or parts[i])[-1 if begun[i] else 0]) for i in range(len(parts))]
+        names = [lambda i=i: self._images.index.name([parts[i][0], *begun[i]][-1]) for i in range(len(parts))]
 
         def result() -> Read:
             parts = results_of(tasks, names)
@@ -204,6 +211,6 @@ class Reader:
         )
 
 
-def reading_threads(decoding_threads: int) -> int:
+def _reading_threads(decoding_threads: int) -> int:
     """Reading waits more than it works."""
     return max(4, decoding_threads, min(16, 2 * (os.cpu_count() or 1)))
