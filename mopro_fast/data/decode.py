@@ -29,7 +29,7 @@ CANNOT_READ = "cannot be read"  # kind of reason: the file, whatever is in it
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses an image as a decompression bomb
 MOST_PIXELS = 1 << 22  # of a decoded image: a batch of 256 takes 3.2 GB at most
 _MOST_MEMORY = 1 << 29  # bytes, while an image is decoded
-_AT_ONCE = 1 << 24  # pixels of an image beside which no other such is decoded
+_AT_ONCE = 1 << 25  # pixels of an image beside which no other such is decoded
 _PLAIN_SCANS = 64  # of a JPEG that is OK; encoders write about 10
 _MOST_WORK = 1 << 31  # pixels x scans of a JPEG: 10 seconds
 _LONGEST_JPEG = 65_500  # pixels of a side that libjpeg writes
@@ -62,6 +62,7 @@ _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
 # Markers of a JPEG's segments.
 _SOF0, _SOF2, _DHT, _SOS, _DQT, _DRI, _COM = 0xC0, 0xC2, 0xC4, 0xDA, 0xDB, 0xDD, 0xFE
 _APP0, _APP1, _APP14 = 0xE0, 0xE1, 0xEE
+_EOI = b"\xff\xd9"  # the end of an image
 _KNOWN = {_SOF0, _SOF2, _DHT, _SOS, _DQT, _DRI, _COM, *range(_APP0, _APP0 + 16)}
 
 
@@ -209,7 +210,10 @@ def judged(data: bytes, trusted: bool = True) -> tuple[Examined, bytes | None]:
     found, image, large = _looked_at(data)
     if found.verdict == UNREADABLE or (found.verdict == OK and trusted):
         return found, None
-    pixels = decode(data) if image is None else np.asarray(image)
+    try:
+        pixels = decode(data) if image is None else np.asarray(image)
+    except DecodeError as error:  # for lack of memory
+        return Examined(UNREADABLE, str(error), "", 0, 0), None
     if large:
         return found, encode(Image.fromarray(pixels), quality=95, subsampling=0)
     plain = _with_plain_header(data) if trusted else None
@@ -284,7 +288,7 @@ def _scans(data: bytes) -> int:
         *_, (_, _, _, first) = _segments(data)
     except Exception:  # Pillow forgives more
         return data.count(b"\xff\xda")
-    end = data.find(b"\xff\xd9", first)
+    end = data.find(_EOI, first)
     return 1 + data.count(b"\xff\xda", first, end if end >= 0 else len(data))
 
 
@@ -296,7 +300,14 @@ def _read_strictly(data: bytes, image: Image.Image) -> None:
     import simplejpeg  # here, so that a GPU that is there for minutes can time steps without it
 
     colours = {"L": "GRAY", "CMYK": "CMYK"}.get(image.mode, "RGB")
-    simplejpeg.decode_jpeg(_pixels_alone(data, []) or data, colorspace=colours, min_height=1, min_width=1)
+    small = {"colorspace": colours, "min_height": 1, "min_width": 1}
+    plain = _pixels_alone(data, []) or data
+    try:
+        simplejpeg.decode_jpeg(plain, **small)
+    except ValueError as error:
+        if "extraneous bytes before marker 0xd9" not in str(error):
+            raise
+        simplejpeg.decode_jpeg(plain[:-2].rstrip(b"\0") + _EOI, **small)  # zeros fill up what follows the pixels
 
 
 _large = threading.Lock()
@@ -346,9 +357,9 @@ def _range(image: Image.Image) -> tuple[float, float] | None:
     if image.mode not in ("I", "F"):
         return None
     low, high = image.getextrema()
-    if low >= 0 and image.mode == "I" and high <= 65535:
+    if image.format == "PNG":
         return 0, 65535
-    usual = next((most for most in (1, 255, 65535) if high <= most), None)
+    usual = next((most for most in (1, 255) if high <= most), None)
     return (0, usual) if low >= 0 and usual else (low, high)
 
 
@@ -542,8 +553,8 @@ def _pixels_alone(data: bytes, before: list[bytes]) -> bytes | None:
         for marker, payload, _, _ in segments:
             if marker not in range(_APP0, _APP0 + 16) or payload.startswith((b"JFIF\0", b"Adobe")):
                 parts.append(_segment(marker, payload))
-        end = segments[-1][3]
-        parts.append(data[end : data.index(b"\xff\xd9", end) + 2])
+        start = segments[-1][3]
+        parts.append(data[start : data.index(_EOI, start) + 2])
     except Exception:
         return None
     return b"".join(parts)

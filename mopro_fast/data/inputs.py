@@ -81,6 +81,8 @@ def readable(index: Index, name: str, workers: int, left_out: np.ndarray | None 
         left_out = np.flatnonzero(checked.verdict == UNREADABLE)
     if len(left_out):
         say(f"{name}: {len(left_out)} of them are left out: {_by_kind(index, checked, left_out)}")
+    if large := sum(reason.startswith("large") for reason in checked.reason):
+        say(f"{name}: {large} of them are large and made smaller each time; `mopro-fast pack` does it once and for all")
     if len(left_out) == len(index):
         raise UserError(f"{index.source}: none of its {len(index)} images can be read")
     return dataclasses.replace(index, checked=checked, left_out=left_out)

@@ -77,9 +77,11 @@ class Verified:
             data = self.index.read(row)
         except OSError as error:
             raise Broken(error.strerror or str(error)) from None
-        if (crc := zlib.crc32(data)) != self._crc[row]:
-            self._examine(row, data, crc)
-        verdict = int(self._verdict[row])
+        crc = zlib.crc32(data)
+        with self._lock:
+            known, verdict = self._crc[row], int(self._verdict[row])
+        if crc != known:
+            verdict = self._examine(row, data, crc)
         if verdict in (UNREADABLE, _REFUSED):
             raise Broken(self._refusals[row])
         return data, verdict
@@ -90,12 +92,13 @@ class Verified:
         if verdict == OK:
             return data
         kept = self._cleaned.get(row)
-        if kept is not None and kept[0] == self._crc[row]:
+        crc = zlib.crc32(data)
+        if kept is not None and kept[0] == crc:
             return kept[1]
         found, cleaned = self._judged(data, row not in self._distrusted)
         if cleaned is None and found.verdict == UNREADABLE:
             raise Broken(found.reason)
-        self._keep(row, zlib.crc32(data), cleaned or data)
+        self._keep(row, crc, cleaned or data)
         return cleaned or data
 
     def distrust(self, row: int, reason: str) -> None:
@@ -115,7 +118,7 @@ class Verified:
     def _started(self) -> Apart:
         return Apart(decode.judged, _PATIENCE, self._processes)  # each process is started when it is needed
 
-    def _examine(self, row: int, data: bytes, crc: int) -> None:
+    def _examine(self, row: int, data: bytes, crc: int) -> int:
         """Judge bytes that are new or have changed, and remember it. An image that was whole must not be cut now."""
         before = self._verdict[row]
         found, cleaned = self._judged(data)
@@ -126,18 +129,21 @@ class Verified:
             self._refusals[row] = since + found.reason
         elif cleaned is not None:
             self._keep(row, crc, cleaned)
-        self._verdict[row] = verdict
-        self._crc[row] = crc
+        with self._lock:
+            self._verdict[row], self._crc[row] = verdict, crc
+        return verdict
 
     def _judged(self, data: bytes, trusted: bool = True) -> tuple[Examined, bytes | None]:
-        """decode.judged(), in another process."""
+        """decode.judged(), in another process; a second time where that ends, perhaps for lack of memory."""
         apart = self._apart
-        try:
-            return apart(data, trusted)
-        except Died as died:
+        for _ in range(2):
+            try:
+                return apart(data, trusted)
+            except Died as died:
+                why = f"it ends the process that decodes it ({died})"
             if apart is not self._apart:
-                raise Broken("the loader was closed") from None
-            return Examined(UNREADABLE, f"it ends the process that decodes it ({died})", "", 0, 0), None
+                raise Broken("the loader was closed")
+        return Examined(UNREADABLE, why, "", 0, 0), None
 
     def _keep(self, row: int, crc: int, cleaned: bytes) -> None:
         with self._lock:

@@ -128,20 +128,20 @@ class _Open:
     def get(self, path: str) -> Iterator[int]:
         """The number of the open file."""
         number = self._numbers.get(path)
-        if number is None:
-            with _Open._lock:
-                number = self._numbers.get(path)
-                if number is None and _Open._kept < open_files() // 2:
-                    number = self._numbers[path] = open_descriptor(path)
-                    _Open._kept += 1
         if number is not None:
             yield number
             return
-        number = open_descriptor(path)
+        number = open_descriptor(path)  # without the lock: storage that hangs holds up this reader alone
+        with _Open._lock:
+            kept = path not in self._numbers and _Open._kept < open_files() // 2
+            if kept:
+                self._numbers[path] = number
+                _Open._kept += 1
         try:
             yield number
         finally:
-            os.close(number)
+            if not kept:
+                os.close(number)
 
     def close(self) -> None:
         with _Open._lock:

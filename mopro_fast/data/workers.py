@@ -124,6 +124,8 @@ class Apart:
             self._free.put(None)
 
     def __call__(self, *args: Any) -> Any:
+        if self._closed:
+            raise Died("closed")
         worker = self._free.get()
         try:
             if worker is None or worker.has_ended():
@@ -294,7 +296,9 @@ def _end_with(life: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ending)
     fcntl.fcntl(life, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(life, fcntl.F_SETFL, fcntl.fcntl(life, fcntl.F_GETFL) | os.O_ASYNC)
-    if select.select([life], [], [], 0)[0]:  # closed before it was watched
+    watched = select.poll()  # select.select() takes no numbers above 1023
+    watched.register(life)
+    if watched.poll(0):  # closed before it was watched
         raise EOFError
 
 
