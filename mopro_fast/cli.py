@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     # process share the cores, steps then take up to 40 times as long; 20,000 turns cost nothing on idle cores.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     warnings.filterwarnings("ignore", module=r"PIL\.")  # about odd files: a check names them
+    warnings.filterwarnings("ignore", ".*(broadcast_buffers|all_gather_into_tensor)", FutureWarning)  # of PyTorch 2.13
     with guarded() as whole:
         open_files()  # each shard and each connection of a worker is one
         status = _status(argv)

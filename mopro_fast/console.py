@@ -57,7 +57,7 @@ class Progress:
         """done: before this. active: whether anything is shown. lines: False where the caller says how far it is."""
         from tqdm import tqdm
 
-        self.is_bar = active and total > 0 and sys.stderr is not None and sys.stderr.isatty()
+        self.is_bar = active and total > 0 and _has_room(sys.stderr)
         self._name, self._total, self._unit = escaped(name), total, unit
         self._lines = active and lines and not self.is_bar
         self._first = self._done = self._at = done
@@ -94,6 +94,14 @@ class Progress:
         left = f", {duration((self._total - self._done) / speed)} left" if speed > 0 else ""
         note = f", {self._note}" if self._note else ""
         say(f"{self._name}: {self._done} of {self._total} {self._unit}, {speed:.3g} per second{left}{note}")
+
+
+def _has_room(stream: Any) -> bool:
+    """Whether it is a terminal on which a bar can be seen: `script` and containers have some without rows."""
+    try:
+        return stream is not None and stream.isatty() and all(os.get_terminal_size(stream.fileno()))
+    except (OSError, ValueError):
+        return False
 
 
 @contextlib.contextmanager

@@ -264,7 +264,8 @@ def require_own(path: Path, command: str, old: Callable[[Path], str | None], fla
     """Raise a UserError where :func:`own_folder` would, the lock aside. Nothing is written."""
     shown = f"{flag}{path}"
     if os.path.lexists(path) and not path.is_dir() and (path.exists() or path.is_symlink()):
-        raise UserError(f"{shown} is {'a file' if path.exists() else 'a link to nothing'}: name a folder")
+        kind = "a file" if path.is_file() else "no folder" if path.exists() else "a link to nothing"
+        raise UserError(f"{shown} is {kind}: name a folder")
     with writing(shown, _OTHER):
         try:
             names = os.listdir(path)  # before the mark is read, which is written before all else

@@ -227,6 +227,15 @@ def test_floats_are_scaled(low, high):
     assert abs(pixels - (numbers - black) / (white - black) * 255).max() <= 0.51
 
 
+def test_grey_of_16_bits_of_which_only_some_are_used():
+    for most in (255, 4095, 65535):
+        values = np.linspace(0, most, 4096).astype(np.uint16).reshape(64, 64)
+        pixels = decode(encoded(values, "PNG"))[..., 0].astype(float)
+        assert abs(pixels - values * (255 / most)).max() <= 0.51, most
+    faint = np.linspace(0, 1e-9, 64, dtype=np.float32).reshape(8, 8)
+    assert decode(encoded(faint, "TIFF")).max() == 255
+
+
 def test_numbers_of_32_bits_and_those_that_are_none():
     many = np.linspace(-(2**31), 2**31 - 1, 4096).astype(np.int32).reshape(64, 64)
     pixels = decode(encoded(many, "TIFF"))

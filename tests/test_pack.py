@@ -320,6 +320,30 @@ def test_a_pack_without_checksums_is_read_and_gets_them(data, packed, tmp_path):
     assert [name for name in before if before[name] != after.get(name) and not name.startswith(".mopro")] == []
 
 
+@pytest.mark.parametrize("new", ["another image", "a bit"])
+def test_other_bytes_in_a_pack_are_damage(packed, tmp_path, new):
+    """Whatever they are: also a whole image, which would be shown under another one's label."""
+    shutil.copytree(packed, tmp_path / "out")
+    images = load_index(tmp_path / "out", "train", num_classes=3)
+    verified, shards_ = Verified(images, 1), images.shards
+    sizes = shards_.size[:20]
+    row, other = int(sizes.argmax()), int(sizes.argmin())
+    before = images.read(row)
+    changed = bytes([before[0], before[1] ^ 1]) if new == "a bit" else images.read(other)
+    with open(shards_.path(shards_.shard[row]), "r+b") as tar:
+        tar.seek(shards_.offset[row])
+        tar.write(changed)
+    for _ in range(2):
+        with pytest.raises(Broken, match="not those that were packed"):
+            verified.read_clean(row)
+    assert verified.read_clean(other) == images.read(other)
+    with open(shards_.path(shards_.shard[row]), "r+b") as tar:
+        tar.seek(shards_.offset[row])
+        tar.write(before)
+    assert verified.read_clean(row) == before  # the storage is whole again
+    shards_.close()
+
+
 def as_before(pack):
     """What was written before images had checksums."""
     for path in (pack / "records").iterdir():

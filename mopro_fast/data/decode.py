@@ -352,14 +352,13 @@ def _reduced(image: Image.Image, factor: int) -> Image.Image:
 
 def _range(image: Image.Image) -> tuple[float, float] | None:
     """What becomes black and white of an image of numbers that are not 8 bits; None of others."""
-    if image.mode.startswith("I;16"):
-        return 0, 65535
-    if image.mode not in ("I", "F"):
+    is_16_bit = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG")
+    if not is_16_bit and image.mode not in ("I", "F"):
         return None
     low, high = image.getextrema()
-    if image.format == "PNG":
-        return 0, 65535
-    usual = next((most for most in (1, 255) if high <= most), None)
+    if is_16_bit:
+        return 0, next(most for most in (255, 4095, 65535) if high <= most)  # cameras write 12 bits into 16
+    usual = next((most for most in (1, 255) if most / 255 <= high <= most), None)
     return (0, usual) if low >= 0 and usual else (low, high)
 
 
@@ -390,6 +389,8 @@ def _why_unreadable(data: bytes, error: Exception) -> str:
         return "empty file"
     if isinstance(error, MemoryError):
         return f"{CANNOT_READ}: not enough memory"
+    if isinstance(error, Image.UnidentifiedImageError) and looks_like_image(data[:32]):
+        return "broken: it only begins as an image"
     if isinstance(error, Image.UnidentifiedImageError):
         return f"not an image: it begins with {data[:12]!r}"
     if isinstance(error, Image.DecompressionBombError):

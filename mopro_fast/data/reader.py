@@ -1,7 +1,8 @@
 """Encoded images from files or shards, read ahead by threads, and only such bytes as DALI decodes.
 
 Bytes that DALI cannot decode invalidate its pipeline, or end the process. So of every image the crc32 of what is read
-is compared with that of what was examined (by a check, or when it was packed). Other bytes are examined again. That
+is compared with that of what was examined (by a check, or when it was packed). Other bytes of a file are examined
+again, those of a pack are damage. That
 and converting odd images is done by processes of their own, which take the memory and the crashes of their libraries
 with them. An image that nobody can read is replaced by another one.
 """
@@ -70,6 +71,7 @@ class Verified:
             self._refusals = {i: checked.reason[i] for i in np.flatnonzero(self._verdict == UNREADABLE).tolist()}
         elif shards is not None and shards.crc32 is not None:  # pack has written only what DALI decodes
             self._verdict[:], self._crc = OK, shards.crc32[index.in_shards].copy()
+        self._is_fixed = shards is not None and shards.crc32 is not None
 
     def read(self, row: int) -> tuple[bytes, int]:
         """-> the image's bytes and their verdict: OK, CONVERTED or TOLERANT. From any thread. Raises Broken."""
@@ -80,6 +82,8 @@ class Verified:
         crc = zlib.crc32(data)
         with self._lock:
             known, verdict = self._crc[row], int(self._verdict[row])
+        if crc != known and self._is_fixed:
+            raise Broken("its bytes are not those that were packed: the same `mopro-fast pack` repairs them")
         if crc != known:
             verdict = self._examine(row, data, crc)
         if verdict in (UNREADABLE, _REFUSED):

@@ -13,7 +13,7 @@ import torch
 from mopro_fast import peers, signals
 from mopro_fast.data.augment import Views
 from mopro_fast.data.reader import Read, Reader
-from mopro_fast.errors import UserError
+from mopro_fast.errors import UserError, first_line
 
 READ_AHEAD = 2  # batches read beyond those in DALI
 
@@ -217,6 +217,10 @@ def _import_dali() -> ModuleType:
     try:
         import nvidia.dali as dali
         import nvidia.dali.plugin.pytorch  # noqa: F401
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise UserError(f"reading images needs NVIDIA DALI ({error}): pip install nvidia-dali-cuda130") from None
+    except (ImportError, OSError) as error:  # its libraries take 3 GB of address space, for one
+        raise UserError(
+            f"NVIDIA DALI cannot be loaded ({first_line(error)}): `ulimit -v` or its installation"
+        ) from None
     return dali
