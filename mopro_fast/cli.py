@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 import warnings
 
 from mopro_fast import peers, signals
@@ -65,8 +66,11 @@ def _status(argv: list[str]) -> int:
             say(line)
             return peers.STATUS
         error = error if isinstance(error, UserError) else of_the_machine(error)
-        if error is None:
-            raise
+        if error is None:  # a mistake of ours, or a GPU without memory
+            if not peers.watched():
+                raise
+            traceback.print_exc()  # Python's own end would wait for threads, and the other ranks for this one
+            return 1
         say(f"mopro-fast: error: {signals.of_rank()}{error}")
         return 2
 

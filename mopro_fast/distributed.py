@@ -275,6 +275,14 @@ def on_rank0(made: Callable[[], contextlib.AbstractContextManager]) -> Iterator[
         yield
 
 
+@contextlib.contextmanager
+def saving() -> Iterator[None]:
+    """What rank 0 writes inside is finished first, whatever signal comes; the other ranks wait for it here."""
+    with signals.saving():
+        yield
+        from_rank0(None)
+
+
 def gather_lists(mine: list, patient: bool = False) -> list:
     """The ranks' lists (of small picklable objects) joined, on every rank; patient: for as long as one needs."""
     if alone():

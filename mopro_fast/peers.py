@@ -21,7 +21,7 @@ from mopro_fast.errors import first_line
 
 STATUS = 1  # of a process that ends because of another rank
 LAST = 2.0  # seconds in which a rank may end by itself once another one has gone
-SAVING = 25.0  # the same while it writes a checkpoint; torchrun kills all after 30 s
+_SAVING_UNDER_TORCHRUN = 25.0  # the same while it writes a checkpoint: torchrun kills all after 30 s
 _BEAT = 5.0  # seconds between two signs of life at most
 _CONNECT = 20.0  # seconds for all ranks to connect to rank 0, where they have met a moment before
 _GO_ON = "the same command goes on where it stopped"
@@ -64,6 +64,11 @@ def stop() -> None:
     if _watch is not None:
         _watch.close()
         _watch = None
+
+
+def watched() -> bool:
+    """Whether the other ranks notice the end of this one."""
+    return _watch is not None
 
 
 def pause() -> None:
@@ -238,8 +243,9 @@ class Watch:
         self.lost = reason
         if self._rank == 0:
             self._send({"lost": reason})
+        saving = _SAVING_UNDER_TORCHRUN if "TORCHELASTIC_RUN_ID" in os.environ else signals.SAVING
         now = began = time.monotonic()
-        while now < began + (SAVING if signals.in_saving() else LAST):
+        while now < began + (saving if self._rank == 0 and signals.in_saving() else LAST):  # the others wait for it
             time.sleep(0.02)
             if self._away or self._closing:
                 return

@@ -21,6 +21,7 @@ SAVING = 300.0  # what a checkpoint that is being written may take
 _LOOK = 0.1  # seconds between two looks at the time
 
 _limit = (0.0, UNHEARD)  # since when a signal has how many seconds to end the process
+_saves: float | None = None  # since when something is written that must be finished
 _asked = 0  # the first signal that came
 _flag: "Flag | None" = None
 _said = threading.Lock()  # held by who said the last line
@@ -43,16 +44,19 @@ def allow(seconds: float) -> None:
 @contextlib.contextmanager
 def saving() -> Iterator[None]:
     """What is written inside is finished first, if it takes less than SAVING."""
-    before = _limit[1]
+    global _saves
+    before, _saves = _limit[1], time.monotonic()
     allow(SAVING)
     try:
         yield
     finally:
+        _saves = None
         allow(before)
 
 
 def in_saving() -> bool:
-    return _limit[1] == SAVING
+    """Whether something is being written that must be finished, and has not taken longer than SAVING so far."""
+    return _saves is not None and time.monotonic() < _saves + SAVING
 
 
 def check() -> None:

@@ -148,6 +148,9 @@ def work(rank: int, what: str) -> int:
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "mistaken":
             raise UserError("a mistake of rank 1")
+        if what == "broken":
+            threading.Thread(target=time.sleep, args=(60,)).start()  # it reads from storage that hangs
+            raise ValueError("a mistake of the program")
         distributed.leave()
         return 0
     if what != "done":
@@ -163,10 +166,11 @@ def work(rank: int, what: str) -> int:
     [
         ("killed", [1, -9], ["rank 1 has ended" + GO_ON, ""]),
         ("mistaken", [1, 2], ["rank 1 has ended" + GO_ON, "[rank 1] a mistake of rank 1"]),
+        ("broken", [1, 1], ["rank 1 has ended" + GO_ON, ""]),
         ("alone", [1, -9], ["rank 1 has ended" + GO_ON, ""]),
         ("done", [0, 0], ["", ""]),
     ],
-    ids=["killed", "mistaken", "alone", "done"],
+    ids=["killed", "mistaken", "broken", "alone", "done"],
 )
 def test_two_ranks(tmp_path, what, statuses, lines):
     port, errors = free_port(), str(tmp_path / "errors")
@@ -176,12 +180,15 @@ def test_two_ranks(tmp_path, what, statuses, lines):
     if what == "alone":
         time.sleep(2)
         os.kill(processes[1].pid, signal.SIGKILL)
-    processes[1].join(60)
+    processes[1].join(30)
     began = time.monotonic()
     processes[0].join(60)
     assert [process.exitcode for process in processes] == statuses and time.monotonic() - began < 5
     for rank, line in enumerate(lines):
         said = Path(f"{errors}.{rank}").read_text()
+        if what == "broken" and rank == 1:
+            assert said.startswith("Traceback") and said.endswith("ValueError: a mistake of the program\n")
+            continue
         assert said.count("mopro-fast") == (line != "") and "Traceback" not in said, said
         assert f"mopro-fast: error: {line}" * bool(line) in said
 

@@ -220,5 +220,5 @@ class Trainer:
             classes=self.class_names,
         )
         self.train_step.save_into(state)
-        with signals.saving():
+        with distributed.saving():
             return self.folder.save(self.global_step, state)
