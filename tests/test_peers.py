@@ -143,6 +143,8 @@ def work(rank: int, what: str) -> int:
     dist.barrier()
     if what == "alone":  # rank 0 works, and rank 1 does not come
         distributed.by_rank0(lambda: time.sleep(60))
+    if what == "saving":
+        return saves_when_stopped(rank)
     if rank == 1:
         if what == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -160,6 +162,33 @@ def work(rank: int, what: str) -> int:
     return 0
 
 
+def saves_when_stopped(rank: int) -> int:
+    """The write takes longer than a signal gives any rank outside of it."""
+    distributed._STEP = 0.5
+    with distributed.StopSignal() as stop:
+        with distributed.saving():
+            os.kill(os.getpid(), signal.SIGTERM)
+            if rank == 0:
+                time.sleep(2)
+                print("written", file=sys.stderr)
+        while not (received := stop.poll()):
+            pass
+    distributed.leave()
+    return 128 + received
+
+
+def test_a_write_that_hangs_is_no_sign_of_life(ranks, monkeypatch):
+    monkeypatch.setattr(signals, "SAVING", 0.3)
+    r = ranks(2, timeout=0.4)
+    watch = r.watches[0]
+    watch.training = True
+    with signals.saving():
+        began = time.monotonic()
+        assert watch._state(began + 1)["still"] == 0
+        time.sleep(0.4)
+        assert watch._state(began + 1)["still"] > 0
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("what", "statuses", "lines"),
@@ -167,10 +196,11 @@ def work(rank: int, what: str) -> int:
         ("killed", [1, -9], ["rank 1 has ended" + GO_ON, ""]),
         ("mistaken", [1, 2], ["rank 1 has ended" + GO_ON, "[rank 1] a mistake of rank 1"]),
         ("broken", [1, 1], ["rank 1 has ended" + GO_ON, ""]),
+        ("saving", [143, 143], ["", ""]),
         ("alone", [1, -9], ["rank 1 has ended" + GO_ON, ""]),
         ("done", [0, 0], ["", ""]),
     ],
-    ids=["killed", "mistaken", "broken", "alone", "done"],
+    ids=["killed", "mistaken", "broken", "saving", "alone", "done"],
 )
 def test_two_ranks(tmp_path, what, statuses, lines):
     port, errors = free_port(), str(tmp_path / "errors")
@@ -191,6 +221,7 @@ def test_two_ranks(tmp_path, what, statuses, lines):
             continue
         assert said.count("mopro-fast") == (line != "") and "Traceback" not in said, said
         assert f"mopro-fast: error: {line}" * bool(line) in said
+        assert said.startswith("written") == (what == "saving" and rank == 0), said
 
 
 @pytest.fixture
@@ -239,6 +270,21 @@ def test_ranks_that_cannot_meet(environment):
         environment(rank, "2", "0", "127.0.0.1", port)
         with pytest.raises(UserError, match=message):
             distributed.start("cpu", timeout=0.5)
+
+
+def test_a_name_that_is_not_known_yet(monkeypatch):
+    answers = [socket.gaierror(-2, "Name or service not known"), OSError(113, "No route to host")]
+    connect = socket.create_connection
+
+    def later(address, timeout):
+        if answers:
+            raise answers.pop()
+        return connect(address, timeout)
+
+    monkeypatch.setattr(socket, "create_connection", later)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        distributed._reach("127.0.0.1", listener.getsockname()[1], 10)
+    assert not answers
 
 
 def test_one_process_needs_no_others(environment):
