@@ -127,6 +127,17 @@ def _line(reason: str) -> str:
     return f"mopro-fast: error: {signals.of_rank()}{reason}: {_GO_ON}"
 
 
+def _forget() -> None:
+    """A fork must not hold the connections: they tell of the end of this process."""
+    global _watch
+    if _watch is not None:
+        _watch.forget()
+        _watch = None
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
 class Watch:
     """One rank's connections: rank 0's to all, the others' to rank 0; and the thread that watches them."""
 
@@ -168,6 +179,11 @@ class Watch:
         for s in (*self._links.values(), self._woken, self._wakes):
             s.close()
         self._selector.close()
+
+    def forget(self) -> None:
+        """Close the connections of a fork."""
+        for link in list(self._links.values()):
+            link.close()
 
     def _run(self) -> None:
         looked, beat = time.monotonic(), 0.0

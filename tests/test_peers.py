@@ -135,7 +135,7 @@ def rank_of_two(rank: int, port: int, what: str, errors: str) -> None:
     values = (str(rank), "2", str(rank), "127.0.0.1", str(port))
     os.environ.update(zip(ENVIRONMENT, values, strict=True))
     cli._run = lambda _: work(rank, what)
-    cli.main(["train"])
+    cli.main(["train"], own=True)
 
 
 def work(rank: int, what: str) -> int:
