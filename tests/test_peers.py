@@ -104,24 +104,24 @@ def test_a_rank_without_a_sign_of_life(ranks):
 
 
 def test_signs_of_life_are_enough_where_ranks_work_alone(ranks):
-    r = ranks(2, timeout=0.3)
-    r.watch(1, 0.3)
-    assert r.lines(1, 1) == []
+    r = ranks(2, timeout=1)
+    r.watch(1, 1)
+    assert r.lines(1, 2.5) == []
 
 
 def test_ranks_that_train_and_do_not_go_on(ranks):
-    r = ranks(2, timeout=0.4)
-    other = r.watch(1, 0.4)
+    r = ranks(2, timeout=1)
+    other = r.watch(1, 1)
     other._thread.name = "rank 1"
     for watch in r.watches.values():
         watch.training, watch.last_moved = True, time.monotonic()
     other.waits_for = "a.jpg"
     began = time.monotonic()
-    while time.monotonic() < began + 1:
+    while time.monotonic() < began + 2.5:
         other.last_moved = time.monotonic()  # one goes on
         assert not r.ended
         time.sleep(0.02)
-    assert r.lines(2) == ["no rank has gone on for 0 s, rank 1 waits for a.jpg" + GO_ON] * 2
+    assert r.lines(2) == ["no rank has gone on for 1 s, rank 1 waits for a.jpg" + GO_ON] * 2
 
 
 def free_port() -> int:
@@ -222,6 +222,35 @@ def test_two_ranks(tmp_path, what, statuses, lines):
         assert said.count("mopro-fast") == (line != "") and "Traceback" not in said, said
         assert f"mopro-fast: error: {line}" * bool(line) in said
         assert said.startswith("written") == (what == "saving" and rank == 0), said
+
+
+def test_rank_0_that_cannot_listen_tells_the_others(monkeypatch):
+    def refused(*_, **__):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(socket, "create_server", refused)
+    told = []
+    said = peers.start(0, 2, "127.0.0.1", 60, lambda x: told.append(x) or x, None)
+    assert "Too many open files" in said and told[0][0] in said and peers._watch is None
+    monkeypatch.setattr(peers, "_connected", None)  # rank 1 does not try
+    said = peers.start(1, 2, "127.0.0.1", 60, lambda _: told[0], None)
+    assert "Too many open files" in said
+
+
+def test_strangers_are_sent_away(monkeypatch):
+    monkeypatch.setattr(peers, "_GREET", 0.1)
+    with peers._listener(3) as listener:
+        address = ("127.0.0.1", listener.getsockname()[1])
+        with (
+            socket.create_connection(address),  # it is silent
+            socket.create_connection(address) as talks,
+            socket.create_connection(address) as rank1,
+        ):
+            talks.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            rank1.sendall(b"1 secret\n")
+            links = peers._accepted(listener, 2, "secret")
+            assert [link.getpeername()[1] for link in links.values()] == [rank1.getsockname()[1]] and [*links] == [1]
+            links[1].close()
 
 
 @pytest.fixture

@@ -197,7 +197,7 @@ def test_a_wait_for_images_names_one_and_ends_with_a_signal(flag, monkeypatch, c
         waiting.results_of([done, never], [lambda: "a.jpg", lambda: "b.jpg"])
     assert 0.35 < time.monotonic() - began < 5
     lines = capsys.readouterr().err.splitlines()
-    assert 2 <= len(lines) <= 5 and all("waiting for b.jpg: is the storage still there?" in line for line in lines)
+    assert len(lines) >= 2 and all("waiting for b.jpg: is the storage still there?" in line for line in lines)
     never.set_result(2)
     assert waiting.results_of([done, never], [str, str]) == [1, 2]
 
