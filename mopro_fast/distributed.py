@@ -360,7 +360,7 @@ class StopSignal(signals.Flag):
                 seen = int(flag)
             flag = torch.tensor(self.signal)
             self.pending = (dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group, async_op=True), flag)
-        self.heeded |= bool(seen)
+        self.ends_work |= bool(seen)
         return seen
 
     def _allow(self) -> None:

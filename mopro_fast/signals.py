@@ -76,7 +76,7 @@ class Flag:
 
     def __init__(self) -> None:
         self.signal = 0
-        self.heeded = False
+        self.ends_work = False
         """Whether the signal ends the work already."""
         self._came = 0.0
         self._raises = False
@@ -95,7 +95,7 @@ class Flag:
         _flag = self._outer
         _restore(self._before)
         allow(CLEANING if self.signal else UNHEARD)
-        if self.signal and not self.heeded and kind is None:
+        if self.signal and not self.ends_work and kind is None:
             raise Stopped(self.signal)
 
     @contextlib.contextmanager
@@ -118,7 +118,7 @@ class Flag:
         raise KeyboardInterrupt
 
     def _stop(self) -> None:
-        self.heeded = True
+        self.ends_work = True
         raise Stopped(self.signal)
 
     def _note(self, number: int, _frame) -> None:

@@ -15,6 +15,8 @@ from processes import FORKS
 
 from mopro_fast import cli, distributed, peers, signals
 from mopro_fast.errors import UserError
+from mopro_fast.models.resnet import ResNet
+from mopro_fast.training.evaluate import accuracy
 
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -122,6 +124,14 @@ def test_ranks_that_train_and_do_not_go_on(ranks):
         assert not r.ended
         time.sleep(0.02)
     assert r.lines(2) == ["no rank has gone on for 1 s, rank 1 waits for a.jpg" + GO_ON] * 2
+
+
+def test_an_evaluation_goes_on_with_every_batch(monkeypatch):
+    moved = []
+    monkeypatch.setattr(peers, "moved", lambda: moved.append(1))
+    encoder = ResNet("resnet18", 4, 8, width=0.125, stem="small").eval()
+    batches = [(torch.zeros(1, 32, 32, 3, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), torch.arange(1))] * 3
+    assert accuracy(encoder, batches, torch.device("cpu"))["images"] == len(moved) == 3
 
 
 def free_port() -> int:

@@ -15,6 +15,7 @@ from PIL import Image
 from mopro_fast import cli, signals
 from mopro_fast.checkpoints import state as checkpoint
 from mopro_fast.data import waiting
+from mopro_fast.training.loop import Trainer
 
 HERE = Path(__file__).parent
 
@@ -92,7 +93,7 @@ def test_nohup_is_heeded():
 def flag():
     with signals.Flag() as flag:
         yield flag
-        flag.heeded = True
+        flag.ends_work = True
 
 
 def send(number: int = signal.SIGTERM) -> None:
@@ -140,7 +141,7 @@ def test_a_program_that_calls_a_command_goes_on(number, monkeypatch, capsys):
     assert signal.set_wakeup_fd(-1) == -1
 
 
-def test_a_clean_up_that_hangs_in_such_a_program(monkeypatch):
+def test_a_clean_up_that_hangs_in_such_a_program():
     with pytest.raises(KeyboardInterrupt) as second, signals.heeded("pack", own=False):
         try:
             send(signal.SIGINT)
@@ -200,6 +201,19 @@ def test_a_wait_for_images_names_one_and_ends_with_a_signal(flag, monkeypatch, c
     assert len(lines) >= 2 and all("waiting for b.jpg: is the storage still there?" in line for line in lines)
     never.set_result(2)
     assert waiting.results_of([done, never], [str, str]) == [1, 2]
+
+
+@pytest.mark.parametrize("step", [2, 3], ids=["training", "evaluation"])
+def test_a_rank_that_is_stopped_alone_ends_without_a_save(step):
+    def stopped(_):
+        raise signals.Stopped(signal.SIGTERM)
+
+    trainer = Trainer.__new__(Trainer)
+    trainer.ranks, trainer.step, trainer.steps = 2, step, 3
+    trainer._train_epoch = stopped if step == 2 else lambda _: 0
+    trainer._end_epoch = stopped
+    with pytest.raises(signals.Stopped):
+        trainer._next_epoch(None)
 
 
 @pytest.mark.medium
