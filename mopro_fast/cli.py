@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 import warnings
 
 from mopro_fast import peers, signals
@@ -36,7 +37,9 @@ COMMANDS = {  # name: module of this package, help
 }
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, *, own: bool | None = None) -> None:
+    """own: the process is the command's, and a signal may end it; None: if there is no ``argv``."""
+    own = argv is None if own is None else own
     argv = sys.argv[1:] if argv is None else argv
     # Before torch is imported: its CPU threads spin for milliseconds at every barrier. Where DALI's threads or another
     # process share the cores, steps then take up to 40 times as long; 20,000 turns cost nothing on idle cores.
@@ -45,15 +48,15 @@ def main(argv: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", ".*(broadcast_buffers|all_gather_into_tensor)", FutureWarning)  # of PyTorch 2.13
     with guarded() as whole:
         open_files()  # each shard and each connection of a worker is one
-        status = _status(argv)
+        status = _status(argv, own)
         if status := status if whole() else status or 1:
             peers.leave(status)
     sys.exit(status)
 
 
-def _status(argv: list[str]) -> int:
+def _status(argv: list[str], own: bool) -> int:
     try:
-        with signals.heeded(argv[0] if argv else ""):
+        with signals.heeded(argv[0] if argv else "", own):
             return _run(argv)
     except SystemExit as stop:  # of those that read the options, after a help or a mistake
         return stop.code or 0
@@ -66,8 +69,11 @@ def _status(argv: list[str]) -> int:
             say(line)
             return peers.STATUS
         error = error if isinstance(error, UserError) else of_the_machine(error)
-        if error is None:
-            raise
+        if error is None:  # a mistake of ours, or a GPU without memory
+            if not peers.watched():
+                raise
+            traceback.print_exc()  # Python's own end would wait for threads, and the other ranks for this one
+            return 1
         say(f"mopro-fast: error: {signals.of_rank()}{error}")
         return 2
 

@@ -151,7 +151,7 @@ def _reach(host: str, port: int, timeout: float) -> None:
         try:
             socket.create_connection((host, port), timeout=max(0.1, until - time.monotonic())).close()
             return
-        except (ConnectionError, TimeoutError):
+        except OSError:  # where a cluster starts, even rank 0's name and the way to it may come later
             if time.monotonic() > until:
                 raise
             time.sleep(0.2)
@@ -275,6 +275,19 @@ def on_rank0(made: Callable[[], contextlib.AbstractContextManager]) -> Iterator[
         yield
 
 
+@contextlib.contextmanager
+def saving() -> Iterator[None]:
+    """What rank 0 writes inside is finished first, whatever signal comes; the other ranks wait for it here."""
+    if world()[0] == 0:
+        with signals.saving():
+            yield
+        from_rank0(None)
+        return
+    yield
+    with signals.saving():
+        from_rank0(None)
+
+
 def gather_lists(mine: list, patient: bool = False) -> list:
     """The ranks' lists (of small picklable objects) joined, on every rank; patient: for as long as one needs."""
     if alone():
@@ -347,7 +360,7 @@ class StopSignal(signals.Flag):
                 seen = int(flag)
             flag = torch.tensor(self.signal)
             self.pending = (dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group, async_op=True), flag)
-        self.heeded |= bool(seen)
+        self.ends_work |= bool(seen)
         return seen
 
     def _allow(self) -> None:

@@ -21,9 +21,10 @@ from mopro_fast.errors import first_line
 
 STATUS = 1  # of a process that ends because of another rank
 LAST = 2.0  # seconds in which a rank may end by itself once another one has gone
-SAVING = 25.0  # the same while it writes a checkpoint; torchrun kills all after 30 s
+_SAVING_UNDER_TORCHRUN = 25.0  # the same while it writes a checkpoint: torchrun kills all after 30 s
 _BEAT = 5.0  # seconds between two signs of life at most
 _CONNECT = 20.0  # seconds for all ranks to connect to rank 0, where they have met a moment before
+_GREET = 2.0  # seconds for one that has connected to say who it is
 _GO_ON = "the same command goes on where it stopped"
 
 _watch: "Watch | None" = None
@@ -37,14 +38,15 @@ def start(
     host: of rank 0. timeout: see Watch. from_rank0: gives rank 0's argument to all; gather: all ranks' arguments.
     """
     global _watch
-    listener = None
-    if rank == 0:
-        both = socket.has_dualstack_ipv6()
-        listener = socket.create_server(
-            ("", 0), family=socket.AF_INET6 if both else socket.AF_INET, backlog=ranks, dualstack_ipv6=both
-        )
-    port, secret = from_rank0(listener and (listener.getsockname()[1], secrets.token_hex(16)))
-    why, links = "", {}
+    listener, secret, why = None, secrets.token_hex(16), ""
+    links: dict[int, socket.socket] = {}
+    try:
+        listener = _listener(ranks) if rank == 0 else None
+    except OSError as error:
+        why = first_line(error)
+    why, port, secret = from_rank0((why, listener and listener.getsockname()[1], secret))
+    if why:
+        return f"{host}: {why}"
     try:
         links = _accepted(listener, ranks, secret) if listener else {0: _connected(host, port, f"{rank} {secret}\n")}
     except OSError as error:
@@ -64,6 +66,11 @@ def stop() -> None:
     if _watch is not None:
         _watch.close()
         _watch = None
+
+
+def watched() -> bool:
+    """Whether the other ranks notice the end of this one."""
+    return _watch is not None
 
 
 def pause() -> None:
@@ -122,6 +129,17 @@ def _line(reason: str) -> str:
     return f"mopro-fast: error: {signals.of_rank()}{reason}: {_GO_ON}"
 
 
+def _forget() -> None:
+    """A fork must not hold the connections: they tell of the end of this process."""
+    global _watch
+    if _watch is not None:
+        _watch.forget()
+        _watch = None
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
 class Watch:
     """One rank's connections: rank 0's to all, the others' to rank 0; and the thread that watches them."""
 
@@ -163,6 +181,11 @@ class Watch:
         for s in (*self._links.values(), self._woken, self._wakes):
             s.close()
         self._selector.close()
+
+    def forget(self) -> None:
+        """Close the connections of a fork."""
+        for link in list(self._links.values()):
+            link.close()
 
     def _run(self) -> None:
         looked, beat = time.monotonic(), 0.0
@@ -238,13 +261,20 @@ class Watch:
         self.lost = reason
         if self._rank == 0:
             self._send({"lost": reason})
+        saving = _SAVING_UNDER_TORCHRUN if "TORCHELASTIC_RUN_ID" in os.environ else signals.SAVING
         now = began = time.monotonic()
-        while now < began + (SAVING if signals.in_saving() else LAST):
+        while now < began + (saving if self._rank == 0 and signals.in_saving() else LAST):  # the others wait for it
             time.sleep(0.02)
             if self._away or self._closing:
                 return
             now = time.monotonic()
         signals.end(_line(reason), STATUS)
+
+
+def _listener(ranks: int) -> socket.socket:
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    return socket.create_server(("", 0), family=family, backlog=ranks, dualstack_ipv6=both)
 
 
 def _accepted(listener: socket.socket, ranks: int, secret: str) -> dict[int, socket.socket]:
@@ -255,14 +285,20 @@ def _accepted(listener: socket.socket, ranks: int, secret: str) -> dict[int, soc
         while len(links) < ranks - 1:
             listener.settimeout(max(0.01, until - time.monotonic()))
             link, _ = listener.accept()
-            link.settimeout(_CONNECT)
-            with link.makefile("rb") as file:
-                rank, _, said = file.readline(80).strip().partition(b" ")
+            rank, _, said = _greeting(link).partition(b" ")
             if secrets.compare_digest(said, secret.encode()):
                 links[int(rank)] = link
             else:
                 link.close()
     return links
+
+
+def _greeting(link: socket.socket) -> bytes:
+    """The line that a rank begins with; of a stranger, b"" or anything."""
+    link.settimeout(_GREET)
+    with contextlib.suppress(OSError), link.makefile("rb") as file:
+        return file.readline(80).strip()
+    return b""
 
 
 def _connected(host: str, port: int, greeting: str) -> socket.socket:

@@ -11,7 +11,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 HEEDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 UNHEARD = 3.0  # seconds in which the main thread has to hear of a signal
@@ -21,6 +22,7 @@ SAVING = 300.0  # what a checkpoint that is being written may take
 _LOOK = 0.1  # seconds between two looks at the time
 
 _limit = (0.0, UNHEARD)  # since when a signal has how many seconds to end the process
+_saves: float | None = None  # since when something is written that must be finished
 _asked = 0  # the first signal that came
 _flag: "Flag | None" = None
 _said = threading.Lock()  # held by who said the last line
@@ -43,16 +45,19 @@ def allow(seconds: float) -> None:
 @contextlib.contextmanager
 def saving() -> Iterator[None]:
     """What is written inside is finished first, if it takes less than SAVING."""
-    before = _limit[1]
+    global _saves
+    before, _saves = _limit[1], time.monotonic()
     allow(SAVING)
     try:
         yield
     finally:
+        _saves = None
         allow(before)
 
 
 def in_saving() -> bool:
-    return _limit[1] == SAVING
+    """Whether something is being written that must be finished, and has not taken longer than SAVING so far."""
+    return _saves is not None and time.monotonic() < _saves + SAVING
 
 
 def check() -> None:
@@ -71,7 +76,7 @@ class Flag:
 
     def __init__(self) -> None:
         self.signal = 0
-        self.heeded = False
+        self.ends_work = False
         """Whether the signal ends the work already."""
         self._came = 0.0
         self._raises = False
@@ -80,7 +85,7 @@ class Flag:
         global _flag
         main = threading.current_thread() is threading.main_thread()  # others may not set handlers
         heeded = [s for s in HEEDED if s == signal.SIGINT or not _ignored(s)]
-        self._before = {s: signal.signal(s, self._note) for s in heeded if main}
+        self._before = _handled_by(self._note, heeded if main else [])
         self._outer, _flag = _flag, self
         allow(CLEANING)
         return self
@@ -88,10 +93,9 @@ class Flag:
     def __exit__(self, kind: type | None, *_) -> None:
         global _flag
         _flag = self._outer
-        for s, handler in self._before.items():
-            signal.signal(s, handler)
+        _restore(self._before)
         allow(CLEANING if self.signal else UNHEARD)
-        if self.signal and not self.heeded and kind is None:
+        if self.signal and not self.ends_work and kind is None:
             raise Stopped(self.signal)
 
     @contextlib.contextmanager
@@ -114,7 +118,7 @@ class Flag:
         raise KeyboardInterrupt
 
     def _stop(self) -> None:
-        self.heeded = True
+        self.ends_work = True
         raise Stopped(self.signal)
 
     def _note(self, number: int, _frame) -> None:
@@ -129,32 +133,44 @@ class Flag:
 
 
 @contextlib.contextmanager
-def heeded(command: str) -> Iterator[None]:
-    """Inside, the first signal raises Stopped in the main thread; the process ends in time whatever comes of that."""
+def heeded(command: str, own: bool) -> Iterator[None]:
+    """Inside, the first signal raises Stopped in the main thread.
+
+    own: the process is the command's, and ends in time whatever comes of that. Otherwise all is as before afterwards.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     global _asked, _said
     _asked, _said = 0, threading.Lock()
+    before = _handled_by(_stop if own else _stop_guest, [s for s in HEEDED if not _ignored(s)])
+    try:
+        with _ended_in_time(command) if own else contextlib.nullcontext():
+            yield
+    finally:
+        if not (own and _asked):
+            _restore(before)
+
+
+@contextlib.contextmanager
+def _ended_in_time(command: str) -> Iterator[None]:
+    """A signal that comes inside ends the process in time."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    before = {s: signal.signal(s, _stop) for s in HEEDED if not _ignored(s)}
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     watcher = threading.Thread(target=_end_in_time, args=(reader, command), daemon=True, name="mopro_fast-signals")
     watcher.start()
     try:
         yield
     except BaseException:
-        last_line()  # the caller says it
+        claim_last_line()  # the caller says it
         raise
     finally:
         if _asked:  # at its end Python waits for all threads, also for those that hang with the storage
-            last_line()
+            claim_last_line()
             allow(LEAVING)
         else:
             signal.set_wakeup_fd(wakeup)
-            for s, handler in before.items():
-                signal.signal(s, handler)
             os.write(writer, b"\0")
             watcher.join()
             os.close(reader)
@@ -173,7 +189,7 @@ def of_rank() -> str:
     return "" if rank == "0" else f"[rank {rank}] "
 
 
-def last_line() -> bool:
+def claim_last_line() -> bool:
     """Whether the caller is the first who says why the process ends; others must be silent."""
     return _said.acquire(blocking=False)
 
@@ -182,7 +198,7 @@ def end(line: str, status: int) -> None:
     """End the process from any thread: nothing is cleaned up, nothing waited for, not even the terminal."""
 
     def say() -> None:
-        if last_line():
+        if claim_last_line():
             with contextlib.suppress(OSError):
                 os.write(2, ("\n" * os.isatty(2) + line + "\n").encode(errors="backslashreplace"))
         with contextlib.suppress(Exception):
@@ -198,12 +214,44 @@ def _ignored(number: int) -> bool:
     return signal.getsignal(number) is signal.SIG_IGN
 
 
+def _handled_by(handler: Callable[[int, Any], None], numbers: Iterable[int]) -> dict[int, Any]:
+    """-> the handlers before. Those that Python does not know (None) could not be restored, and stay."""
+    return {s: signal.signal(s, handler) for s in numbers if signal.getsignal(s) is not None}
+
+
+def _restore(handlers: dict[int, Any]) -> None:
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
+
+
 def _stop(number: int, _frame) -> None:
     global _asked
     if not _asked:
         _asked = number
         allow(CLEANING)
         raise Stopped(number)
+
+
+def _stop_guest(number: int, frame) -> None:
+    """In somebody's program nothing else ends a clean-up that hangs."""
+    if _asked and number == signal.SIGINT:
+        raise KeyboardInterrupt
+    _stop(number, frame)
+
+
+def _forget() -> None:
+    """A fork is another process: what signals do to it is its own matter, and does not wake our threads."""
+    global _flag
+    _flag = None
+    ours = (_stop, _stop_guest, Flag._note)
+    for s in HEEDED:
+        handler = signal.getsignal(s)
+        if getattr(handler, "__func__", handler) in ours:
+            signal.signal(s, signal.default_int_handler if s == signal.SIGINT else signal.SIG_DFL)
+            signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 def _end_in_time(pipe: int, command: str) -> None:

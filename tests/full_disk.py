@@ -126,7 +126,7 @@ def serve() -> None:
             torch.set_num_threads(1)
             if argv[0] == "demo":
                 small_demo()
-            cli.main(argv)
+            cli.main(argv, own=True)
             return
         os.write(replies, b"%d\n" % os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 

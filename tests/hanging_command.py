@@ -31,4 +31,4 @@ def hang(reads: int) -> None:
 if __name__ == "__main__":
     waiting.FIRST = 1.0
     hang(int(sys.argv[1]))
-    cli.main(sys.argv[2:])
+    cli.main(sys.argv[2:], own=True)

@@ -29,7 +29,7 @@ def main() -> None:
         setattr(dist, name, counted(name, getattr(dist, name)))
     distributed.DistributedDataParallel = counted("DDP", distributed.DistributedDataParallel)
     atexit.register(lambda: print("one rank:", *(f"{name} {n}" for name, n in sorted(seen.items())), flush=True))
-    cli.main(sys.argv[1:])
+    cli.main(sys.argv[1:], own=True)
 
 
 if __name__ == "__main__":

@@ -49,4 +49,4 @@ def stop_in_training(number: int, point: int) -> None:
 if __name__ == "__main__":
     stop = stop_in_training if sys.argv[3] == "train" else stop_in_workers
     stop(signal.Signals[sys.argv[1]], int(sys.argv[2]))
-    cli.main(sys.argv[3:])
+    cli.main(sys.argv[3:], own=True)

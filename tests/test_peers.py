@@ -15,6 +15,8 @@ from processes import FORKS
 
 from mopro_fast import cli, distributed, peers, signals
 from mopro_fast.errors import UserError
+from mopro_fast.models.resnet import ResNet
+from mopro_fast.training.evaluate import accuracy
 
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -104,24 +106,32 @@ def test_a_rank_without_a_sign_of_life(ranks):
 
 
 def test_signs_of_life_are_enough_where_ranks_work_alone(ranks):
-    r = ranks(2, timeout=0.3)
-    r.watch(1, 0.3)
-    assert r.lines(1, 1) == []
+    r = ranks(2, timeout=1)
+    r.watch(1, 1)
+    assert r.lines(1, 2.5) == []
 
 
 def test_ranks_that_train_and_do_not_go_on(ranks):
-    r = ranks(2, timeout=0.4)
-    other = r.watch(1, 0.4)
+    r = ranks(2, timeout=1)
+    other = r.watch(1, 1)
     other._thread.name = "rank 1"
     for watch in r.watches.values():
         watch.training, watch.last_moved = True, time.monotonic()
     other.waits_for = "a.jpg"
     began = time.monotonic()
-    while time.monotonic() < began + 1:
+    while time.monotonic() < began + 2.5:
         other.last_moved = time.monotonic()  # one goes on
         assert not r.ended
         time.sleep(0.02)
-    assert r.lines(2) == ["no rank has gone on for 0 s, rank 1 waits for a.jpg" + GO_ON] * 2
+    assert r.lines(2) == ["no rank has gone on for 1 s, rank 1 waits for a.jpg" + GO_ON] * 2
+
+
+def test_an_evaluation_goes_on_with_every_batch(monkeypatch):
+    moved = []
+    monkeypatch.setattr(peers, "moved", lambda: moved.append(1))
+    encoder = ResNet("resnet18", 4, 8, width=0.125, stem="small").eval()
+    batches = [(torch.zeros(1, 32, 32, 3, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), torch.arange(1))] * 3
+    assert accuracy(encoder, batches, torch.device("cpu"))["images"] == len(moved) == 3
 
 
 def free_port() -> int:
@@ -135,7 +145,7 @@ def rank_of_two(rank: int, port: int, what: str, errors: str) -> None:
     values = (str(rank), "2", str(rank), "127.0.0.1", str(port))
     os.environ.update(zip(ENVIRONMENT, values, strict=True))
     cli._run = lambda _: work(rank, what)
-    cli.main(["train"])
+    cli.main(["train"], own=True)
 
 
 def work(rank: int, what: str) -> int:
@@ -143,11 +153,16 @@ def work(rank: int, what: str) -> int:
     dist.barrier()
     if what == "alone":  # rank 0 works, and rank 1 does not come
         distributed.by_rank0(lambda: time.sleep(60))
+    if what == "saving":
+        return saves_when_stopped(rank)
     if rank == 1:
         if what == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "mistaken":
             raise UserError("a mistake of rank 1")
+        if what == "broken":
+            threading.Thread(target=time.sleep, args=(60,)).start()  # it reads from storage that hangs
+            raise ValueError("a mistake of the program")
         distributed.leave()
         return 0
     if what != "done":
@@ -157,16 +172,45 @@ def work(rank: int, what: str) -> int:
     return 0
 
 
+def saves_when_stopped(rank: int) -> int:
+    """The write takes longer than a signal gives any rank outside of it."""
+    distributed._STEP = 0.5
+    with distributed.StopSignal() as stop:
+        with distributed.saving():
+            os.kill(os.getpid(), signal.SIGTERM)
+            if rank == 0:
+                time.sleep(2)
+                print("written", file=sys.stderr)
+        while not (received := stop.poll()):
+            pass
+    distributed.leave()
+    return 128 + received
+
+
+def test_a_write_that_hangs_is_no_sign_of_life(ranks, monkeypatch):
+    monkeypatch.setattr(signals, "SAVING", 0.3)
+    r = ranks(2, timeout=0.4)
+    watch = r.watches[0]
+    watch.training = True
+    with signals.saving():
+        began = time.monotonic()
+        assert watch._state(began + 1)["still"] == 0
+        time.sleep(0.4)
+        assert watch._state(began + 1)["still"] > 0
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("what", "statuses", "lines"),
     [
         ("killed", [1, -9], ["rank 1 has ended" + GO_ON, ""]),
         ("mistaken", [1, 2], ["rank 1 has ended" + GO_ON, "[rank 1] a mistake of rank 1"]),
+        ("broken", [1, 1], ["rank 1 has ended" + GO_ON, ""]),
+        ("saving", [143, 143], ["", ""]),
         ("alone", [1, -9], ["rank 1 has ended" + GO_ON, ""]),
         ("done", [0, 0], ["", ""]),
     ],
-    ids=["killed", "mistaken", "alone", "done"],
+    ids=["killed", "mistaken", "broken", "saving", "alone", "done"],
 )
 def test_two_ranks(tmp_path, what, statuses, lines):
     port, errors = free_port(), str(tmp_path / "errors")
@@ -176,14 +220,47 @@ def test_two_ranks(tmp_path, what, statuses, lines):
     if what == "alone":
         time.sleep(2)
         os.kill(processes[1].pid, signal.SIGKILL)
-    processes[1].join(60)
+    processes[1].join(30)
     began = time.monotonic()
     processes[0].join(60)
     assert [process.exitcode for process in processes] == statuses and time.monotonic() - began < 5
     for rank, line in enumerate(lines):
         said = Path(f"{errors}.{rank}").read_text()
+        if what == "broken" and rank == 1:
+            assert said.startswith("Traceback") and said.endswith("ValueError: a mistake of the program\n")
+            continue
         assert said.count("mopro-fast") == (line != "") and "Traceback" not in said, said
         assert f"mopro-fast: error: {line}" * bool(line) in said
+        assert said.startswith("written") == (what == "saving" and rank == 0), said
+
+
+def test_rank_0_that_cannot_listen_tells_the_others(monkeypatch):
+    def refused(*_, **__):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(socket, "create_server", refused)
+    told = []
+    said = peers.start(0, 2, "127.0.0.1", 60, lambda x: told.append(x) or x, None)
+    assert "Too many open files" in said and told[0][0] in said and peers._watch is None
+    monkeypatch.setattr(peers, "_connected", None)  # rank 1 does not try
+    said = peers.start(1, 2, "127.0.0.1", 60, lambda _: told[0], None)
+    assert "Too many open files" in said
+
+
+def test_strangers_are_sent_away(monkeypatch):
+    monkeypatch.setattr(peers, "_GREET", 0.1)
+    with peers._listener(3) as listener:
+        address = ("127.0.0.1", listener.getsockname()[1])
+        with (
+            socket.create_connection(address),  # it is silent
+            socket.create_connection(address) as talks,
+            socket.create_connection(address) as rank1,
+        ):
+            talks.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            rank1.sendall(b"1 secret\n")
+            links = peers._accepted(listener, 2, "secret")
+            assert [link.getpeername()[1] for link in links.values()] == [rank1.getsockname()[1]] and [*links] == [1]
+            links[1].close()
 
 
 @pytest.fixture
@@ -232,6 +309,21 @@ def test_ranks_that_cannot_meet(environment):
         environment(rank, "2", "0", "127.0.0.1", port)
         with pytest.raises(UserError, match=message):
             distributed.start("cpu", timeout=0.5)
+
+
+def test_a_name_that_is_not_known_yet(monkeypatch):
+    answers = [socket.gaierror(-2, "Name or service not known"), OSError(113, "No route to host")]
+    connect = socket.create_connection
+
+    def later(address, timeout):
+        if answers:
+            raise answers.pop()
+        return connect(address, timeout)
+
+    monkeypatch.setattr(socket, "create_connection", later)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        distributed._reach("127.0.0.1", listener.getsockname()[1], 10)
+    assert not answers
 
 
 def test_one_process_needs_no_others(environment):

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mopro_fast import signals
+from mopro_fast import cli, signals
 from mopro_fast.checkpoints import state as checkpoint
 from mopro_fast.data import waiting
+from mopro_fast.training.loop import Trainer
 
 HERE = Path(__file__).parent
 
@@ -54,7 +55,7 @@ def thread(argv):
 
 @pytest.mark.parametrize("where", ["wait", "thread"])
 def test_a_wait_in_a_library_ends(where):
-    status, said, seconds = child(f"{STUCK}\ncli._run = {where}; cli.main(['eval'])", number=signal.SIGTERM)
+    status, said, seconds = child(f"{STUCK}\ncli._run = {where}; cli.main(['eval'], own=True)", number=signal.SIGTERM)
     assert status == 143 and seconds < 5
     assert said == "mopro-fast: eval stopped by signal 15: the same command goes on where it stopped\n"
 
@@ -74,7 +75,7 @@ def work(argv):
             time.sleep(0.01)
         print("cleaned up", file=sys.stderr)
 cli._run = work
-cli.main(["pack"])
+cli.main(["pack"], own=True)
 """
     found, said, seconds = child(code, str(int(number)), number=number)
     lines = said.splitlines()
@@ -85,14 +86,14 @@ cli.main(["pack"])
 def test_nohup_is_heeded():
     code = "import time; from mopro_fast import cli; cli._run = lambda _: print(flush=True) or time.sleep(0.3) or 7; "
     ignored = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
-    assert child(code + "cli.main(['pack'])", number=signal.SIGHUP, **ignored)[:2] == (7, "")
+    assert child(code + "cli.main(['pack'], own=True)", number=signal.SIGHUP, **ignored)[:2] == (7, "")
 
 
 @pytest.fixture
 def flag():
     with signals.Flag() as flag:
         yield flag
-        flag.heeded = True
+        flag.ends_work = True
 
 
 def send(number: int = signal.SIGTERM) -> None:
@@ -120,12 +121,69 @@ def test_a_signal_that_nobody_heeds_is_not_lost():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_all_is_as_before_afterwards():
+@pytest.mark.parametrize("own", [True, False], ids=["own", "guest"])
+def test_all_is_as_before_afterwards(own):
     before, threads = [signal.getsignal(s) for s in signals.HEEDED], threading.active_count()
-    with signals.heeded("pack"):
-        assert signal.getsignal(signal.SIGHUP) not in before and threading.active_count() == threads + 1
+    with signals.heeded("pack", own):
+        assert signal.getsignal(signal.SIGHUP) not in before and threading.active_count() == threads + own
     assert before == [signal.getsignal(s) for s in signals.HEEDED] and threading.active_count() == threads
     assert signal.set_wakeup_fd(-1) == -1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["interrupt", "terminate"])
+def test_a_program_that_calls_a_command_goes_on(number, monkeypatch, capsys):
+    before, threads = [signal.getsignal(s) for s in signals.HEEDED], threading.active_count()
+    monkeypatch.setattr(cli, "_run", lambda _: send(number) or time.sleep(5))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["pack"])
+    assert ended.value.code == 128 + number and "mopro-fast: pack " in capsys.readouterr().err
+    assert before == [signal.getsignal(s) for s in signals.HEEDED] and threading.active_count() == threads
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_clean_up_that_hangs_in_such_a_program():
+    with pytest.raises(KeyboardInterrupt) as second, signals.heeded("pack", own=False):
+        try:
+            send(signal.SIGINT)
+        finally:
+            send(signal.SIGTERM)  # nothing
+            send(signal.SIGINT)
+    assert type(second.value) is KeyboardInterrupt
+
+
+def test_a_handler_of_another_language_stays(monkeypatch):
+    known = signal.getsignal
+    monkeypatch.setattr(signal, "getsignal", lambda s: None if s == signal.SIGHUP else known(s))
+    before = known(signal.SIGHUP)
+    with signals.heeded("pack", own=False), signals.Flag():
+        assert known(signal.SIGHUP) is before and known(signal.SIGTERM) is not before
+
+
+def test_a_signal_to_a_fork_does_not_end_its_parent():
+    code = """
+import os, signal, time
+from mopro_fast import cli, signals
+signals.UNHEARD = 0.2
+signals.allow(0.2)
+def forked(within):
+    reads, writes = os.pipe()
+    with within:
+        if not (fork := os.fork()):
+            os.write(writes, b"-")
+            time.sleep(60)
+            os._exit(0)
+        os.read(reads, 1)
+        os.kill(fork, signal.SIGTERM)
+        return os.waitpid(fork, 0)[1]
+def work(argv):
+    print(flush=True)
+    ends = [forked(within) for within in (open(os.devnull), signals.Flag())]
+    time.sleep(1)
+    return 7 if ends == [signal.SIGTERM] * 2 else 8
+cli._run = work
+cli.main(["pack"], own=True)
+"""
+    assert child(code, number=signal.SIGCONT)[:2] == (7, "")
 
 
 def test_a_wait_for_images_names_one_and_ends_with_a_signal(flag, monkeypatch, capsys):
@@ -140,9 +198,22 @@ def test_a_wait_for_images_names_one_and_ends_with_a_signal(flag, monkeypatch, c
         waiting.results_of([done, never], [lambda: "a.jpg", lambda: "b.jpg"])
     assert 0.35 < time.monotonic() - began < 5
     lines = capsys.readouterr().err.splitlines()
-    assert 2 <= len(lines) <= 5 and all("waiting for b.jpg: is the storage still there?" in line for line in lines)
+    assert len(lines) >= 2 and all("waiting for b.jpg: is the storage still there?" in line for line in lines)
     never.set_result(2)
     assert waiting.results_of([done, never], [str, str]) == [1, 2]
+
+
+@pytest.mark.parametrize("step", [2, 3], ids=["training", "evaluation"])
+def test_a_rank_that_is_stopped_alone_ends_without_a_save(step):
+    def stopped(_):
+        raise signals.Stopped(signal.SIGTERM)
+
+    trainer = Trainer.__new__(Trainer)
+    trainer.ranks, trainer.step, trainer.steps = 2, step, 3
+    trainer._train_epoch = stopped if step == 2 else lambda _: 0
+    trainer._end_epoch = stopped
+    with pytest.raises(signals.Stopped):
+        trainer._next_epoch(None)
 
 
 @pytest.mark.medium

@@ -34,7 +34,7 @@ def _member(argv: list[str], together, err: Path) -> None:
     torch.set_num_threads(1)
     with err.open("w") as file, contextlib.redirect_stderr(file), contextlib.redirect_stdout(file):
         together.wait()
-        cli.main(argv)
+        cli.main(argv, own=True)
 
 
 def contents(out: Path) -> dict[str, bytes]:

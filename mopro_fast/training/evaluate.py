@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mopro_fast import distributed, ops
+from mopro_fast import distributed, ops, peers
 from mopro_fast.console import Progress
 from mopro_fast.models.method import Method
 from mopro_fast.models.resnet import ResNet
@@ -66,6 +66,7 @@ def _outputs(encoder: ResNet, loader: Collection, device: torch.device, bf16: bo
     try:
         with Progress("evaluation", len(loader), "batches", active=distributed.world()[0] == 0) as bar:
             for images, labels, ids in loader:
+                peers.moved()
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     features = encoder.features(ops.normalize(images))
                     out = encoder.classifier(features), encoder.project(features) if embed else None

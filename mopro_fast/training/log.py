@@ -32,7 +32,7 @@ class RunLog:
     def __init__(self, out: Path, active: bool, log_bytes: int, global_step: int, tensorboard: bool) -> None:
         self.out, self.active = out, active
         self.named: set[int] = set()
-        self.writer = None
+        self.writer = self._hook_before = None
         if not active:
             return
         self.file = (out / "log.jsonl").open("a+b", buffering=0)
@@ -47,7 +47,8 @@ class RunLog:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            threading.excepthook = functools.partial(_unless_tensorboard, threading.excepthook)
+            self._hook_before = threading.excepthook
+            threading.excepthook = functools.partial(_unless_tensorboard, self._hook_before)
             with self._tensorboard():
                 self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=global_step or None)
 
@@ -100,10 +101,18 @@ class RunLog:
         if self.active:
             console.say(text)
 
+    def flush(self) -> None:
+        """Let nothing be lost where the process is ended."""
+        if self.writer:
+            with self._tensorboard():
+                self.writer.flush()
+
     def close(self) -> None:
         if self.writer:
             with self._tensorboard():
                 self.writer.close()
+        if self._hook_before:
+            threading.excepthook, self._hook_before = self._hook_before, None
         if self.active:
             for file in (self.file, self.timing):
                 try:
@@ -191,9 +200,3 @@ def _unless_tensorboard(hook: Callable[[Any], object], failed: Any) -> None:
     """For threading.excepthook: what TensorBoard's thread raises its writer raises as well, where a run says it."""
     if not type(failed.thread).__module__.startswith("tensorboard."):
         hook(failed)
-
-
-def _duration(seconds: float) -> str:
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}h{m:02d}m" if hours else f"{m}m{s:02d}s"

@@ -121,8 +121,8 @@ class Trainer:
             path = self._save() if received else None
         except signals.Stopped as stopped:  # while it waited for images, or evaluated
             received = stopped.number
-            if self.step < self.steps and self.ranks > 1:
-                raise  # the others cannot take part
+            if self.ranks > 1:
+                raise  # the others may know of nothing; an evaluation began with a save
             path = self._save() if self.step < self.steps else self.folder.newest()
         if received:
             self.log.say(
@@ -220,5 +220,6 @@ class Trainer:
             classes=self.class_names,
         )
         self.train_step.save_into(state)
-        with signals.saving():
+        with distributed.saving():
+            self.log.flush()
             return self.folder.save(self.global_step, state)
