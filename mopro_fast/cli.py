@@ -10,7 +10,7 @@ import warnings
 from mopro_fast import peers, signals
 from mopro_fast.console import guarded, say, tell
 from mopro_fast.errors import UserError, of_the_machine
-from mopro_fast.files import home, open_files
+from mopro_fast.files import ask_for_open_files, home
 
 COMMANDS = {  # name: module of this package, help
     "demo": ("demo", "train cross-entropy and MoPro on noisy real images, about 3 minutes on 2 cores"),
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None, *, own: bool | None = None) -> None:
     warnings.filterwarnings("ignore", module=r"PIL\.")  # about odd files: a check names them
     warnings.filterwarnings("ignore", ".*(broadcast_buffers|all_gather_into_tensor)", FutureWarning)  # of PyTorch 2.13
     with guarded() as whole:
-        open_files()  # each shard and each connection of a worker is one
+        ask_for_open_files()  # each shard and each connection of a worker is one
         status = _status(argv, own)
         if status := status if whole() else status or 1:
             peers.leave(status)

@@ -346,14 +346,18 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def open_files() -> int:
-    """How many files this process may have open, after it has asked for more."""
+    """How many files this process may have open."""
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _HANDLES if most == resource.RLIM_INFINITY else most
+
+
+def ask_for_open_files() -> None:
+    """Raise that as far as the system allows and we may need."""
     most, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most != resource.RLIM_INFINITY and most < _HANDLES:
         wanted = _HANDLES if hard == resource.RLIM_INFINITY else min(hard, _HANDLES)
         with contextlib.suppress(OSError, ValueError):  # macOS has a lower bound of its own
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-            most = wanted
-    return _HANDLES if most == resource.RLIM_INFINITY else most
 
 
 def home(path: str) -> str:

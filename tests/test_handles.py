@@ -18,7 +18,7 @@ from mopro_fast.data.index import load_index
 from mopro_fast.data.paths import Paths
 from mopro_fast.data.reader import Reader
 from mopro_fast.errors import UserError
-from mopro_fast.files import json_object, open_files
+from mopro_fast.files import ask_for_open_files, json_object, open_files
 
 IMAGES = 6
 
@@ -86,7 +86,7 @@ def test_out_of_handles_is_one_line(way, folder):
 
 
 def test_a_command_out_of_handles_is_one_line(folder, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "open_files", lambda: 0)
+    monkeypatch.setattr(cli, "ask_for_open_files", lambda: None)
     with none_left(), pytest.raises(SystemExit) as ended:
         cli.main(["check", str(folder / "pack")])
     error = capsys.readouterr().err
@@ -97,6 +97,7 @@ def test_a_process_asks_for_as_many_as_it_may_have():
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, before[1]))
     try:
+        ask_for_open_files()
         assert open_files() == resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 64
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
