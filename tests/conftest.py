@@ -8,6 +8,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 
 import importlib.util
 import re
+import signal
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,11 @@ if not torch.cuda.is_available():
     interpreter.refuse_what_it_cannot_run_with()
     if importlib.util.find_spec("triton") and os.environ.get("PLAIN_INTERPRETER") != "1":
         interpreter.speed_up()
+
+
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:  # under nohup, or behind a shell's &: the tests send them
+        signal.signal(number, handler)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -95,7 +95,7 @@ def computing():
 def test_a_limit_ends_with_the_work():
     assert [item for _, item in workers.run(slow_after_work, deque([()]), 1)] == [1, workers.Done()]
     with workers.limited():  # in this process it does nothing
-        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+        assert signal.getitimer(signal.ITIMER_PROF) == (0, 0)
 
 
 def slow_after_work():

@@ -395,6 +395,8 @@ def _is_finished(job: ShardJob, source: str) -> bool:
         lines = index.decode().splitlines()[1:]
         places = [list(map(int, line.split()[1:3])) for line in lines]
         named = record["rows"] + record["skipped"]
+        if any(len(row) not in (5, 6) or misfit(row[5:], [int]) for row in record["rows"]):
+            return False
         return places == [row[3:5] for row in record["rows"]] and sorted(row[:3] for row in named) == sorted(
             map(list, job.rows())
         )
