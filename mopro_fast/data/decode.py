@@ -3,8 +3,9 @@
 Pixels are Pillow's ``convert("RGB")`` of the upright image, as the official code sees them but for orientation:
 alpha is dropped, not composited; a palette's transparent entries show their colour; CMYK is converted by Pillow's
 formula, inverted first where Adobe wrote it so; ICC profiles are ignored; of several frames or images the first
-counts. Differences: 16-bit grey is divided by 257, where some Pillow versions clip it to white; floats and 32-bit
-integers are scaled to 0 ... 255; an image of more than MOST_PIXELS is made smaller by a whole number.
+counts. Differences: 16-bit grey is scaled to 8 bits (from 12 or 8 bits where it uses no more), where some Pillow
+versions clip it to white; floats and 32-bit integers are scaled to 0 ... 255; an image of more than MOST_PIXELS is made
+smaller by a whole number.
 """
 
 import io

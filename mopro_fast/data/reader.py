@@ -2,9 +2,8 @@
 
 Bytes that DALI cannot decode invalidate its pipeline, or end the process. So of every image the crc32 of what is read
 is compared with that of what was examined (by a check, or when it was packed). Other bytes of a file are examined
-again, those of a pack are damage. That
-and converting odd images is done by processes of their own, which take the memory and the crashes of their libraries
-with them. An image that nobody can read is replaced by another one.
+again; those of a pack are damage. Processes of their own examine and convert images, and take the memory and the
+crashes of their libraries with them. An image that nobody can read is replaced by another one.
 """
 
 import os

@@ -90,8 +90,6 @@ class ShardSet:
     """[n]: its path there."""
     classes: list[str] | None
     """The classes' names, where the data had them."""
-    digest: str
-    """sha256 of the table of these columns: equal for equal packs."""
     crc32: np.ndarray | None = None
     """int64 [n] of its bytes; None of packs made before they had it."""
     _files: "_Open" = field(default_factory=lambda: _Open())
@@ -225,7 +223,6 @@ def open_shards(folder: str | os.PathLike, split: str = "train") -> ShardSet:
         [shard["name"] for shard in listed["shards"]],
         paths=paths,
         classes=manifest["classes"],
-        digest=listed["table"]["sha256"],
         **columns,
     )
 
