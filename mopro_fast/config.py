@@ -30,15 +30,17 @@ from mopro_fast.files import MARKER, MOST_TEXT, home, read_regular
 
 _INTERVALS = {
     "[0, 1]": "data.max_broken data.hw_decoder_load data.augment.flip data.augment.grayscale data.augment.brightness "
-    "data.augment.contrast data.augment.saturation mopro.key_momentum mopro.proto_momentum mopro.alpha mopro.threshold",
-    "(0, 1]": "optim.decay share data.augment.scale",
+    "data.augment.contrast data.augment.saturation mopro.key_momentum mopro.proto_momentum mopro.alpha mopro.threshold "
+    "capro.beta",
+    "(0, 1]": "optim.decay share data.augment.scale data.augment.scale_k",
     "[0, 1)": "optim.momentum",
     "[0, 0.5]": "data.augment.hue",
     "[0.0001, 1000]": "mopro.temperature",
     "[0.015625, 16]": "model.width",  # from one channel in the first stage
     "[0, 1000]": "optim.weight_decay mixup",
-    "[0, 1000000]": "optim.lr optim.encoder_lr mopro.w_inst mopro.w_proto",
-    "[0, 1000000000]": "data.shuffle_shards mopro.start_clean optim.milestones optim.warmup_epochs",
+    "[0, 1000000]": "optim.lr optim.encoder_lr mopro.w_inst mopro.w_proto capro.w_recn capro.colour_shift",
+    "[0, 1000000000]": "data.shuffle_shards mopro.start_clean optim.milestones optim.warmup_epochs capro.init_proto "
+    "capro.unfreeze_epoch capro.update_freq",
     "[0, 1048576]": "model.bn_group",
     "[0, 4096]": "data.threads",
     "[0, 9223372036854775808)": "run.seed",
@@ -54,7 +56,7 @@ _INTERVALS = {
 LIMITS = {name: interval for interval, names in _INTERVALS.items() for name in names.split()}
 """Where the numbers of every setting lie, those of re-training and fine-tuning included."""
 PATHS = {f"data.{name}" for name in ("path", "root", "val", "extra_val", "holdout")}
-PATHS |= {"run.out", "run.resume", "run.init", "cleaned", "list"}
+PATHS |= {"run.out", "run.resume", "run.init", "capro.anchors", "cleaned", "list"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class AugmentConfig:
 
     scale: tuple[float, float] = (0.2, 1.0)
     """Smallest and largest area of a crop, as a fraction of the image."""
+    scale_k: tuple[float, float] | None = None
+    """view_k: smallest and largest area of its crop (default: --scale)."""
     flip: float = 0.5
     """Probability of a horizontal flip, in both views."""
     grayscale: float = 0.2
@@ -79,11 +83,14 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         for name, _, value in _settings(self, "data.augment."):
             _require_in_limits(name, flag(name), value)
-        low, high = self.scale
-        _require(low <= high, f"--scale {low} {high}: the smallest area comes first")
+        for name in ("scale", "scale_k"):
+            low, high = getattr(self, name) or (0, 1)
+            _require(low <= high, f"{flag(name)} {low} {high}: the smallest area comes first")
 
 
-VIEW_K = frozenset(f"data.augment.{name}" for name in ("grayscale", "brightness", "contrast", "saturation", "hue"))
+VIEW_K = frozenset(
+    f"data.augment.{name}" for name in ("scale_k", "grayscale", "brightness", "contrast", "saturation", "hue")
+)
 """Settings that only methods of two views read."""
 
 
@@ -180,7 +187,42 @@ class MoProConfig:
 
 
 MOPRO = frozenset(f"mopro.{name}" for name in MoProConfig.__annotations__)
-"""Settings that only MoPro reads."""
+"""Settings that only MoPro and CAPro read."""
+
+
+@dataclass
+class CAProConfig:
+    """What CAPro adds to MoPro's settings, which hold for it as well (symbols as in its paper)."""
+
+    anchors: str = ""
+    """anchors.parquet, or its folder: the images whose texts match their class. The prototypes start from them, and
+    label correction leaves them alone. Needed where --init-proto is an epoch."""
+    init_proto: int | Literal["never"] = "never"
+    """Epoch (0-based) at whose start the prototypes are computed from the anchors; the prototypical loss counts from
+    the next one on. never: the vanilla stage, without prototypes and label correction."""
+    unfreeze_epoch: int | Literal["never"] = 0
+    """First epoch (0-based) in which the encoder is trained, not only the heads. never: as the published code runs."""
+    beta: float = 0.1
+    """Weight of the bootstrapped targets against the labels."""
+    w_recn: float = 1.0
+    """Weight of the reconstruction loss."""
+    soft_label: Literal[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10] = 7
+    """What the labels are mixed with (the code's --use_soft_label). For the auxiliary classifier: 7 collective
+    bootstrapping, the method; 10 its own prediction; 0 nothing. Ablations, for the classifier: 1 its own prediction,
+    2 uniform, 3 and 4 SCC, 5 NCR, 6 the prototypes', 8 the auxiliary classifier's, 9 collective bootstrapping."""
+    bootstrap_weights: Literal["linear", "softmax"] = "linear"
+    """How collective bootstrapping weighs a key by its cosine c: linear: max(c, 0), as in the code; softmax: exp(c/T),
+    which is sharper. Not in the paper."""
+    update_freq: int = 1
+    """The prototypes move in epochs that this divides; 0: they are computed anew from the anchors every epoch instead."""
+    colour_shift: float = 0.1
+    """Both views: standard deviation of a shift of all colours along ImageNet's principal components."""
+    row_weights: bool = False
+    """Weigh each step's losses by the mean of its rows' weights, the column "weight" of --anchors."""
+
+
+CAPRO = frozenset(f"capro.{name}" for name in CAProConfig.__annotations__)
+"""Settings that only CAPro reads."""
 
 
 @dataclass
@@ -193,14 +235,15 @@ class OptimConfig:
     """Rows per step over all ranks."""
     lr: float = 0.1
     """Learning rate at the start."""
-    schedule: Literal["step", "cosine"] = "step"
-    """step: times --decay at every milestone; cosine: half a cosine down to 0. Both change between epochs."""
+    schedule: Literal["step", "cosine", "warmup-cosine"] = "step"
+    """step: times --decay at every milestone; cosine: half a cosine down to 0; warmup-cosine: as in CAPro's code, half
+    a cosine over the epochs after the warm-up, whose epochs rise linearly. All change between epochs."""
     milestones: tuple[int, ...] = (40, 80)
     """Epochs at which the step schedule lowers the learning rate."""
     decay: float = 0.1
     """Factor of the step schedule at every milestone."""
     warmup_epochs: float = 0
-    """Epochs over which the learning rate rises linearly from 0, step by step."""
+    """Epochs over which the learning rate rises linearly from 0, step by step (warmup-cosine: epoch by epoch)."""
     scale_lr: bool = False
     """Multiply lr by batch_size/256."""
     momentum: float = 0.9
@@ -315,11 +358,13 @@ class Settings:
 class TrainConfig(Settings):
     """One training run."""
 
-    method: Literal["mopro", "ce"] = "mopro"
-    """mopro, or ce: plain cross-entropy on the given labels, through the same loop (the baseline)."""
+    method: Literal["mopro", "capro", "ce"] = "mopro"
+    """mopro; capro: MoPro with anchored prototypes and collective bootstrapping; or ce: plain cross-entropy on the
+    given labels, through the same loop (the baseline)."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     mopro: MoProConfig = field(default_factory=MoProConfig)
+    capro: CAProConfig = field(default_factory=CAProConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
@@ -331,13 +376,31 @@ class TrainConfig(Settings):
             m.bn_group == 0 or rows % m.bn_group == 0,
             f"--bn-group {m.bn_group} does not divide the {rows} rows of a rank: choose a divisor, or 0 for all rows",
         )
-        if self.method == "mopro":
+        if self.method != "ce":
             _require(
                 p.queue_size >= self.optim.batch_size,
                 f"--queue-size {p.queue_size} is smaller than --batch-size {self.optim.batch_size}: "
                 "one step's keys must fit",
             )
+        if self.method == "mopro":
             _require(p.start_clean >= 1, "--start-clean must be at least 1: epoch 0 makes the first prototypes")
+        if self.method == "capro":
+            self._validate_capro()
+
+    def _validate_capro(self) -> None:
+        p, c = self.mopro, self.capro
+        _require(not p.calibrate, "--calibrate True is MoPro's: CAPro's label correction has no calibration")
+        _require(
+            c.bootstrap_weights == "linear" or c.soft_label in (7, 9),
+            f"--bootstrap-weights softmax has no effect with --soft-label {c.soft_label}",
+        )
+        _require(not c.row_weights or c.anchors, "--row-weights True needs --anchors with a column weight")
+        if c.init_proto != "never":
+            _require(c.anchors, f"--init-proto {c.init_proto} needs --anchors: the prototypes are computed from them")
+            _require(
+                p.start_clean > c.init_proto,
+                f"--start-clean {p.start_clean} must be greater than --init-proto {c.init_proto}, whose prototypes it needs",
+            )
 
 
 def webvision_v1() -> TrainConfig:
@@ -358,6 +421,38 @@ def webvision_mini() -> TrainConfig:
 def google500() -> TrainConfig:
     """Google-500: 500 classes of web images."""
     return TrainConfig(data=DataConfig(num_classes=500))
+
+
+def capro_webvision_vanilla() -> TrainConfig:
+    """CAPro on WebVision 1.0, first stage: no prototypes."""
+    return _capro(1000, epochs=120, warmup=10)
+
+
+def capro_webvision() -> TrainConfig:
+    """CAPro on WebVision 1.0, second stage: anchored prototypes and label correction (with --init and --anchors)."""
+    return _capro(1000, epochs=60, warmup=5, init_proto=5, start_clean=11)
+
+
+def capro_google500_vanilla() -> TrainConfig:
+    """CAPro on Google-500, first stage: no prototypes."""
+    return _capro(500, epochs=120, warmup=10)
+
+
+def capro_google500() -> TrainConfig:
+    """CAPro on Google-500, second stage: anchored prototypes and label correction (with --init and --anchors)."""
+    return _capro(500, epochs=120, warmup=10, init_proto=10, start_clean=21)
+
+
+def _capro(classes: int, epochs: int, warmup: int, init_proto: int | None = None, start_clean: int = 11) -> TrainConfig:
+    """The official settings. Their --start_clean_epoch is one less: the last epoch that keeps all labels."""
+    vanilla = init_proto is None
+    return TrainConfig(
+        method="capro",
+        data=DataConfig(num_classes=classes, augment=AugmentConfig(scale=(0.8, 1.0), scale_k=(0.2, 1.0))),
+        mopro=MoProConfig(threshold=0.6, start_clean=start_clean),
+        capro=CAProConfig() if vanilla else CAProConfig(init_proto=init_proto, unfreeze_epoch=init_proto),
+        optim=OptimConfig(epochs=epochs, schedule="warmup-cosine", warmup_epochs=warmup),
+    )
 
 
 def small() -> TrainConfig:
@@ -395,6 +490,10 @@ RECIPES = {
     "webvision-v2": webvision_v2,
     "webvision-mini": webvision_mini,
     "google500": google500,
+    "capro-webvision-vanilla": capro_webvision_vanilla,
+    "capro-webvision": capro_webvision,
+    "capro-google500-vanilla": capro_google500_vanilla,
+    "capro-google500": capro_google500,
     "small": small,
     "demo": demo,
 }
@@ -608,6 +707,8 @@ def _require_in_limits(name: str, shown: str, value: Any) -> None:
     interval = LIMITS[name]
     low, high = map(float, interval[1:-1].split(", "))
     for v in value if isinstance(value, (tuple, list)) else (value,):
+        if isinstance(v, str):  # a choice, such as never
+            continue
         inside = (low < v if interval[0] == "(" else low <= v) and (v < high if interval[-1] == ")" else v <= high)
         _require(inside, f"{shown} must lie in {interval}, got {_told(v)}")
 
