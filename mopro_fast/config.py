@@ -214,7 +214,7 @@ class CAProConfig:
     """How collective bootstrapping weighs a key by its cosine c: linear: max(c, 0), as in the code; softmax: exp(c/T),
     which is sharper. Not in the paper."""
     update_freq: int = 1
-    """The prototypes move in epochs that this divides; 0: they are computed anew from the anchors every epoch instead."""
+    """The prototypes move in epochs that this divides; 0: each epoch begins with new ones from the anchors."""
     colour_shift: float = 0.1
     """Both views: standard deviation of a shift of all colours along ImageNet's principal components."""
     row_weights: bool = False
@@ -399,7 +399,7 @@ class TrainConfig(Settings):
             _require(c.anchors, f"--init-proto {c.init_proto} needs --anchors: the prototypes are computed from them")
             _require(
                 p.start_clean > c.init_proto,
-                f"--start-clean {p.start_clean} must be greater than --init-proto {c.init_proto}, whose prototypes it needs",
+                f"--start-clean {p.start_clean} must be above --init-proto {c.init_proto}: correction needs prototypes",
             )
 
 
