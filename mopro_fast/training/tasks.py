@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mopro_fast.config import MOPRO, TrainConfig
+from mopro_fast.config import CAPRO, MOPRO, TrainConfig
 from mopro_fast.console import Progress
 from mopro_fast.data import inputs
 from mopro_fast.data.anchors import read_anchors
@@ -33,7 +33,7 @@ class CrossEntropyTask(Task):
     """Plain cross-entropy on the given labels."""
 
     config: TrainConfig
-    free = MOPRO
+    free = MOPRO | CAPRO
 
     def build(self) -> Method:
         return build(self.config)
@@ -43,6 +43,7 @@ class MoProTask(Task):
     """MoPro: view_k's rows change ranks before the step."""
 
     config: TrainConfig
+    free = CAPRO
     two_views = True
 
     def advice(self, relabelling: bool) -> str:
@@ -64,6 +65,7 @@ class MoProTask(Task):
 class CAProTask(MoProTask):
     """CAPro: MoPro's, with anchors and colour shifts. Prototypes start from the anchors at ``init_proto``."""
 
+    free = frozenset()
     begins_with = "table of --anchors"
 
     def advice(self, relabelling: bool) -> str:
