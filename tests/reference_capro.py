@@ -49,7 +49,7 @@ class PlainCAPro:
         return t / t.sum()
 
     def step(self, views_q, views_k, labels, anchors, epoch: int, order, frozen: bool):
-        """Views [W, N, 3, H, W], labels and anchors [W, N]; -> (per rank a dict of losses, labels, kept; mean gradients).
+        """Views [W, N, 3, H, W], labels and anchors [W, N]; -> (losses, labels and kept of each rank; mean gradients).
 
         order: of all ranks' rows for the key encoder.
         """

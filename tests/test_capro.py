@@ -1,7 +1,5 @@
 """CAPro's step against the plain, loop-written method of reference_capro.py, and what its stages leave alone."""
 
-import copy
-
 import pytest
 import torch
 from processes import on_ranks
@@ -9,11 +7,10 @@ from reference_capro import PlainCAPro
 from small_step import SGD, train_step
 from test_step import as_floats, close, smooth
 
-from mopro_fast import ops
 from mopro_fast.config import CAProConfig, MoProConfig
 from mopro_fast.data.batches import Batch
 from mopro_fast.distributed import shuffle_order
-from mopro_fast.models.capro import CAPro, soft_targets
+from mopro_fast.models.capro import CAPro
 from mopro_fast.models.resnet import ResNet, Trunk
 from mopro_fast.training.step import Shuffle
 
@@ -27,7 +24,7 @@ def small_capro(**changes) -> CAPro:
     torch.manual_seed(0)
     capro = CAProConfig(init_proto=INIT, anchors="a", unfreeze_epoch=0, w_recn=0.7)
     mopro = MoProConfig(
-        queue_size=QUEUE, key_momentum=0.9, proto_momentum=0.9, threshold=0.4, start_clean=CLEAN, w_inst=0.7, w_proto=1.3
+        queue_size=QUEUE, key_momentum=0.9, proto_momentum=0.9, start_clean=CLEAN, w_inst=0.7, w_proto=1.3
     )
     for name, value in changes.items():
         setattr(capro if hasattr(capro, name) else mopro, name, value)
@@ -57,7 +54,7 @@ def compare_plain_steps(rank: int, ranks: int) -> None:
         labels = torch.randint(CLASSES - 2, (ranks, ROWS), generator=g)  # few classes: every batch repeats some
         labels[torch.rand(ranks, ROWS, generator=g) < 0.15] = -1  # none given
         anchors = torch.rand(ranks, ROWS, generator=g) < 0.3
-        model.config.threshold = 0.4
+        model.config.threshold = 0.45
         if step == NOTHING_KEPT:
             model.config.threshold = 1.0
             labels[0], anchors[0] = -1, False
