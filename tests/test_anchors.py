@@ -69,7 +69,7 @@ def test_a_path_goes_before_an_id(write, index):
     assert read(write(path=["b.jpg"], id=[9], anchor=[1]), index) == [1]
 
 
-def test_an_image_in_several_rows(write, index, capsys):
+def test_an_image_in_several_rows(write, index):
     """With labels a row is for those of that label, without for all of the image."""
     assert read(write(path=["a.jpg", "b.jpg"], label=[2, 1], anchor=[1, 1]), index) == [1, 4]
     assert read(write(path=["a.jpg", "a.jpg"], label=[2, 0], anchor=[1, 0]), index) == [4]

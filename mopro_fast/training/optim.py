@@ -305,7 +305,7 @@ def learning_rate(config: OptimConfig, epoch: int, step: int, steps_per_epoch: i
     lr = config.lr * (config.batch_size / 256 if config.scale_lr else 1.0)
     if config.schedule == "warmup-cosine":
         first = config.warmup_epochs
-        if 0 < first and epoch <= first:
+        if first > 0 and epoch <= first:
             return lr * max(epoch, 1) / first
         return lr * 0.5 * (1.0 + math.cos(math.pi * (epoch - first) / (config.epochs - first)))
     warmup = config.warmup_epochs * steps_per_epoch
