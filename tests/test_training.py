@@ -1,6 +1,7 @@
 """The trainer as a user runs it: interrupted and resumed bit for bit, on one and two ranks, and its refusals."""
 
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -472,3 +473,22 @@ def test_learning_rate_schedules():
     scaled = OptimConfig(lr=0.1, batch_size=1024, scale_lr=True, warmup_epochs=2)
     assert learning_rate(scaled, 0, 0, 10) == pytest.approx(0.4 / 20)
     assert learning_rate(scaled, 1, 9, 10) == pytest.approx(0.4) == learning_rate(scaled, 2, 0, 10)
+
+
+WARMUP_COSINE = {  # epochs of warm-up: the learning rate of some epochs of 20
+    0: {0: 0.1, 2: 0.0975528258, 10: 0.05, 18: 0.0024471742},
+    5: {0: 0.02, 1: 0.02, 2: 0.04, 4: 0.08, 5: 0.1, 8: 0.0904508497, 18: 0.0043227271},
+    10: {0: 0.01, 1: 0.01, 2: 0.02, 9: 0.09, 10: 0.1, 11: 0.0975528258, 15: 0.05, 18: 0.0095491503},
+}
+
+
+@pytest.mark.parametrize("first", WARMUP_COSINE)
+def test_learning_rate_after_a_warmup_of_epochs(first):
+    """As CAPro's code sets it, once per epoch: lr·max(e, 1)/U up to e = U, then lr·(1 + cos(π(e − U)/(E − U)))/2."""
+    config = OptimConfig(lr=0.1, epochs=20, schedule="warmup-cosine", warmup_epochs=first)
+    expected = WARMUP_COSINE[first]
+    for step in (0, 6):
+        found = {epoch: learning_rate(config, epoch, step, 7) for epoch in expected}
+        assert found == pytest.approx(expected, rel=1e-8)
+    scaled = dataclasses.replace(config, batch_size=1024, scale_lr=True)
+    assert learning_rate(scaled, 18, 0, 7) == pytest.approx(4 * expected[18], rel=1e-8)

@@ -1,6 +1,6 @@
 """The two views' augmentations: their random numbers and crop boxes (numpy, host). Colours: ops/colour.py.
 
-view_q: random resized crop, horizontal flip. view_k: the same, by --scale-k with crop areas of its own, and
+view_q: random resized crop, horizontal flip. view_k: the same, with areas of its own where these are set, and with
 grayscale and colour jitter before the flip.
 Source: DataLoader/dataloader.py of salesforce/MoPro; the arithmetic is that of torchvision's transforms on
 Pillow images, down to the rounding to 8 bits after every operation.
