@@ -337,6 +337,12 @@ class Settings:
         for name in d.extra_val:
             fits = name.strip() and name.isprintable() and "/" not in name
             _require(fits, f"--extra-val {name!r}: the log cannot show this name")
+        if o.schedule == "warmup-cosine":
+            _require(
+                o.warmup_epochs < o.epochs and o.warmup_epochs == int(o.warmup_epochs),
+                f"--warmup-epochs {o.warmup_epochs} must be a whole number below --epochs {o.epochs} with "
+                "--schedule warmup-cosine",
+            )
         _require(not (o.nesterov and o.momentum == 0), "--nesterov needs --momentum above 0")
         _require(
             o.sgd != "apex" or not r.cuda_graph,

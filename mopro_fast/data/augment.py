@@ -1,6 +1,7 @@
 """The two views' augmentations: their random numbers and crop boxes (numpy, host). Colours: ops/colour.py.
 
-view_q: random resized crop, horizontal flip. view_k: the same, with grayscale and colour jitter before the flip.
+view_q: random resized crop, horizontal flip. view_k: the same, where asked for with areas of its own, with grayscale and
+colour jitter before the flip.
 Source: DataLoader/dataloader.py of salesforce/MoPro; the arithmetic is that of torchvision's transforms on
 Pillow images, down to the rounding to 8 bits after every operation.
 """
@@ -54,15 +55,16 @@ def draw(rng: np.random.Generator, n: int, config: AugmentConfig, skip: int = 0)
     used = np.flatnonzero(strength)  # an operation of strength 0 is left out, as ColorJitter does
     order = used[colour[:, 5:][:, used].argsort(1)]
     jitter = Jitter(colour[:, 0] < config.grayscale, factors.astype(np.float32), order)
-    return Views(_crops(q, config), _crops(k, config), jitter)
+    crops = _crops(q, config.scale, config.flip), _crops(k, config.scale_k or config.scale, config.flip)
+    return Views(*crops, jitter)
 
 
-def _crops(u: np.ndarray, config: AugmentConfig) -> Crops:
-    low, high = config.scale
+def _crops(u: np.ndarray, scale: tuple[float, float], flip: float) -> Crops:
+    low, high = scale
     area = low + (high - low) * u[:, :ATTEMPTS]
     ratio = np.exp(np.log(WIDEST) * (2 * u[:, ATTEMPTS : 2 * ATTEMPTS] - 1))
     sides = np.stack([np.sqrt(area / ratio), np.sqrt(area * ratio)], axis=2)
-    return Crops(sides, u[:, -3:-1], u[:, -1] < config.flip)
+    return Crops(sides, u[:, -3:-1], u[:, -1] < flip)
 
 
 def crop_boxes(shapes: np.ndarray, crops: Crops) -> np.ndarray:

@@ -74,11 +74,19 @@ class TrainBatches(Batches):
     shuffle_shards: int = 0
     """This and ``repeats``: see order.epoch_order."""
     repeats: np.ndarray | None = None
+    whole: bool = False
+    """An epoch shows every usable row (once, without ``repeats``), however few there are: its first rows, again, fill
+    the last batch. Row i of N at a step is a fill-in unless (step · world_size + rank) · N + i < len(index.usable)."""
 
     def __post_init__(self) -> None:
+        images, rows = len(self.index.usable), self.batch_size * self.world_size
         held_out = f" without the {len(self.index.held_out)} of --holdout" if len(self.index.held_out) else ""
-        require_rows(len(self.index.usable), self.batch_size * self.world_size, self.index.source + held_out)
-        self.steps_per_epoch = len(self.index.usable) // (self.batch_size * self.world_size)
+        source = self.index.source + held_out
+        if not self.whole:
+            require_rows(images, rows, source)
+        elif not images:
+            raise UserError(f"no image of {source} can be shown: name more images, or others")
+        self.steps_per_epoch = -(-images // rows) if self.whole else images // rows
         self.lost: list[tuple[int, int, Lost]] = []
         self._latest: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))  # an epoch and its order
 
@@ -92,7 +100,10 @@ class TrainBatches(Batches):
 
     def _order(self, epoch: int) -> np.ndarray:
         if self._latest[0] != epoch:
-            self._latest = (epoch, epoch_order(self.index, self.seed, epoch, self.shuffle_shards, self.repeats))
+            order = epoch_order(self.index, self.seed, epoch, self.shuffle_shards, self.repeats)
+            if self.whole:
+                order = np.resize(order, self.steps_per_epoch * self.batch_size * self.world_size)
+            self._latest = (epoch, order)
         return self._latest[1]
 
     def _rows(self, epoch: int, step: int) -> np.ndarray:

@@ -135,11 +135,16 @@ def _trusted(index: Index, path: str, classes: int) -> tuple[np.ndarray, np.ndar
 
 
 def train_loader(
-    c: Settings, index: Index, device: torch.device, two_views: bool, repeats: np.ndarray | None = None
+    c: Settings,
+    index: Index,
+    device: torch.device,
+    two_views: bool,
+    repeats: np.ndarray | None = None,
+    whole: bool = False,
 ) -> TrainBatches:
-    """repeats: see order.epoch_order."""
+    """repeats: see order.epoch_order; whole: see TrainBatches."""
     d = c.data
-    options = {"seed": c.run.seed, "augment": d.augment, "two_views": two_views, "repeats": repeats}
+    options = {"seed": c.run.seed, "augment": d.augment, "two_views": two_views, "repeats": repeats, "whole": whole}
     options |= {"shuffle_shards": d.shuffle_shards, **_shared(c, device)}
     return DeviceTrainLoader(index, **options) if d.cache == "device" else TrainLoader(index, **options)
 

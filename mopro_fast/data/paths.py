@@ -1,8 +1,8 @@
 """File names as the file system has them: any bytes but zero, without a Python object per name."""
 
 import os
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +11,6 @@ import pyarrow.compute as pc
 from mopro_fast.console import escaped
 from mopro_fast.errors import first_line
 
-_TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
 _PIECE = 1 << 20  # names joined at a time
 
 
@@ -65,31 +64,64 @@ class Paths:
             yield b"\n" * (first > 0) + b"\n".join(self.column[first : first + _PIECE].to_pylist())
 
 
-def read_columns(
-    file: Any, *numbers: str, optional: str = ""
-) -> tuple[Paths, dict[str, np.ndarray], dict[bytes, bytes]]:
-    """Of a Parquet file (a path or an open one) the column "path", these others as int64, and its metadata.
+class Kind(NamedTuple):
+    """What a column of a table can be."""
 
-    optional: one more, where it is there. Raises a ValueError where one is missing, of another type, or has no value
+    said: str
+    """For messages."""
+    types: tuple[Callable[[pa.DataType], bool], ...]
+    taken: Callable[[pa.ChunkedArray], Paths | np.ndarray]
+    """As what it is given."""
+    complete: bool = True
+    """Whether every row must have a value."""
+
+
+def _as_numbers(to: pa.DataType) -> Callable[[pa.ChunkedArray], np.ndarray]:
+    return lambda column: column.cast(to).combine_chunks().to_numpy(zero_copy_only=False)
+
+
+TEXT = Kind("text", (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary), Paths)
+WHOLE = Kind("whole numbers", (pa.types.is_integer,), _as_numbers(pa.int64()))
+FLAGS = Kind("whole numbers or booleans", (pa.types.is_integer, pa.types.is_boolean), _as_numbers(pa.int64()))
+NUMBERS = Kind("numbers", (pa.types.is_integer, pa.types.is_floating), _as_numbers(pa.float64()), complete=False)
+
+
+def read_table(
+    file: Any, required: dict[str, Kind], optional: dict[str, Kind]
+) -> tuple[dict[str, Any], dict[bytes, bytes]]:
+    """Of a Parquet file (a path or an open one) these columns, and its metadata.
+
+    Raises a ValueError where a required one is missing, where one is of another type or, if it must, has no value
     somewhere; an OSError.
     """
     import pyarrow.parquet as pq
 
     try:
         table = pq.read_table(file, memory_map=False)
-        if lacks := [name for name in ("path", *numbers) if name not in table.column_names]:
+        if lacks := [name for name in required if name not in table.column_names]:
             raise ValueError(f"it has no column {lacks[0]}")
-        names = ("path", *numbers, optional)
-        columns = {name: table[name] for name in names if name in table.column_names}
-        for name, column in columns.items():
-            of = _TEXT if name == "path" else (pa.types.is_integer,)
-            if column.null_count or not any(is_type(column.type) for is_type in of):
-                raise ValueError(f"{name} is not {'text' if name == 'path' else 'whole numbers'} everywhere")
-        paths = Paths(columns.pop("path"))
-        found = {name: column.cast(pa.int64()).combine_chunks().to_numpy() for name, column in columns.items()}
-        return paths, found, table.schema.metadata or {}
-    except (pa.ArrowException, NotImplementedError) as error:
+        found = {}
+        for name, kind in (required | optional).items():
+            if name not in table.column_names:
+                continue
+            column = table[name]
+            if (kind.complete and column.null_count) or not any(is_type(column.type) for is_type in kind.types):
+                raise ValueError(f"{name} is not {kind.said} everywhere")
+            found[name] = kind.taken(column)
+        return found, table.schema.metadata or {}
+    except (pa.ArrowException, NotImplementedError, KeyError) as error:  # KeyError: a name that is there twice
         raise ValueError(first_line(error)) from None
+
+
+def read_columns(
+    file: Any, *numbers: str, optional: str = ""
+) -> tuple[Paths, dict[str, np.ndarray], dict[bytes, bytes]]:
+    """As :func:`read_table`: the column "path", these others as int64, and the metadata.
+
+    optional: one more, where it is there.
+    """
+    columns, about = read_table(file, {"path": TEXT} | dict.fromkeys(numbers, WHOLE), {optional: WHOLE})
+    return columns.pop("path"), columns, about
 
 
 def shown(name: str) -> str:

@@ -4,6 +4,7 @@ Mixup depends on (seed, step) alone, so that an interrupted and resumed run ends
 """
 
 import dataclasses
+import typing
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -27,7 +28,8 @@ from mopro_fast.transfer import to_device
 
 MIXUP = 3  # first word of the generators' seeds; data/ has 0 to 2
 # The augmentations of view_q: what only view_k has keeps its value and is no option.
-_HIDDEN = [(name.rpartition(".")[2], tyro.conf.Suppress[float]) for name in VIEW_K]
+_TYPES = typing.get_type_hints(AugmentConfig)
+_HIDDEN = [(name, tyro.conf.Suppress[_TYPES[name]]) for name in _TYPES if f"data.augment.{name}" in VIEW_K]
 OneView = dataclasses.make_dataclass("OneView", _HIDDEN, bases=(AugmentConfig,), frozen=True)
 
 

@@ -6,7 +6,7 @@ import sys
 import tyro
 
 from mopro_fast import console, distributed
-from mopro_fast.config import MOPRO, RECIPES, VIEW_K, TrainConfig, differences, flag, recipe
+from mopro_fast.config import CAPRO, MOPRO, RECIPES, VIEW_K, TrainConfig, differences, flag, recipe
 from mopro_fast.errors import UserError
 
 
@@ -41,15 +41,17 @@ def parse(argv: list[str]) -> TrainConfig:
         description=f"Recipe {argv[0]}: the values shown are its own; every option overrides one.",
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
     )
-    if config.method == "ce" and os.environ.get("RANK", "0") == "0":
+    unread = {"ce": MOPRO | VIEW_K | CAPRO, "mopro": CAPRO}.get(config.method, frozenset())
+    if unread and os.environ.get("RANK", "0") == "0":
         changed = differences(recipe(argv[0]).as_dict(), config.as_dict())
-        for name in (name for name in changed if name in MOPRO | VIEW_K):
-            console.say(f"note: {flag(name)} has no effect with --method ce")
+        for name in (name for name in changed if name in unread):
+            console.say(f"note: {flag(name)} has no effect with --method {config.method}")
     return config
 
 
 def _usage() -> str:
-    recipes = "\n".join(f"  {name:15s} {make.__doc__.splitlines()[0]}" for name, make in RECIPES.items())
+    width = max(map(len, RECIPES))
+    recipes = "\n".join(f"  {name:{width}} {make.__doc__.splitlines()[0]}" for name, make in RECIPES.items())
     return f"""usage: mopro-fast train RECIPE --data PATH --out FOLDER [options]
 
 RECIPE is one of

@@ -298,8 +298,16 @@ def build_optimizer(
 
 
 def learning_rate(config: OptimConfig, epoch: int, step: int, steps_per_epoch: int) -> float:
-    """The learning rate of this step (0-based). Constant within an epoch, as in the official code, after warm-up."""
+    """The learning rate of this step (0-based). Constant within an epoch, as in the official code, after warm-up.
+
+    warmup-cosine: also during warm-up, as in CAPro's official code.
+    """
     lr = config.lr * (config.batch_size / 256 if config.scale_lr else 1.0)
+    if config.schedule == "warmup-cosine":
+        first = config.warmup_epochs
+        if 0 < first and epoch <= first:
+            return lr * max(epoch, 1) / first
+        return lr * 0.5 * (1.0 + math.cos(math.pi * (epoch - first) / (config.epochs - first)))
     warmup = config.warmup_epochs * steps_per_epoch
     done = epoch * steps_per_epoch + step
     if done < warmup:

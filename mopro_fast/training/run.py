@@ -27,9 +27,10 @@ from mopro_fast.training.task import Task
 
 # Settings that may change between an interrupted run and its continuation: they do not change the result, apart from
 # rounding where another device or another SGD is chosen.
-# The data may move: its paths and labels are compared by digest.
+# The data may move: its paths and labels are compared by digest; the anchors of CAPro with what a run begins with.
 FREE = {"data.path", "data.root", "data.val", "data.layout", "data.extra_val", "data.threads", "data.max_broken"}
 FREE |= {"data.holdout", "data.hw_decoder_load", "optim.sgd"}  # which images are held out is compared
+FREE |= {"capro.anchors"}
 FREE |= {f"run.{name}" for name in ("out", "device", "log_every", "checkpoint_every", "keep")}
 FREE |= {f"run.{name}" for name in ("resume", "init", "tensorboard", "timeout", "cuda_graph", "compile", "recompute")}
 

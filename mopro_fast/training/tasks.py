@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
-from mopro_fast.config import MOPRO, TrainConfig
+from mopro_fast.config import CAPRO, MOPRO, TrainConfig
 from mopro_fast.data.batches import Batch
 from mopro_fast.models.build import build
 from mopro_fast.models.method import Method
@@ -17,7 +17,7 @@ class CrossEntropyTask(Task):
     """Plain cross-entropy on the given labels."""
 
     config: TrainConfig
-    free = MOPRO
+    free = MOPRO | CAPRO
 
     def build(self) -> Method:
         return build(self.config)
@@ -27,6 +27,7 @@ class MoProTask(Task):
     """MoPro: view_k's rows change ranks before the step."""
 
     config: TrainConfig
+    free = CAPRO
     two_views = True
 
     def advice(self, relabelling: bool) -> str:
