@@ -16,7 +16,7 @@ import numpy as np
 from mopro_fast import distributed
 from mopro_fast.data.index import Index
 from mopro_fast.data.paths import Paths, read_columns, shown
-from mopro_fast.downstream import supervised
+from mopro_fast.downstream import capro_labels, supervised
 from mopro_fast.downstream.supervised import SupervisedConfig, SupervisedOptim, SupervisedTask
 from mopro_fast.errors import UserError, first_line
 from mopro_fast.files import misfit, read_regular
@@ -31,6 +31,8 @@ class Retrain(SupervisedConfig):
 
     cleaned: str = ""
     """What `mopro-fast clean` wrote: cleaned.parquet, its folder, or a pseudo_label.json (the official one as well)."""
+    pathlist: str = ""
+    """CAPro's image_all_tfrecord.pathlist: which image is which, for a pseudo_label.json of its code."""
     resample: bool = True
     """Show an image more often the rarer its class is: classes in proportion to the square root of their size."""
     optim: SupervisedOptim = field(
@@ -47,7 +49,7 @@ class RetrainTask(SupervisedTask):
     """Trains on the cleaned labels."""
 
     command = "retrain"
-    free = frozenset({"cleaned"})
+    free = frozenset({"cleaned", "pathlist"})
 
     def labelled(self, index: Index) -> Index:
         trained, own = self.weights.classes, index.classes
@@ -70,7 +72,7 @@ def with_cleaned_labels(config: Retrain, index: Index) -> Index:
     path = path / "cleaned.parquet" if os.path.isdir(path) else path
     if not os.path.exists(path):
         raise UserError(f"no cleaned labels at {path}: name the --out of `mopro-fast clean`, or a file that it wrote")
-    paths, labels = _read(path)
+    paths, labels = _read(path, config.pathlist, index)
     rows = index.rows_of(paths)
     if (rows < 0).any():
         first = shown(paths[int((rows < 0).argmax())])
@@ -101,14 +103,18 @@ def with_cleaned_labels(config: Retrain, index: Index) -> Index:
     return dataclasses.replace(index, labels=new)
 
 
-def _read(path: Path) -> tuple[Paths, np.ndarray]:
+def _read(path: Path, pathlist: str, index: Index) -> tuple[Paths, np.ndarray]:
     """-> paths and labels int64, −1 for removed."""
     try:
         if path.suffix == ".json":
             found = json.loads(read_regular(path, _MOST)[0].decode("utf-8-sig", "surrogateescape"))
-            if wrong := misfit(found, {"images": [str], "labels": [int]}):
+            if isinstance(found, dict) and "samples" in found:
+                paths, labels = capro_labels.read(found, pathlist, index.paths)
+            elif wrong := misfit(found, {"images": [str], "labels": [int]}):
                 raise ValueError(wrong)
-            paths, labels = Paths(found["images"]), np.array(found["labels"], np.int64)
+            else:
+                paths, labels = Paths(found["images"]), found["labels"]
+            labels = np.array(labels, np.int64)
         else:
             paths, columns, _ = read_columns(path, "label")
             labels = columns["label"]

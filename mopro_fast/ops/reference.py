@@ -76,14 +76,20 @@ def mixed_scores(
     return alpha * classifier + (1 - alpha) * prototype, classifier, prototype
 
 
-def decide(t: Tensor, labels: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def decide(
+    t: Tensor, labels: Tensor, threshold: float, anchors: Tensor | None = None, inclusive: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The rule of :func:`ops.correct_labels` for t [N, C] -> labels, kept, winner, score, each [N]."""
-    classes = t.shape[1]
+    classes, reaches = t.shape[1], torch.ge if inclusive else torch.gt
     finite = t.isfinite().all(1)
+    labelled = (labels >= 0) & (labels < classes)
     given = t.gather(1, labels.clamp(0, classes - 1)[:, None])[:, 0]
-    confirmed = (labels >= 0) & (labels < classes) & (given > 1 / classes)
+    confirmed = labelled & reaches(given, 1 / classes)
     best, guess = t.max(1)  # ties: the lowest class
-    sure = finite & (best > threshold)
+    sure = finite & reaches(best, threshold)
+    if anchors is not None:
+        anchors = anchors & labelled
+        confirmed, sure = confirmed | anchors, sure & ~anchors
     winner, score = torch.where(finite, guess, -1), torch.where(finite, best, 0).float()
     return torch.where(sure, guess, labels), (finite & confirmed) | sure, winner, score
 
