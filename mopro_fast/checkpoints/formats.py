@@ -36,7 +36,8 @@ class Weights:
 
     path: Path
     kind: Literal["mopro_fast", "official", "capro", "torchvision", "safetensors"]
-    """capro: of CAPro's official code; torchvision: also timm's names, whatever the container; safetensors: this package's names in that format."""
+    """capro: of CAPro's official code; torchvision: also timm's names, whatever the container; safetensors: this
+    package's names in that format."""
     state: dict[str, Tensor]
     """encoder_q.* and, where present, encoder_k.*, queue [Q, D], queue_ptr int64 [1], prototypes [C, D]; of CAPro
     reconstruction.* and auxiliary.weight [C, D], and an encoder_k.* without heads."""

@@ -176,13 +176,19 @@ def _write_theirs(out: Path, pathlist: str | None) -> None:
 
 
 def _anchors(o: Clean, weights: Weights, index: Index) -> anchors.Anchors | None:
+    """Those given; else those of the training, if they are there and of this data."""
     if not weights.capro:
         return None
-    path = o.anchors
-    if path is None:
-        path = (weights.config or {}).get("capro", {}).get("anchors") or None
-        path = path if path and os.path.exists(path) else None
-    return None if path is None else anchors.read_anchors(path, index)
+    if o.anchors is not None:
+        return anchors.read_anchors(o.anchors, index)
+    path = (weights.config or {}).get("capro", {}).get("anchors")
+    if not path or not os.path.exists(path):
+        return None
+    try:
+        return anchors.read_anchors(path, index)
+    except UserError as error:
+        distributed.say(f"note: the column anchor stays empty: {error}")
+        return None
 
 
 def _of_anchors(marks: anchors.Anchors | None, rows: int) -> pa.Array:

@@ -1,7 +1,8 @@
 """``mopro-fast retrain CKPT --cleaned TABLE --data DATA --out FOLDER``: classifier re-training on cleaned labels.
 
 Kang et al., "Decoupling representation and classifier" (ICLR 2020), as in the paper's section 3.4: the encoder stays,
-the classifier is trained on with images of rare classes shown more often.
+the classifier is trained on with images of rare classes shown more often. CAPro shows all alike; of its other losses
+none reaches the classifier of a frozen encoder.
 """
 
 import dataclasses
@@ -17,7 +18,13 @@ from mopro_fast import distributed
 from mopro_fast.data.index import Index
 from mopro_fast.data.paths import Paths, read_columns, shown
 from mopro_fast.downstream import capro_labels, supervised
-from mopro_fast.downstream.supervised import SupervisedConfig, SupervisedOptim, SupervisedTask
+from mopro_fast.downstream.supervised import (
+    OneView,
+    SupervisedConfig,
+    SupervisedData,
+    SupervisedOptim,
+    SupervisedTask,
+)
 from mopro_fast.errors import UserError, first_line
 from mopro_fast.files import misfit, read_regular
 from mopro_fast.labels import NO_LABEL
@@ -27,7 +34,8 @@ _MOST = 1 << 32  # bytes of cleaned labels in JSON
 
 @dataclass
 class Retrain(SupervisedConfig):
-    """Train the classifier on cleaned labels with the encoder frozen. The defaults are the official settings."""
+    """Train the classifier on cleaned labels with the encoder frozen. The defaults are the official settings, of MoPro
+    or, for a checkpoint of CAPro, of that."""
 
     cleaned: str = ""
     """What `mopro-fast clean` wrote: cleaned.parquet, its folder, or a pseudo_label.json (the official one as well)."""
@@ -42,7 +50,23 @@ class Retrain(SupervisedConfig):
 
 
 def main(argv: list[str]) -> int:
-    return supervised.main(argv, "retrain", Retrain(), RetrainTask)
+    return supervised.main(
+        argv, "retrain", lambda weights: settings(weights is not None and weights.capro), RetrainTask
+    )
+
+
+def settings(capro: bool) -> Retrain:
+    """The official settings, of MoPro or of CAPro (WebVision's; of Google-500 it trains 20 epochs)."""
+    if not capro:
+        return Retrain()
+    return Retrain(
+        data=SupervisedData(augment=OneView(scale=(0.8, 1.0))),
+        optim=SupervisedOptim(epochs=15, lr=1e-4, schedule="warmup-cosine"),
+        resample=False,
+        mixup_beside=True,
+        moving_statistics=True,
+        train_bias=False,
+    )
 
 
 class RetrainTask(SupervisedTask):
