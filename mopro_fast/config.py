@@ -56,7 +56,7 @@ _INTERVALS = {
 LIMITS = {name: interval for interval, names in _INTERVALS.items() for name in names.split()}
 """Where the numbers of every setting lie, those of re-training and fine-tuning included."""
 PATHS = {f"data.{name}" for name in ("path", "root", "val", "extra_val", "holdout")}
-PATHS |= {"run.out", "run.resume", "run.init", "capro.anchors", "cleaned", "list"}
+PATHS |= {"run.out", "run.resume", "run.init", "capro.anchors", "cleaned", "list", "pathlist"}
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The formats of others, into this package's names and out of them.
 
-Read are checkpoints of this package, of the official code (salesforce/MoPro) and of torchvision, timm and what else
-holds a ResNet by torchvision's names (foreign.py), written by torch.save or as safetensors. Written are those of this
-package, of the official code and of torchvision, and detectron2's.
+Read are checkpoints of this package, of the official code (salesforce/MoPro), of CAPro's (capro.py) and of torchvision,
+timm and what else holds a ResNet by torchvision's names (foreign.py), written by torch.save or as safetensors. Written
+are those of this package, of both official codes and of torchvision, and detectron2's.
 """
 
 import hashlib
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from mopro_fast import __version__, ops
-from mopro_fast.checkpoints import foreign
+from mopro_fast.checkpoints import capro, foreign
 from mopro_fast.checkpoints.fields import is_dense, is_finite
 from mopro_fast.checkpoints.state import RunState, checked, is_ours
 from mopro_fast.checkpoints.state import read as read_torch
-from mopro_fast.config import ModelConfig, TrainConfig
+from mopro_fast.config import ModelConfig, MoProConfig, TrainConfig
 from mopro_fast.errors import UserError, require_resources
 from mopro_fast.files import open_regular
 from mopro_fast.models.calibration import CALIBRATION
@@ -35,10 +35,12 @@ class Weights:
     """What a file holds; all tensors on the CPU, in float32 but for counters."""
 
     path: Path
-    kind: Literal["mopro_fast", "official", "torchvision", "safetensors"]
-    """torchvision: also timm's names, whatever the container; safetensors: this package's names in that format."""
+    kind: Literal["mopro_fast", "official", "capro", "torchvision", "safetensors"]
+    """capro: of CAPro's official code; torchvision: also timm's names, whatever the container; safetensors: this
+    package's names in that format."""
     state: dict[str, Tensor]
-    """encoder_q.* and, where present, encoder_k.*, queue [Q, D], queue_ptr int64 [1], prototypes [C, D]."""
+    """encoder_q.* and, where present, encoder_k.*, queue [Q, D], queue_ptr int64 [1], prototypes [C, D]; of CAPro
+    reconstruction.* and auxiliary.weight [C, D], and an encoder_k.* without heads."""
     model: ModelConfig
     """arch, width, stem and embed_dim as the tensors' shapes say."""
     num_classes: int | None
@@ -50,7 +52,8 @@ class Weights:
     eval_resize: int | None
     """Shorter side before that crop."""
     optimizer: dict[str, Any] | None
-    """torch.optim.SGD's state dict over the parameters of encoder_q, in their order."""
+    """torch.optim.SGD's state dict over the parameters that are trained, in their order: those of encoder_q; of CAPro
+    without the classifier's bias, and then those of reconstruction and auxiliary."""
     config: dict[str, Any] | None
     """The config of the run, where the file has one."""
     keys_updated: bool
@@ -59,6 +62,11 @@ class Weights:
     """The names of the classes in the order of their labels, where the training data had them."""
     note: str = ""
     """What of the file's tensors was not taken."""
+
+    @property
+    def capro(self) -> bool:
+        """Whether it is a model of CAPro's training."""
+        return capro.AUXILIARY in self.state
 
     def encoder(self) -> dict[str, Tensor]:
         """The query encoder's tensors by ResNet's names."""
@@ -75,8 +83,8 @@ def digest(tensors: dict[str, Tensor]) -> str:
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], str, str]:
-    """-> the file's entries, its tensors by the names of the official code or of torchvision, its kind (Weights.kind),
-    and Weights.note.
+    """-> the file's entries, its tensors by this package's names or torchvision's, its kind (Weights.kind), and
+    Weights.note.
     """
     in_safetensors = _is_safetensors(path)
     found = _read_safetensors(path) if in_safetensors else read_torch(path)
@@ -86,6 +94,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], str, str]:
     tensors, note = foreign.tensors(found, path)
     if not any(name.startswith(Q) for name in tensors):
         return found, tensors, "torchvision", note
+    if capro.is_theirs(tensors, path):
+        return found, capro.own_names(tensors), "capro", note
     return found, tensors, "safetensors" if in_safetensors else "official", note
 
 
@@ -139,14 +149,15 @@ def own_names(tensors: dict[str, Tensor], transposed_queue: bool) -> dict[str, T
     return state
 
 
-def optimizer_of(found: Any, state: dict[str, Tensor]) -> dict[str, Any] | None:
-    """SGD's state for encoder_q, whose parameters come first; None where the file has none that fits.
+def optimizer_of(found: Any, state: dict[str, Tensor], kind: str) -> dict[str, Any] | None:
+    """Weights.optimizer; None where the file has none that fits.
 
-    Parameters are numbered, or, before PyTorch 1.6, named by their addresses: their order in the groups counts.
+    In files of others more parameters may follow. Parameters are numbered, or, before PyTorch 1.6, named by their
+    addresses: their order in the groups counts.
     """
-    counters = ("running_mean", "running_var", "num_batches_tracked")
-    shapes = [t.shape for name, t in state.items() if name.startswith(Q) and not name.endswith(counters)]
+    shapes = [state[name].shape for name in capro.trained(state)]
     try:
+        found = capro.own_optimizer(found, state) if kind == "capro" else found
         groups = found["param_groups"]
         keys = [key for group in groups for key in group["params"]][: len(shapes)]
         buffers = [found["state"].get(key, {}).get("momentum_buffer") for key in keys]
@@ -185,7 +196,9 @@ def _updated(weights: Weights, momentum: float) -> dict[str, Tensor]:
 
 
 def official(weights: Weights) -> dict[str, Any]:
-    """What the official train.py saves, and an entry of ours that its scripts do not look at."""
+    """What MoPro's official train.py saves, and an entry of ours that its scripts do not look at."""
+    if weights.capro:
+        raise UserError(f"{weights.path} is a model of CAPro, --format official is for MoPro's: set --format capro")
     state = {f"module.{name}": t for name, t in weights.state.items() if not name.startswith(CALIBRATION)}
     if "queue" in weights.state:
         state["module.queue"] = weights.state["queue"].T.contiguous()
@@ -195,6 +208,35 @@ def official(weights: Weights) -> dict[str, Any]:
         copies = 2 if any(name.startswith(K) for name in weights.state) else 1  # it has the key encoder's as well
         group["params"] = list(range(copies * len(group["params"])))
         found["optimizer"] = {"state": weights.optimizer["state"], "param_groups": [group]}
+    return found | {"mopro_fast": about(weights)}
+
+
+def official_capro(weights: Weights) -> dict[str, Any]:
+    """What CAPro's train.py saves and loads, and an entry of ours that its scripts do not look at.
+
+    Raises a UserError for a model that theirs cannot be.
+    """
+    bias = weights.state.get(capro.BIAS)
+    if bias is not None and bias.any():
+        raise UserError(
+            f"{weights.path}: CAPro's classifier has no bias, this one's is not zero: give a checkpoint of CAPro's "
+            "training, or another --format"
+        )
+    config = weights.config or {}
+    temperature = config.get("mopro", {}).get("temperature", MoProConfig().temperature)
+    widths = {1: "", 2: "x2", 4: "x4"}
+    found = {
+        "epoch": weights.epoch or 0,
+        "arch": weights.model.arch + widths.get(weights.model.width, ""),
+        "state_dict": capro.their_names(weights.state, temperature),
+        "best_acc_web": [0.0, 0.0],
+        "best_acc_imgnet": [0.0, 0.0],
+        "epoch_best_web": -1,
+        "epoch_best_imgnet": -1,
+    }
+    if weights.optimizer is not None and weights.capro:
+        unfreeze = config.get("capro", {}).get("unfreeze_epoch", 0)
+        found["optimizer"] = capro.their_optimizer(weights.optimizer, weights.state, unfreeze)
     return found | {"mopro_fast": about(weights)}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mopro_fast.checkpoints import formats
+from mopro_fast.checkpoints import capro, formats
 from mopro_fast.checkpoints import state as checkpoint
 from mopro_fast.checkpoints.fields import check_classes, is_count, require, settings
 from mopro_fast.checkpoints.formats import HEADS, K, Q, Weights
@@ -53,7 +53,8 @@ def _load(path: Path) -> Weights:
     found, tensors, kind, note = formats.read(path)
     about = found if kind == "mopro_fast" else found.get("mopro_fast", {})  # of files that this package exported
     require(isinstance(about, dict), path, "mopro_fast", about, "what `mopro-fast export` writes")
-    updated = about.get("keys_updated", kind != "official")
+    theirs = kind in ("official", "capro")
+    updated = about.get("keys_updated", not theirs)
     updated = str(updated) if isinstance(updated, bool) else updated
     require(isinstance(updated, str) and updated in ("True", "False"), path, "keys_updated", updated, "True or False")
     try:
@@ -61,7 +62,7 @@ def _load(path: Path) -> Weights:
         if kind != "mopro_fast":
             config = None if config is None else settings(config, path)
             classes = None if classes is None else json.loads(classes)
-        state = formats.own_names(tensors, transposed_queue=kind == "official")
+        state = formats.own_names(tensors, transposed_queue=theirs)
         model, num_classes = _architecture(state, path)
         _require_rest(state, model, num_classes, path)
         size, resize = _evaluation(config, model)
@@ -71,7 +72,7 @@ def _load(path: Path) -> Weights:
     check_classes(classes, num_classes, path)
     epoch = found.get("epoch")
     epoch = epoch if is_count(epoch) else None
-    optimizer = formats.optimizer_of(found.get("optimizer"), state)
+    optimizer = formats.optimizer_of(found.get("optimizer"), state, kind)
     if note:
         say(f"note: {path}: {note}")
     if classes is None and kind == "mopro_fast" and path.parent.name == "checkpoints":  # of versions before
@@ -101,14 +102,14 @@ def initialise(model: torch.nn.Module, path: str | Path, classes: list[str] | No
     """Initialise ``model`` from a file of any known format: its query encoder must fit; the rest if it does.
 
     A key encoder that the file lacks (cross-entropy) starts as a copy of the query encoder, as always. A head that it
-    lacks (torchvision's have no projection) keeps its fresh weights. classes: the names of the model's classes; what
-    the file says of others, its classifier and prototypes, is not taken.
+    lacks (torchvision's have no projection) keeps its fresh weights. CAPro's classifier takes no bias. classes: the
+    names of the model's classes; what the file says of others, its classifiers and prototypes, is not taken.
     """
     own, loaded = model.state_dict(), load_weights(path)
     weights = loaded.state
     if None not in (classes, loaded.classes) and classes != loaded.classes:
         say(f"{path} has other classes: its classifier and prototypes are not taken")
-        of_classes = (f"{Q}classifier.", f"{K}classifier.", "prototypes", CALIBRATION)
+        of_classes = (f"{Q}classifier.", f"{K}classifier.", "prototypes", CALIBRATION, capro.AUXILIARY)
         weights = {name: w for name, w in weights.items() if not name.startswith(of_classes)}
     query = {name: w for name, w in weights.items() if name.startswith(Q)}
     for name, w in own.items():
@@ -117,7 +118,13 @@ def initialise(model: torch.nn.Module, path: str | Path, classes: list[str] | No
     for name, w in query.items():
         weights.setdefault(name.replace(Q, K, 1), w)
     check_fits({name: w for name, w in own.items() if name.startswith(Q)}, query, path)
+    if capro.AUXILIARY in own:
+        if weights.get(capro.BIAS, torch.zeros(1)).any():
+            say(f"note: {path}: its classifier's bias is not taken: CAPro's classifier has none")
+        weights[capro.BIAS] = torch.zeros_like(own[capro.BIAS])
     fitting = {name: w for name, w in weights.items() if name in own and own[name].shape == w.shape}
+    if "queue" not in fitting:
+        fitting.pop("queue_ptr", None)
     model.load_state_dict(own | fitting)
 
 
@@ -165,8 +172,16 @@ def _require_rest(state: dict[str, Tensor], model: ModelConfig, num_classes: int
     """The other tensors fit the query encoder; all numbers are finite."""
     rest = {name: t for name, t in state.items() if not name.startswith(Q)}
     expected = {}
+    of_capro = capro.AUXILIARY in rest
     if any(name.startswith(K) for name in rest):
-        expected |= {name.replace(Q, K, 1): t for name, t in state.items() if name.startswith(Q)}
+        query = {name.removeprefix(Q): t for name, t in state.items() if name.startswith(Q)}
+        expected |= {K + name: t for name, t in query.items() if not (of_capro and name.startswith(HEADS))}
+    if of_capro:
+        features = _empty(model, num_classes).feature_dim
+        layers = {"0": (2048, model.embed_dim), "2": (features, 2048)}
+        expected |= {f"{capro.RECONSTRUCTION}{i}.weight": torch.empty(shape) for i, shape in layers.items()}
+        expected |= {f"{capro.RECONSTRUCTION}{i}.bias": torch.empty(shape[0]) for i, shape in layers.items()}
+        expected[capro.AUXILIARY] = torch.empty(num_classes or 0, model.embed_dim)
     if "queue" in rest:
         expected |= {"queue": rest["queue"].new_empty(len(rest["queue"]), model.embed_dim), "queue_ptr": torch.zeros(1)}
     if "prototypes" in rest:

@@ -1,7 +1,8 @@
 """``mopro-fast clean CKPT --data DATA --out FOLDER``: the noise cleaning of the paper over a whole training set.
 
 FOLDER/pseudo_label.json has the images that stay and their labels in the official format, FOLDER/cleaned.parquet a row
-for every image: the same bytes whatever the number of ranks and interruptions.
+for every image: the same bytes whatever the number of ranks and interruptions. A model of CAPro judges by its own rule
+(a score at a limit counts) and writes three columns more; its anchors are not protected.
 """
 
 import contextlib
@@ -9,7 +10,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -19,12 +20,13 @@ import tyro
 from torch import Tensor
 
 from mopro_fast import distributed
+from mopro_fast.checkpoints import capro
 from mopro_fast.checkpoints.formats import Weights, digest
-from mopro_fast.config import MoProConfig
+from mopro_fast.config import MoProConfig, capro_webvision
 from mopro_fast.console import say, tell
-from mopro_fast.data import inputs
+from mopro_fast.data import anchors, inputs
 from mopro_fast.data.index import Index, Layout, load_index
-from mopro_fast.downstream import image_map
+from mopro_fast.downstream import capro_labels, image_map
 from mopro_fast.downstream.features import EncoderConfig, Frozen
 from mopro_fast.errors import UserError
 from mopro_fast.files import (
@@ -43,6 +45,7 @@ from mopro_fast.ops.reference import decide, mixed_scores
 
 TABLE, OFFICIAL = "cleaned.parquet", "pseudo_label.json"
 SCORES = ("score_given", "score_best", "classifier_given", "classifier_best", "prototype_given", "prototype_best")
+OF_AUXILIARY = ("auxiliary_given", "auxiliary_best")
 _SCHEMA = pa.schema(
     [
         ("id", pa.int64()),  # row of the data's lists
@@ -54,7 +57,8 @@ _SCHEMA = pa.schema(
         *((name, pa.float32()) for name in SCORES),  # null where there is no label, or no image
     ]
 )
-_NUMBERS = "clean-scores.npy"  # float32 [n, 8] while it works: the label after cleaning, the best class, SCORES
+_OF_CAPRO = [*(pa.field(name, pa.float32()) for name in OF_AUXILIARY), pa.field("anchor", pa.int8())]  # null: not known
+_NUMBERS = "clean-scores.npy"  # float32 [n, 8 or 10] while it works: the label after cleaning, the best class, scores
 _BATCHES = 16  # per group of rows in the table
 _HINT = "choose another --out"
 
@@ -76,9 +80,15 @@ class Clean:
     alpha: float | None = None
     """Weight of the classifier against the prototypes (default: as trained, else 0.5)."""
     threshold: float | None = None
-    """θ: relabel when the best score exceeds it (default: as trained, else 0.8)."""
+    """θ: relabel when the best score exceeds it, of CAPro reaches it (default: as trained, else 0.8, of CAPro 0.6)."""
     temperature: float | None = None
     """T of the prototypes' scores (default: as trained, else 0.1)."""
+    anchors: str | None = None
+    """CAPro: anchors.parquet or its folder, for the column anchor (default: the training's, if it is there)."""
+    format: Literal["official", "capro"] = "official"
+    """capro: write the three files of CAPro's noise_cleaning.py as well, into the folder capro in --out."""
+    pathlist: str | None = None
+    """With --format capro: image_all_tfrecord.pathlist, which says where in its files of records an image lies."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
 
 
@@ -116,12 +126,16 @@ def clean(o: Clean) -> dict[str, int]:
         classes=weights.classes,
         keep_classes=(weights.config or {}).get("data", {}).get("keep_classes"),
     )
+    marks = _anchors(o, weights, index)
     settings = {name: getattr(o, name) for name in ("alpha", "threshold", "temperature")}
     settings |= {"image_size": options["image_size"], "eval_resize": options["resize"]}
     settings |= {"batch_size": o.encoder.batch_size, "precision": o.encoder.precision, "device": frozen.device.type}
     settings |= {"weights": digest(weights.state), "data": index.digest(), "images": len(index)}
+    if weights.capro:
+        settings |= {"rule": "CAPro's, anchors not protected", "transform": "evaluation"}
+        settings |= {"anchors": None if marks is None else marks.digest}
     # 2. A finished cleaning is told, also from a folder that cannot be written; another one there is refused.
-    if totals := distributed.by_rank0(lambda: _finished(out, settings)):
+    if o.format == "official" and (totals := distributed.by_rank0(lambda: _finished(out, settings))):
         return totals
     with distributed.on_rank0(lambda: own_folder(out, "clean", _made_by)):
         totals = distributed.by_rank0(lambda: _finished(out, settings))  # by a process that had the lock
@@ -136,28 +150,58 @@ def clean(o: Clean) -> dict[str, int]:
             ends = np.searchsorted(index.usable, range(_BATCHES * size, len(index), _BATCHES * size))
             groups = np.split(index.usable, ends)
             batches = [rows[first : first + size] for rows in groups for first in range(0, len(rows), size)]
-            own = [weights.state.get(name) for name in ("prototypes", LOG_SCALE, BIAS)]
+            own = [weights.state.get(name) for name in ("prototypes", LOG_SCALE, BIAS, capro.AUXILIARY)]
             own = [None if t is None else t.to(frozen.device) for t in own]
 
             def step(images: Tensor, labels: Tensor) -> Tensor:
                 return score(frozen, own, images, labels, o)
 
-            numbers = image_map.compute(index, out / _NUMBERS, step, 2 + len(SCORES), options, batches, again=out)
+            width = 2 + len(SCORES) + len(OF_AUXILIARY) * weights.capro
+            numbers = image_map.compute(index, out / _NUMBERS, step, width, options, batches, again=out)
             # 4. Write the result.
-            totals = distributed.by_rank0(lambda: _finish(out, index, numbers, settings))
+            more = [_of_anchors(marks, len(index))] * weights.capro
+            totals = distributed.by_rank0(lambda: _finish(out, index, numbers, settings, more))
         if distributed.world()[0] == 0:
             with writing(out, _HINT):
                 (out / _NUMBERS).unlink(missing_ok=True)
                 _remove_parts(out / "parts")
+        if o.format == "capro":
+            distributed.by_rank0(lambda: _write_theirs(out, o.pathlist))
     return totals
+
+
+def _write_theirs(out: Path, pathlist: str | None) -> None:
+    with writing(out, _HINT):
+        capro_labels.write(out / TABLE, out / capro_labels.FOLDER, pathlist)
+
+
+def _anchors(o: Clean, weights: Weights, index: Index) -> anchors.Anchors | None:
+    """Those given; else those of the training, if they are there and of this data."""
+    if not weights.capro:
+        return None
+    if o.anchors is not None:
+        return anchors.read_anchors(o.anchors, index)
+    path = (weights.config or {}).get("capro", {}).get("anchors")
+    if not path or not os.path.exists(path):
+        return None
+    try:
+        return anchors.read_anchors(path, index)
+    except UserError as error:
+        distributed.say(f"note: the column anchor stays empty: {error}")
+        return None
+
+
+def _of_anchors(marks: anchors.Anchors | None, rows: int) -> pa.Array:
+    return pa.nulls(rows, pa.int8()) if marks is None else pa.array(marks.mask.astype(np.int8))
 
 
 def _fill_in(o: Clean, weights: Weights) -> None:
     """What was not given, as the model was trained; then refuse what cannot be right."""
     trained = (weights.config or {}).get("mopro", {})
+    official = capro_webvision().mopro if weights.capro else MoProConfig()
     for name in ("alpha", "threshold", "temperature"):
         if getattr(o, name) is None:
-            setattr(o, name, trained.get(name, getattr(MoProConfig(), name)))
+            setattr(o, name, trained.get(name, getattr(official, name)))
     for name in ("alpha", "threshold"):
         if not 0 <= getattr(o, name) <= 1:
             raise UserError(f"--{name} must lie in [0, 1], got {getattr(o, name)}")
@@ -165,6 +209,16 @@ def _fill_in(o: Clean, weights: Weights) -> None:
         raise UserError(f"--temperature must be above 0, got {o.temperature}")
     if "prototypes" not in weights.state or weights.num_classes is None:
         raise UserError(f"{o.checkpoint} has no prototypes to clean with: give a checkpoint of MoPro's training")
+    for name in ("anchors", "format"):
+        if not weights.capro and getattr(o, name) not in (None, "official"):
+            raise UserError(f"--{name} {getattr(o, name)} is for checkpoints of CAPro, and {o.checkpoint} is none")
+    if o.pathlist is not None:
+        if o.format != "capro":
+            raise UserError(f"--pathlist {o.pathlist} has no effect without --format capro")
+        if not os.path.isfile(o.pathlist):
+            raise UserError(f"no file at --pathlist {o.pathlist}: name an image_all_tfrecord.pathlist")
+    if weights.capro and not weights.state["prototypes"].any():
+        say(f"note: {o.checkpoint} has no prototypes yet (all zero): to them all classes are alike")
 
 
 def _made_by(folder: Path) -> str | None:
@@ -198,24 +252,30 @@ def _finished(out: Path, settings: dict[str, Any]) -> dict[str, int] | None:
 
 
 def score(frozen: Frozen, own: list[Tensor | None], images: Tensor, labels: Tensor, o: Clean) -> Tensor:
-    """-> float32 [n, 8]: the label after cleaning, the best class, SCORES; step 6 of the method.
+    """-> float32 [n, 8]: the label after cleaning, the best class, SCORES; step 6 of the method. Of CAPro [n, 10], with
+    OF_AUXILIARY, and by its rule.
 
-    own: the model's prototypes and, if it has a calibration, its log_scale and bias.
+    own: the model's prototypes and, if it has a calibration, its log_scale and bias; and CAPro's auxiliary classifier.
     """
-    prototypes, log_scale, bias = own
+    prototypes, log_scale, bias, auxiliary = own
     s = calibrated(*frozen.run(frozen.encoder, images), prototypes, o.temperature, log_scale, bias)
     mixed, *parts = mixed_scores(s.logits, s.q, s.prototypes, o.alpha, o.temperature)  # [n, C] each
-    label, kept = decide(mixed, labels, o.threshold)[:2]
+    if auxiliary is not None:
+        parts.append((s.q.float() @ auxiliary.T).softmax(1))
+    label, kept = decide(mixed, labels, o.threshold, inclusive=auxiliary is not None)[:2]
     best, given = mixed.argmax(1), labels.clamp(min=0)
     scores = torch.cat([p.gather(1, rows[:, None]) for p in (mixed, *parts) for rows in (given, best)], 1)
     scores[:, ::2].masked_fill_(labels[:, None] < 0, float("nan"))
     return torch.cat([torch.where(kept, label, REMOVED)[:, None], best[:, None], scores], 1)
 
 
-def _finish(out: Path, index: Index, numbers: np.ndarray, settings: dict[str, Any]) -> dict[str, int]:
-    """Write the table and the official file, a group of rows at a time; -> the totals."""
+def _finish(
+    out: Path, index: Index, numbers: np.ndarray, settings: dict[str, Any], more: list[pa.Array]
+) -> dict[str, int]:
+    """Write the table and the official file, a group of rows at a time; -> the totals. more: CAPro's last column."""
     names = index.paths.for_table()
-    schema = _SCHEMA.set(1, _SCHEMA.field("path").with_type(names.type))
+    schema = pa.schema([*_SCHEMA, *_OF_CAPRO]) if more else _SCHEMA
+    schema = schema.set(1, schema.field("path").with_type(names.type))
     schema = schema.with_metadata({"mopro_fast.clean": json.dumps(settings)})
     totals = np.zeros(len(DECISIONS), np.int64)
     labels: list[str] = []
@@ -230,6 +290,7 @@ def _finish(out: Path, index: Index, numbers: np.ndarray, settings: dict[str, An
                 label, best = (np.where(read, column, REMOVED).astype(np.int32) for column in numbers[part, :2].T)
                 verdict = np.select([~read, label == REMOVED, label != given], [3, 2, 1], 0)  # of DECISIONS
                 columns = [index.ids[part], given, label, np.array(DECISIONS)[verdict], best, *scores.T]
+                columns += [column[part] for column in more]
                 fields = [f for f in schema if f.name != "path"]
                 arrays = [pa.array(c, f.type, from_pandas=True) for c, f in zip(columns, fields, strict=True)]
                 writer.write_table(pa.table([arrays[0], names[part], *arrays[1:]], schema=schema))

@@ -14,7 +14,17 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from mopro_fast.checkpoints.formats import Weights, about, detectron2, official, safetensors, strings, torchvision
+from mopro_fast.checkpoints import capro
+from mopro_fast.checkpoints.formats import (
+    Weights,
+    about,
+    detectron2,
+    official,
+    official_capro,
+    safetensors,
+    strings,
+    torchvision,
+)
 from mopro_fast.checkpoints.weights import build_encoder, load_weights
 from mopro_fast.console import say, tell
 from mopro_fast.errors import UserError
@@ -31,10 +41,10 @@ class Export:
     """A checkpoint of any format that this package reads, or a run's folder: its newest."""
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """The file to write."""
-    format: Literal["official", "torchvision", "timm", "safetensors", "detectron2", "onnx"]
-    """official: all of the model and its optimizer, for salesforce/MoPro's scripts; safetensors: all of the model;
-    torchvision, timm: a ResNet's state dict (as safetensors where the file is called so); detectron2: a pickle of the
-    backbone; onnx: normalised images to features and logits."""
+    format: Literal["official", "capro", "torchvision", "timm", "safetensors", "detectron2", "onnx"]
+    """official, capro: all of the model and its optimizer, for the scripts of salesforce/MoPro, of yuleiqin/capro;
+    safetensors: all of the model; torchvision, timm: a ResNet's state dict (as safetensors where the file is called
+    so); detectron2: a pickle of the backbone; onnx: normalised images to features and logits."""
     classifier: bool = True
     """torchvision, timm, onnx: with the classifier, if there is one."""
 
@@ -57,6 +67,8 @@ def export(weights: Weights, out: str | Path, format: str, classifier: bool = Tr
     with replacing(out, new=True) as file:
         if format == "official":
             torch.save(official(weights), file)
+        elif format == "capro":
+            torch.save(official_capro(weights), file)
         elif format in ("torchvision", "timm"):
             state = torchvision(weights, classifier)
             file.write(safetensors(state, {})) if str(out).endswith(".safetensors") else torch.save(state, file)
@@ -78,6 +90,12 @@ def notes(weights: Weights, format: str) -> Iterator[str]:
     if format == "official" and (lacks := [n for n in ("queue", "prototypes") if n not in weights.state]):
         yield f"{' and '.join(lacks)} are not in this checkpoint: the official train.py and noise_cleaning.py need them"
 
+    if format == "capro" and (m.arch, m.stem) == ("resnet50", "imagenet") and m.width not in (1, 2, 4):
+        yield f"width {m.width:g}: the official code of CAPro has 1, 2 and 4, and does not load this"
+    if format == "capro" and m.arch != "resnet50":
+        yield f"{m.arch}: the official code of CAPro has ResNet-50s, and does not load this"
+    if format == "capro" and (lacks := capro.lacks(weights.state)):
+        yield f"{', '.join(lacks)}: not in this checkpoint; the official train.py takes the rest, and these at random"
     if format == "official" and any(name.startswith(CALIBRATION) for name in weights.state):
         yield "calibration is not official: noise_cleaning.py decides without it; `mopro-fast clean` has it"
 

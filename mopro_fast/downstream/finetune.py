@@ -29,7 +29,7 @@ class Finetune(SupervisedConfig):
     list: str | None = None
     """Take the images that this file names, a path or a file's name per line, instead of a share."""
     freeze: bool = False
-    """Train the classifier alone; the encoder stays in evaluation mode."""
+    """Train the classifier alone; the encoder stays in evaluation mode (see --moving-statistics)."""
     data: SupervisedData = field(default_factory=lambda: SupervisedData(augment=OneView(scale=(0.08, 1.0))))
     optim: SupervisedOptim = field(
         default_factory=lambda: SupervisedOptim(epochs=40, lr=0.005, milestones=(20, 30), decay=0.2, weight_decay=0.0)
@@ -37,7 +37,7 @@ class Finetune(SupervisedConfig):
 
 
 def main(argv: list[str]) -> int:
-    return supervised.main(argv, "finetune", Finetune(), FinetuneTask)
+    return supervised.main(argv, "finetune", lambda _: Finetune(), FinetuneTask)
 
 
 class FinetuneTask(SupervisedTask):

@@ -13,7 +13,7 @@ import torch
 from mopro_fast.checkpoints.formats import Weights, to_state
 from mopro_fast.checkpoints.state import RunState, load, write
 from mopro_fast.checkpoints.weights import check_fits, load_weights
-from mopro_fast.config import DataConfig, MoProConfig, TrainConfig, from_dict
+from mopro_fast.config import MoProConfig, TrainConfig, capro_webvision_vanilla, from_dict
 from mopro_fast.console import say, tell
 from mopro_fast.data import inputs
 from mopro_fast.errors import UserError
@@ -26,7 +26,7 @@ from mopro_fast.training.optim import build_optimizer
 
 USAGE = """usage: mopro-fast import FILE OUT [RECIPE --data PATH …]
 
-FILE: a checkpoint of the official code (salesforce/MoPro), of torchvision or timm, or safetensors.
+FILE: a checkpoint of the official code (salesforce/MoPro, yuleiqin/capro), of torchvision or timm, or safetensors.
 OUT:  the checkpoint to write, for `mopro-fast train … --init OUT` and every other command: a new file, or one that
       this command wrote before.
 
@@ -68,9 +68,11 @@ def config_of(weights: Weights) -> TrainConfig:
     """The config that the file brings, or the official settings with what the tensors' shapes say."""
     if weights.config is not None and weights.config.keys() <= vars(TrainConfig()).keys():
         return from_dict(TrainConfig, weights.config, str(weights.path))
-    queue = len(weights.state.get("queue", ())) or MoProConfig().queue_size
-    data = DataConfig(num_classes=weights.num_classes or 1000, image_size=weights.image_size or 32)
-    return TrainConfig(data=data, model=weights.model, mopro=MoProConfig(queue_size=queue))
+    config = capro_webvision_vanilla() if weights.capro else TrainConfig()
+    config.model = weights.model
+    config.data.num_classes, config.data.image_size = weights.num_classes or 1000, weights.image_size or 32
+    config.mopro.queue_size = len(weights.state.get("queue", ())) or MoProConfig().queue_size
+    return config
 
 
 def resumable(weights: Weights, config: TrainConfig) -> RunState:

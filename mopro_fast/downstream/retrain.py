@@ -1,7 +1,8 @@
 """``mopro-fast retrain CKPT --cleaned TABLE --data DATA --out FOLDER``: classifier re-training on cleaned labels.
 
 Kang et al., "Decoupling representation and classifier" (ICLR 2020), as in the paper's section 3.4: the encoder stays,
-the classifier is trained on with images of rare classes shown more often.
+the classifier is trained on with images of rare classes shown more often. CAPro shows all alike; of its other losses
+none reaches the classifier of a frozen encoder.
 """
 
 import dataclasses
@@ -16,8 +17,14 @@ import numpy as np
 from mopro_fast import distributed
 from mopro_fast.data.index import Index
 from mopro_fast.data.paths import Paths, read_columns, shown
-from mopro_fast.downstream import supervised
-from mopro_fast.downstream.supervised import SupervisedConfig, SupervisedOptim, SupervisedTask
+from mopro_fast.downstream import capro_labels, supervised
+from mopro_fast.downstream.supervised import (
+    OneView,
+    SupervisedConfig,
+    SupervisedData,
+    SupervisedOptim,
+    SupervisedTask,
+)
 from mopro_fast.errors import UserError, first_line
 from mopro_fast.files import misfit, read_regular
 from mopro_fast.labels import NO_LABEL
@@ -27,10 +34,13 @@ _MOST = 1 << 32  # bytes of cleaned labels in JSON
 
 @dataclass
 class Retrain(SupervisedConfig):
-    """Train the classifier on cleaned labels with the encoder frozen. The defaults are the official settings."""
+    """Train the classifier on cleaned labels with the encoder frozen. The defaults are the official settings, of MoPro
+    or, for a checkpoint of CAPro, of that."""
 
     cleaned: str = ""
     """What `mopro-fast clean` wrote: cleaned.parquet, its folder, or a pseudo_label.json (the official one as well)."""
+    pathlist: str = ""
+    """CAPro's image_all_tfrecord.pathlist: which image is which, for a pseudo_label.json of its code."""
     resample: bool = True
     """Show an image more often the rarer its class is: classes in proportion to the square root of their size."""
     optim: SupervisedOptim = field(
@@ -40,14 +50,30 @@ class Retrain(SupervisedConfig):
 
 
 def main(argv: list[str]) -> int:
-    return supervised.main(argv, "retrain", Retrain(), RetrainTask)
+    return supervised.main(
+        argv, "retrain", lambda weights: settings(weights is not None and weights.capro), RetrainTask
+    )
+
+
+def settings(capro: bool) -> Retrain:
+    """The official settings, of MoPro or of CAPro (WebVision's; of Google-500 it trains 20 epochs)."""
+    if not capro:
+        return Retrain()
+    return Retrain(
+        data=SupervisedData(augment=OneView(scale=(0.8, 1.0))),
+        optim=SupervisedOptim(epochs=15, lr=1e-4, schedule="warmup-cosine"),
+        resample=False,
+        mixup_beside=True,
+        moving_statistics=True,
+        train_bias=False,
+    )
 
 
 class RetrainTask(SupervisedTask):
     """Trains on the cleaned labels."""
 
     command = "retrain"
-    free = frozenset({"cleaned"})
+    free = frozenset({"cleaned", "pathlist"})
 
     def labelled(self, index: Index) -> Index:
         trained, own = self.weights.classes, index.classes
@@ -70,7 +96,7 @@ def with_cleaned_labels(config: Retrain, index: Index) -> Index:
     path = path / "cleaned.parquet" if os.path.isdir(path) else path
     if not os.path.exists(path):
         raise UserError(f"no cleaned labels at {path}: name the --out of `mopro-fast clean`, or a file that it wrote")
-    paths, labels = _read(path)
+    paths, labels = _read(path, config.pathlist, index)
     rows = index.rows_of(paths)
     if (rows < 0).any():
         first = shown(paths[int((rows < 0).argmax())])
@@ -101,14 +127,18 @@ def with_cleaned_labels(config: Retrain, index: Index) -> Index:
     return dataclasses.replace(index, labels=new)
 
 
-def _read(path: Path) -> tuple[Paths, np.ndarray]:
+def _read(path: Path, pathlist: str, index: Index) -> tuple[Paths, np.ndarray]:
     """-> paths and labels int64, −1 for removed."""
     try:
         if path.suffix == ".json":
             found = json.loads(read_regular(path, _MOST)[0].decode("utf-8-sig", "surrogateescape"))
-            if wrong := misfit(found, {"images": [str], "labels": [int]}):
+            if isinstance(found, dict) and "samples" in found:
+                paths, labels = capro_labels.read(found, pathlist, index.paths)
+            elif wrong := misfit(found, {"images": [str], "labels": [int]}):
                 raise ValueError(wrong)
-            paths, labels = Paths(found["images"]), np.array(found["labels"], np.int64)
+            else:
+                paths, labels = Paths(found["images"]), found["labels"]
+            labels = np.array(labels, np.int64)
         else:
             paths, columns, _ = read_columns(path, "label")
             labels = columns["label"]

@@ -5,7 +5,7 @@ Mixup depends on (seed, step) alone, so that an interrupted and resumed run ends
 
 import dataclasses
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -64,13 +64,19 @@ class SupervisedConfig(Settings):
     optim: SupervisedOptim = field(default_factory=SupervisedOptim)
     run: SupervisedRun = field(default_factory=SupervisedRun)
     freeze: bool = True
-    """Train the classifier alone; the encoder stays in evaluation mode."""
+    """Train the classifier alone; the encoder stays in evaluation mode (see --moving-statistics)."""
     new_classifier: bool = False
     """Begin with fresh classifier weights (always where the checkpoint's has another number of classes)."""
     resample: bool = False
     """Show an image more often the rarer its class is: classes in proportion to the square root of their size."""
     mixup: float = 0.0
     """Mix pairs of images with a share from Beta(this, this), and their losses; 0: do not."""
+    mixup_beside: bool = False
+    """With --mixup: show the images as they are, too, in a pass before, and add up the losses of both passes."""
+    moving_statistics: bool = False
+    """With --freeze True: BatchNorm normalises by the batch all the same, and its running statistics move on."""
+    train_bias: bool = True
+    """Train the classifier's bias; False: it stays what it is."""
 
     def validate(self, ranks: int = 1) -> None:
         super().validate(ranks)
@@ -112,7 +118,13 @@ class SupervisedTask(Task):
             generator = torch.Generator().manual_seed(c.run.seed)
             nn.init.normal_(encoder.classifier.weight, std=0.01, generator=generator)
             nn.init.zeros_(encoder.classifier.bias)
-        return Classifier(encoder, c.freeze)
+        return Classifier(
+            encoder,
+            c.freeze,
+            moving_statistics=c.moving_statistics,
+            train_bias=c.train_bias,
+            mixup_beside=c.mixup_beside,
+        )
 
     def batches(self, batches: Iterable[Batch], global_step: int) -> Iterator[tuple[Batch, tuple[Tensor, ...]]]:
         """With mixup the same shares and partners on every rank."""
@@ -131,14 +143,21 @@ class SupervisedTask(Task):
         return [lr] if self.config.freeze else [lr, lr if o.encoder_lr is None else o.encoder_lr]
 
 
-def main(argv: list[str], command: str, default: SupervisedConfig, task: type[SupervisedTask]) -> int:
-    """Run ``mopro-fast COMMAND CKPT options``."""
+def main(
+    argv: list[str],
+    command: str,
+    default_of: Callable[[Weights | None], SupervisedConfig],
+    task: type[SupervisedTask],
+) -> int:
+    """Run ``mopro-fast COMMAND CKPT options``; default_of: the settings for a checkpoint, or for none."""
     if not argv or argv[0].startswith("-"):
         if argv and argv[0] not in ("-h", "--help"):
             raise UserError(f"the checkpoint comes first: mopro-fast {command} CKPT {argv[0]} …")
         weights, given, rest = None, "CKPT", ["--help"]
+        default = default_of(None)
     else:
         weights, given, rest = load_weights(argv[0]), argv[0], argv[1:]
+        default = default_of(weights)
         words = {word.partition("=")[0].replace("_", "-") for word in rest}
         if weights.image_size is None and not words & {"--image-size", "-h", "--help"}:
             raise UserError(f"{given} does not say for which images it is: set --image-size")
