@@ -23,7 +23,7 @@ from mopro_fast.labels import UNSEEN
 from mopro_fast.training.loop import Trainer
 from mopro_fast.training.optim import learning_rate
 from mopro_fast.training.step import TrainStep
-from mopro_fast.training.tasks import task_of
+from mopro_fast.training.tasks import MoProTask, task_of
 
 EPOCHS, IMAGES, TESTS, STEPS = 3, 740, 100, 11  # of the demo's images, in batches of 64
 
@@ -420,13 +420,28 @@ def test_a_checkpoint_older_than_some_settings_goes_on(digits, uninterrupted, tm
     saved = checkpoint.all_of(uninterrupted / "checkpoints")[0]
     state = checkpoint.load(saved)
     del state.config["run"]["bf16_weights"], state.config["optim"]["sgd"]
+    del state.config["capro"], state.config["data"]["augment"]["scale_k"]
     checkpoint.save(tmp_path / "checkpoints", state.epoch * STEPS, state, 1)
-    trainer = opened(small_config(digits, tmp_path))
+    config = small_config(digits, tmp_path)
+    config.capro.beta, config.capro.anchors = 0.2, "anchors"  # nothing that MoPro reads
+    trainer = opened(config)
     assert (trainer.epoch, trainer.step) == (state.epoch, state.step)
     changed = small_config(digits, tmp_path)
     changed.run.bf16_weights = False
     with pytest.raises(UserError, match=r"run\.bf16_weights=True, this one has False"):
         Trainer(task_of(changed))
+
+
+def test_of_capro_only_the_place_of_the_anchors_may_change(digits, uninterrupted, tmp_path, monkeypatch):
+    state = checkpoint.load(checkpoint.all_of(uninterrupted / "checkpoints")[-1])
+    checkpoint.save(tmp_path / "checkpoints", state.epoch * STEPS, state, 1)
+    monkeypatch.setattr(MoProTask, "free", frozenset())
+    config = small_config(digits, tmp_path)
+    config.capro.anchors = "elsewhere"
+    assert opened(config).epoch == EPOCHS
+    config.capro.beta = 0.2
+    with pytest.raises(UserError, match=r"capro\.beta=0\.1, this one has 0\.2"):
+        Trainer(task_of(config))
 
 
 def test_initial_weights_must_fit(digits, uninterrupted, tmp_path):
