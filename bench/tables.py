@@ -224,6 +224,11 @@ def parity(result: dict) -> str:
     return "\n".join([*head, *rows, "", note])
 
 
+def parity_capro(result: dict) -> str:
+    """bench/parity_capro.py."""
+    return parity(result)
+
+
 def requirements(result: dict) -> str:
     words = {True: "yes", False: "**no**", None: "not measured"}
     rows = [
