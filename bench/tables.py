@@ -224,11 +224,6 @@ def parity(result: dict) -> str:
     return "\n".join([*head, *rows, "", note])
 
 
-def parity_capro(result: dict) -> str:
-    """bench/parity_capro.py."""
-    return parity(result)
-
-
 def requirements(result: dict) -> str:
     words = {True: "yes", False: "**no**", None: "not measured"}
     rows = [
@@ -458,6 +453,7 @@ TABLES = {
     "parity": ("parity", parity),
     "parity_lowshot": ("parity_lowshot", parity_lowshot),
     "parity_probe": ("parity_probe", parity_probe),
+    "parity_capro": ("parity_capro", parity),
     "ops_requirements": ("ops_gpu", requirements),
     "ops_figure": ("ops_gpu", lambda r: f"![Time of every op against its floor, {r['conditions']['gpu']}](ops.svg)"),
     "throughput_gpu": ("throughput_gpu", throughput),
