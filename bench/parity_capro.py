@@ -33,12 +33,11 @@ def main() -> int:
         raise SystemExit(f"{replay.RECORD} is not there")
     model, steps = replay.replayed()  # it compares labels, kept rows and pointers
     rows = []
-    for when, of, limit in (("first step", steps[:1], replay.FIRST), ("all steps", steps, replay.DRIFT)):
+    first, later = (replay.FIRST, replay.GRADIENTS), (replay.DRIFT, replay.DRIFT)
+    for when, of, limits in (("first step", steps[:1], first), ("all steps", steps, later)):
         for name, what in NAMES.items():
             found = [step[name] for step in of if name in step]
-            rows.append(
-                row(f"{what}, {when}", len(found), max(found), replay.GRADIENTS if name == "gradients" else limit)
-            )
+            rows.append(row(f"{what}, {when}", len(found), max(found), limits[name == "gradients"]))
     own, want = model.state_dict(), replay.final()
     rows.append(row("weights and buffers after all steps", len(own), replay.furthest(own, want), replay.DRIFT))
     rows.append(row("labels, kept rows, queue's pointer", len(steps), 0.0, 0.0, "steps that differ"))
