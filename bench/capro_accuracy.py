@@ -54,7 +54,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--part", type=int, default=3000, help="training images")
-    parser.add_argument("--epochs", type=int, default=36, help="of MoPro and cross-entropy; CAPro: half in each stage")
+    parser.add_argument("--epochs", type=int, default=24, help="of MoPro and cross-entropy; CAPro: half in each stage")
     parser.add_argument("--anchors", type=int, default=5, help="images per class")
     parser.add_argument("--width", default="0.25")
     parser.add_argument("--runs", type=Path, default=Path("runs/capro"))
