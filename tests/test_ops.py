@@ -707,8 +707,8 @@ def test_a_whole_step_compiles_without_graph_breaks_and_repeats_bit_for_bit():
         inst, hit = ops.info_nce(q, k, queue, 0.1)
         soft = ops.collective_targets(q, queue, prototypes, prototypes, alpha=0.5, temperature=0.1, dtype=BF16)
         soft = soft + ops.soft_neighbour_labels(q, prototypes, queue)[:, :1]
-        settings = {"alpha": 0.5, "threshold": 0.3, "temperature": 0.1}
-        labels, kept = ops.correct_labels(logits, q, prototypes, labels, anchors=labels == 3, inclusive=True, **settings)
+        rule = {"alpha": 0.5, "threshold": 0.3, "temperature": 0.1, "inclusive": True}
+        labels, kept = ops.correct_labels(logits, q, prototypes, labels, anchors=labels == 3, **rule)
         out = ops.mopro_loss(logits, q, k, queue, prototypes, labels, kept, temperature=0.1)
         ops.queue_enqueue_(queue, cursor, k)
         proto = ops.prototype_contrast(q, prototypes, labels, kept, 0.1)

@@ -167,4 +167,5 @@ def normalize(images: torch.Tensor, shifts: torch.Tensor | None = None) -> torch
 def _imagenet(device: torch.device) -> tuple[torch.Tensor, ...]:
     """-mean/std, 1/(255 std), 1/std, float32 [3, 1, 1]; kept, since a copy to the device would make each step wait."""
     mean, std = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
-    return torch.from_numpy(np.stack([-mean / std, 1 / (255 * std), 1 / std])).float().to(device)[:, :, None, None].unbind()
+    constants = np.stack([-mean / std, 1 / (255 * std), 1 / std])[:, :, None, None]
+    return torch.from_numpy(constants).float().to(device).unbind()
