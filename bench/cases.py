@@ -72,6 +72,8 @@ FIELDS = {
     "correct_labels": ("N", "C"),
     "prototype_contrast": ("N", "C"),
     "prototype_update_": ("M", "C"),
+    "collective_targets": ("N", "C", "Q"),
+    "soft_neighbour_labels": ("N", "C", "Q"),
     "batch_norm_act": ("N", "C", "side"),
     "conv1x1_stats_": ("N", "K", "C", "side"),
     "mopro_loss": ("N", "C", "Q"),
@@ -114,6 +116,8 @@ class Case:
             "correct_labels": (s.N, s.C, s.D, s.size),
             "prototype_contrast": (s.N, s.C, s.D, s.size),
             "prototype_update_": (s.rows, s.C, s.D, s.size),
+            "collective_targets": (s.N, s.C, s.Q, s.D, s.size),
+            "soft_neighbour_labels": (s.N, s.C, s.Q, s.D, s.size),
             "batch_norm_act": (s.N, s.C, s.side, s.size),
             "conv1x1_stats_": (s.N, s.K, s.C, s.side, s.size),
             "mopro_loss": (s.N, s.C, s.Q, s.D, s.size, s.size, s.logits_dtype.itemsize),
@@ -244,6 +248,7 @@ def head_state(shape: Shape, device: str) -> SimpleNamespace:
         more_labels=more_labels,
         more_kept=more_kept,
         weight=torch.full((n,), 1 / n, device=device), kept_weight=kept / kept.sum(), threshold=shape.threshold,
+        aux_weight=low(3 * unit(classes)),
     )  # fmt: skip
 
 

@@ -64,6 +64,16 @@ def mopro_loss(n: int, c: int, q: int, d: int, size: int, prototype_size: int, l
     return Cost(rows + c * d * prototype_size + 32, 4 * n * (q + c) * d)
 
 
+def collective_targets(n: int, c: int, q: int, d: int, size: int) -> Cost:
+    """Read z, the queue, both classifiers; write the targets. Products: keys by both, rows by keys, weights by labels."""
+    return Cost((n * d + q * d + 2 * c * d) * size + 4 * n * c, 2 * q * (2 * c * d + n * d + n * c))
+
+
+def soft_neighbour_labels(n: int, c: int, q: int, d: int, size: int) -> Cost:
+    """Read z, keys and values; write the labels. Two products: rows by keys, weights by labels."""
+    return Cost((n * d + q * d + q * c) * size + 4 * n * c, 2 * n * q * (d + c))
+
+
 def batch_norm_act(n: int, c: int, side: int, size: int) -> Cost:
     """Forward and backward, [N, C, side, side]: x, residual, y, and their gradients; per channel four vectors read, two
     of them written too, and two gradients.

@@ -453,6 +453,7 @@ TABLES = {
     "parity": ("parity", parity),
     "parity_lowshot": ("parity_lowshot", parity_lowshot),
     "parity_probe": ("parity_probe", parity_probe),
+    "parity_capro": ("parity_capro", parity),
     "ops_requirements": ("ops_gpu", requirements),
     "ops_figure": ("ops_gpu", lambda r: f"![Time of every op against its floor, {r['conditions']['gpu']}](ops.svg)"),
     "throughput_gpu": ("throughput_gpu", throughput),

@@ -82,6 +82,30 @@ def queue_enqueue_(function: Callable, s: SimpleNamespace) -> Call:
     return call
 
 
+def collective_targets(function: Callable, s: SimpleNamespace) -> Call:
+    """With 16-bit products where the inputs are of 16 bits."""
+
+    def call():
+        return {"targets": function(s.q, s.queue, s.aux_weight, s.bank, alpha=ALPHA, temperature=T)}
+
+    return call
+
+
+def _collective_targets(z: Tensor, *others: Tensor, **settings: float) -> Tensor:
+    return ops.collective_targets(z, *others, **settings, dtype=z.dtype if z.element_size() == 2 else None)
+
+
+def soft_neighbour_labels(function: Callable, s: SimpleNamespace) -> Call:
+    """Keys with one label each."""
+    classes = torch.arange(len(s.queue), device=s.queue.device) % len(s.bank)
+    values = torch.eye(len(s.bank), dtype=s.queue.dtype, device=s.queue.device)[classes]
+
+    def call():
+        return {"labels": function(s.q, s.queue, values, temperature=T)}
+
+    return call
+
+
 def batch_norm_act(function: Callable, s: SimpleNamespace, layout: torch.memory_format = torch.channels_last) -> Call:
     """Forward and backward: gradients of x, weight, bias and residual."""
     x, residual, dy = (t.contiguous(memory_format=layout) for t in (s.x, s.residual, s.dy))
@@ -349,6 +373,10 @@ OPS = {
     "correct_labels": _plain(correct_labels, "correct_labels"),
     "prototype_contrast": _plain(prototype_contrast, "prototype_contrast"),
     "prototype_update_": replace(_plain(prototype_update_, "prototype_update_"), compiled=UNROLLED),
+    "collective_targets": replace(
+        _plain(collective_targets, "collective_targets"), ours=lambda s: collective_targets(_collective_targets, s)
+    ),
+    "soft_neighbour_labels": _plain(soft_neighbour_labels, "soft_neighbour_labels"),
     "batch_norm_act": Op(
         ours=lambda s: batch_norm_act(ops.batch_norm_act, s),
         official=lambda s: batch_norm_act(official.batch_norm_act, s, torch.contiguous_format),

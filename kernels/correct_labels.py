@@ -1,7 +1,8 @@
 """Label correction (MoPro equations 6 and 7): two passes over the classes, then one program per block of rows.
 
     t = α·softmax(logits) + (1 − α)·softmax(q·prototypesᵀ/T)
-    kept = t[y] > 1/C, for the label y as given; where max t > θ: y ← argmax t, kept
+    kept = t[y] > 1/C, for the label y as given; where max t > θ: y ← argmax t, kept (inclusive: ≥ for both >)
+    anchors with a label and finite scores: kept, y as given
 
 The first pass (kernels/similarity.py) yields both softmaxes' maxima and sums, the second forms t tile by tile and keeps
 each split's best class and t[y]. Traffic per pass: N·C logits, C·D prototypes, N·D of q; 12 bytes per row and split.
@@ -81,9 +82,9 @@ def correct_labels_fwd_kernel(
 
 @triton.jit
 def correct_labels_finish_kernel(
-    labels_ptr, best_ptr, guess_ptr, given_ptr, new_labels_ptr, kept_ptr, winner_ptr, score_ptr,
-    n_rows, splits, threshold, chance,
-    BLOCK_N: tl.constexpr,
+    labels_ptr, anchors_ptr, best_ptr, guess_ptr, given_ptr, new_labels_ptr, kept_ptr, winner_ptr, score_ptr,
+    n_rows, classes, splits, threshold, chance,
+    WITH_ANCHORS: tl.constexpr, INCLUSIVE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (row blocks): what all splits together say. chance: 1/C."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -104,16 +105,22 @@ def correct_labels_finish_kernel(
         best = tl.maximum(best, some_best)
         given += tl.sum(tl.load(given_ptr + at, ok, 0.0), 1)
     label = tl.load(labels_ptr + rows, row_ok, -1)
-    sure = best > threshold
+    sure = best >= threshold if INCLUSIVE else best > threshold
+    confirmed = given >= chance if INCLUSIVE else given > chance
+    if WITH_ANCHORS:
+        anchor = (tl.load(anchors_ptr + rows, row_ok, 0) != 0) & (label >= 0) & (label < classes) & (best >= 0)
+        confirmed = confirmed | anchor
+        sure = sure & ~anchor
     tl.store(new_labels_ptr + rows, tl.where(sure, guess.to(tl.int64), label), row_ok)
-    tl.store(kept_ptr + rows, sure | (given > chance), row_ok)
+    tl.store(kept_ptr + rows, sure | confirmed, row_ok)
     tl.store(winner_ptr + rows, tl.where(best >= 0, guess, -1).to(tl.int64), row_ok)
     tl.store(score_ptr + rows, tl.maximum(best, 0.0), row_ok)
 
 
 def correct_labels(
-    logits: Tensor, q: Tensor, prototypes: Tensor, labels: Tensor, alpha: float, threshold: float, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits: Tensor, q: Tensor, prototypes: Tensor, labels: Tensor, alpha: float, threshold: float, temperature: float,
+    anchors: Tensor | None = None, inclusive: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     logits, q, prototypes, labels = (x.contiguous() for x in (logits, q, prototypes, labels))
     (n, dim), classes, block_n = q.shape, len(prototypes), 32
     new_labels, winner, kept = (torch.empty_like(labels, dtype=t) for t in (torch.int64, torch.int64, torch.bool))
@@ -127,8 +134,9 @@ def correct_labels(
             **t.constants, num_warps=t.num_warps,
         )  # fmt: skip
         correct_labels_finish_kernel[(triton.cdiv(n, block_n),)](
-            labels, best, guess, given, new_labels, kept, winner, score,
-            n, t.splits, threshold, 1 / classes,
-            BLOCK_N=block_n,
+            labels, labels if anchors is None else anchors.contiguous(), best, guess, given,
+            new_labels, kept, winner, score,
+            n, classes, t.splits, threshold, 1 / classes,
+            WITH_ANCHORS=anchors is not None, INCLUSIVE=inclusive, BLOCK_N=block_n,
         )  # fmt: skip
     return new_labels, kept, winner, score

@@ -1,8 +1,9 @@
 """uint8 images to what the encoders take: normalise, cast, and mirror where asked, in one pass.
 
-    out = x·1/(255 std_c) − mean_c/std_c        in float32, rounded once (fused), then cast
+    out = x·1/(255 std_c) + (shift_c − mean_c)/std_c        in float32, rounded once (fused), then cast
 
 The step's first kernel, for each view. In plain PyTorch it is three: to float32, the affine map, the cast.
+shift: 0, or three numbers per image, which join the constants before any pixel is read.
 Traffic per value: 1 byte in, 2 (bfloat16) or 4 (float32) out; in PyTorch 19 or 13. Source: torchvision's normalize.
 """
 
@@ -16,11 +17,15 @@ from mopro_fast.ops.colour import IMAGENET_MEAN, IMAGENET_STD
 
 SHIFT_R, SHIFT_G, SHIFT_B = (tl.constexpr(-m / s) for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True))
 SCALE_R, SCALE_G, SCALE_B = (tl.constexpr(1 / (255 * s)) for s in IMAGENET_STD)
+RSTD_R, RSTD_G, RSTD_B = (tl.constexpr(1 / s) for s in IMAGENET_STD)
 
 
 @triton.jit
-def normalize_fwd_kernel(images_ptr, flips_ptr, out_ptr, values, row_values, FLIP: tl.constexpr, BLOCK: tl.constexpr):
-    """Grid (N, blocks of an image's H·W·3 values). row_values: W·3."""
+def normalize_fwd_kernel(
+    images_ptr, flips_ptr, shifts_ptr, out_ptr, values, row_values,
+    FLIP: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (N, blocks of an image's H·W·3 values). row_values: W·3. SHIFT: shifts [N, 3] are added."""
     image = tl.program_id(0)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ok = i < values
@@ -32,20 +37,31 @@ def normalize_fwd_kernel(images_ptr, flips_ptr, out_ptr, values, row_values, FLI
         source = tl.where(tl.load(flips_ptr + image), mirrored, i)
     x = tl.load(images_ptr + start + source, ok, 0).to(tl.float32)
     scale = tl.where(channel == 0, SCALE_R, tl.where(channel == 1, SCALE_G, SCALE_B))
-    shift = tl.where(channel == 0, SHIFT_R, tl.where(channel == 1, SHIFT_G, SHIFT_B))
-    # The interpreter's fma rounds twice.
-    x = (x.to(tl.float64) * scale + shift).to(tl.float32) if INTERPRETED else tl.fma(x, scale, shift)
-    tl.store(out_ptr + start + i, x.to(out_ptr.dtype.element_ty), ok)
+    if SHIFT:
+        shift_r = fused(tl.load(shifts_ptr + 3 * image), RSTD_R, SHIFT_R)
+        shift_g = fused(tl.load(shifts_ptr + 3 * image + 1), RSTD_G, SHIFT_G)
+        shift_b = fused(tl.load(shifts_ptr + 3 * image + 2), RSTD_B, SHIFT_B)
+        shift = tl.where(channel == 0, shift_r, tl.where(channel == 1, shift_g, shift_b))
+    else:
+        shift = tl.where(channel == 0, SHIFT_R, tl.where(channel == 1, SHIFT_G, SHIFT_B))
+    tl.store(out_ptr + start + i, fused(x, scale, shift).to(out_ptr.dtype.element_ty), ok)
 
 
-def normalize(images: Tensor, flips: Tensor | None, dtype: torch.dtype) -> Tensor:
+@triton.jit
+def fused(x, scale, shift):
+    """x·scale + shift, rounded once: the interpreter's fma rounds twice."""
+    return (x.to(tl.float64) * scale + shift).to(tl.float32) if INTERPRETED else tl.fma(x, scale, shift)
+
+
+def normalize(images: Tensor, flips: Tensor | None, dtype: torch.dtype, shifts: Tensor | None = None) -> Tensor:
     n, height, width, channels = images.shape
     out = torch.empty(n, height, width, channels, dtype=dtype, device=images.device)
     if out.numel():
         values = height * width * 3
         block = 4096 if flips is None else 2048  # two loads of 16 bytes a thread; mirrored, a byte at a time
         normalize_fwd_kernel[(n, triton.cdiv(values, block))](
-            images.contiguous(), images if flips is None else flips.contiguous(), out, values, width * 3,
-            FLIP=flips is not None, BLOCK=block,
+            images.contiguous(), *(images if x is None else x.contiguous() for x in (flips, shifts)),
+            out, values, width * 3,
+            FLIP=flips is not None, SHIFT=shifts is not None, BLOCK=block,
         )  # fmt: skip
     return out.permute(0, 3, 1, 2)

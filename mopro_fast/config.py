@@ -435,7 +435,7 @@ def capro_webvision_vanilla() -> TrainConfig:
 
 
 def capro_webvision() -> TrainConfig:
-    """CAPro on WebVision 1.0, second stage: anchored prototypes and label correction (with --init and --anchors)."""
+    """CAPro on WebVision 1.0, second stage: give --init (the first stage) and --anchors."""
     return _capro(1000, epochs=60, warmup=5, init_proto=5, start_clean=11)
 
 
@@ -445,7 +445,7 @@ def capro_google500_vanilla() -> TrainConfig:
 
 
 def capro_google500() -> TrainConfig:
-    """CAPro on Google-500, second stage: anchored prototypes and label correction (with --init and --anchors)."""
+    """CAPro on Google-500, second stage: give --init (the first stage) and --anchors."""
     return _capro(500, epochs=120, warmup=10, init_proto=10, start_clean=21)
 
 

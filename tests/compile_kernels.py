@@ -96,6 +96,7 @@ def calls():
         kept = torch.empty(n, dtype=torch.bool)
         yield kernels.info_nce, (q, q, bank, 0.1)
         yield kernels.correct_labels, (logits, q, bank, labels, 0.5, 0.8, 0.1)
+        yield kernels.correct_labels, (logits, q, bank, labels, 0.5, 0.8, 0.1, kept, True)
         yield kernels.prototype_contrast, (q, bank, labels, None, 0.1)
         yield kernels.prototype_contrast, (q, bank, labels, kept, 0.1)
         for contrast in (True, False):
@@ -117,6 +118,7 @@ def calls():
             view = torch.empty(8, size, size, 3, dtype=torch.uint8)
             yield kernels.normalize, (view, None, out_type)
             yield kernels.normalize, (view, gray, out_type)
+            yield kernels.normalize, (view, None, out_type, torch.empty(8, 3))
     for channels, side, group, types in [
         (64, 112, 0, (f32, bf16, f16)),
         (2048, 7, 32, (f32, bf16)),

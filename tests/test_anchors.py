@@ -69,7 +69,7 @@ def test_a_path_goes_before_an_id(write, index):
     assert read(write(path=["b.jpg"], id=[9], anchor=[1]), index) == [1]
 
 
-def test_an_image_in_several_rows(write, index, capsys):
+def test_an_image_in_several_rows(write, index):
     """With labels a row is for those of that label, without for all of the image."""
     assert read(write(path=["a.jpg", "b.jpg"], label=[2, 1], anchor=[1, 1]), index) == [1, 4]
     assert read(write(path=["a.jpg", "a.jpg"], label=[2, 0], anchor=[1, 0]), index) == [4]
@@ -87,6 +87,9 @@ def test_labels_matter_for_anchors_alone(write, index):
     path = write(path=["b.jpg", "d.jpg", "a.jpg"], label=[1, 77, 77], anchor=[1, 0, 0], weight=[1, 2, 3.0])
     assert read(path, index) == [1]
     assert read_anchors(path, index).weights.tolist() == [3, 1, 1, 2, 1, 1]
+    two = Index("/images", Paths(["x.jpg", "y.jpg"]), np.array([1, 0]), None, "list.txt")
+    path = write(path=["y.jpg", "x.jpg"], label=[0, 5], anchor=[1, 0], weight=[1, 3.0])
+    assert read(path, two) == [1] and read_anchors(path, two).weights.tolist() == [3, 1]
 
 
 def test_weights(write, index):

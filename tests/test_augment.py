@@ -149,6 +149,27 @@ def test_boxes_and_colours_have_the_distribution_of_torchvision():
     assert_same_distributions(draw(generator(14), 6000, AugmentConfig()).jitter.factors.T, theirs)
 
 
+def test_view_k_may_have_areas_of_its_own():
+    """All else that is drawn stays the same, to the bit."""
+    plain, given = (draw(generator(6), 500, AugmentConfig(scale_k=k)) for k in (None, (0.2, 1.0)))
+    apart = draw(generator(6), 500, AugmentConfig(scale=(0.8, 1.0), scale_k=(0.2, 0.4)))
+    assert (given.k.sides == plain.k.sides).all()
+    for crops, low, high in ((apart.q, 0.8, 1.0), (apart.k, 0.2, 0.4)):
+        area = crops.sides.prod(2)
+        assert low <= area.min() < low + 0.01 and high - 0.01 < area.max() <= high
+    for a, b in ((apart.q, plain.q), (apart.k, plain.k)):
+        assert (a.place == b.place).all() and (a.flip == b.flip).all()
+        np.testing.assert_allclose(a.sides[..., 1] / a.sides[..., 0], b.sides[..., 1] / b.sides[..., 0], rtol=1e-14)
+    assert all((a == b).all() for a, b in zip(vars(apart.jitter).values(), vars(plain.jitter).values(), strict=True))
+
+
+def test_a_draw_without_areas_of_its_own_is_that_of_earlier_versions():
+    views = draw(generator(7), 2, AugmentConfig(), skip=3)
+    sides = [crops.sides[1, 2] for crops in (views.q, views.k)]
+    expected = [[0.7303437992754728, 0.9021955745396673], [0.7190116205438747, 0.7016128757680504]]
+    np.testing.assert_allclose(sides, expected, rtol=1e-14)
+
+
 def test_settings_reach_draw():
     config = AugmentConfig(scale=(0.5, 0.6), flip=0, grayscale=1, brightness=0, contrast=0.1, saturation=0, hue=0)
     views = draw(generator(5), 500, config)
@@ -161,10 +182,13 @@ def test_settings_reach_draw():
 
 @pytest.mark.parametrize(
     "setting",
-    [{"scale": (0, 1)}, {"scale": (0.5, 0.4)}, {"scale": (0.5, 1.1)}, {"flip": 1.1}, {"hue": 0.6}, {"contrast": -1}],
+    [
+        *({"scale": (0, 1)}, {"scale": (0.5, 0.4)}, {"scale": (0.5, 1.1)}),
+        *({"scale_k": (0, 1)}, {"scale_k": (0.5, 0.4)}, {"flip": 1.1}, {"hue": 0.6}, {"contrast": -1}),
+    ],
 )
 def test_impossible_settings(setting):
-    with pytest.raises(UserError, match=next(iter(setting))):
+    with pytest.raises(UserError, match=next(iter(setting)).replace("_", "-")):
         AugmentConfig(**setting)
 
 

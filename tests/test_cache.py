@@ -10,8 +10,8 @@ from odd_images import examined
 from PIL import Image
 
 from mopro_fast import ops
-from mopro_fast.config import AugmentConfig
-from mopro_fast.data import cache
+from mopro_fast.config import AugmentConfig, recipe
+from mopro_fast.data import cache, inputs
 from mopro_fast.data.cache import DeviceEvalLoader, DeviceTrainLoader
 from mopro_fast.data.decode import DecodeError
 from mopro_fast.data.index import load_index
@@ -67,6 +67,43 @@ def equal(a, b):
 
 def differences(a, b):
     return (a.int() - b.int()).abs()
+
+
+def test_view_k_has_areas_of_its_own(index):
+    augments = [
+        AugmentConfig(**{**vars(PLAIN), **scales})
+        for scales in ({"scale": (0.8, 1), "scale_k": (0.1, 0.3)}, {"scale": (0.1, 0.3)}, {"scale": (0.8, 1)})
+    ]
+    for a, b, c in zip(*(on_device(index, augment=augment).epoch(0) for augment in augments), strict=True):
+        assert torch.equal(a.view_k, b.view_k) and torch.equal(a.view_q, c.view_q)
+        assert not torch.equal(a.view_k, c.view_k) and not torch.equal(a.view_q, b.view_q)
+
+
+def test_a_whole_epoch_is_that_of_the_pipeline_on_any_number_of_ranks(index):
+    """37 images in batches of 8: each is real once, the first 3 come again. Broken ones are replaced as ever."""
+    theirs = list(TrainLoader(index, **arguments(augment=PLAIN, crop_in_dali=False, whole=True)).epoch(0))
+    ours = list(on_device(index, augment=PLAIN, whole=True).epoch(0))
+    halves = [on_device(index, augment=PLAIN, whole=True, batch_size=4, world_size=2, rank=r) for r in (0, 1)]
+    assert len(ours) == len(theirs) == 5
+    for a, b, *parts in zip(ours, theirs, *(half.epoch(0) for half in halves), strict=True):
+        assert equal(a[2:], b[2:]) and differences(a.view_q, b.view_q).max() <= 1
+        assert equal(a, [torch.cat(pair) for pair in zip(*parts, strict=True)])
+    ids = torch.cat([batch.ids for batch in ours]).tolist()
+    assert sorted(ids[:37]) == list(range(37)) and ids[37:] == ids[:3]
+    assert on_device(index, batch_size=40, whole=True).steps_per_epoch == 1
+
+
+@pytest.mark.parametrize("kept", ["no", "device"])
+def test_the_loader_of_a_run_can_be_whole(index, kept):
+    c = recipe("demo")
+    c.data.cache, c.data.threads, c.optim.batch_size = kept, 2, 74
+    loader = inputs.train_loader(c, index, DEVICE, two_views=False, whole=True)
+    assert isinstance(loader, DeviceTrainLoader if kept == "device" else TrainLoader)
+    (batch,) = loader.epoch(0)
+    assert sorted(batch.ids.tolist()) == sorted(2 * list(range(37)))
+    loader.close()
+    with pytest.raises(UserError, match="batch larger than the data"):
+        inputs.train_loader(c, index, DEVICE, two_views=False)
 
 
 def test_images_labels_and_boxes_are_those_of_the_pipeline(index):

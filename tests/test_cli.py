@@ -114,7 +114,10 @@ def test_as_a_process_there_is_one_line_and_no_traceback(tmp_path):
 
 def test_help_is_there_for_everything(mopro_fast):
     assert "mopro-fast COMMAND" in mopro_fast("--help")[1]
-    assert "webvision-v2" in mopro_fast("train", "--help")[1]
+    recipes = mopro_fast("train", "--help")[1].splitlines()
+    for name, make in RECIPES.items():
+        (line,) = (line for line in recipes if line.startswith(f"  {name} "))
+        assert line[26:] == make.__doc__.splitlines()[0] and len(line) < 120
     status, text, _ = mopro_fast("train", "webvision-v2", "--help")
     assert status == 0
     for field in ("--threshold", "--num-classes", "--bn-group", "--resume"):
@@ -131,6 +134,10 @@ def test_importing_the_package_stays_light():
 def test_recipes_survive_json(name, tmp_path):
     config = recipe(name)
     config.data.path, config.run.out = "somewhere", "out"
+    if config.capro.init_proto != "never":
+        with pytest.raises(UserError, match=r"^--init-proto .* needs --anchors"):
+            config.validate()
+        config.capro.anchors = "anchors"
     config.validate()
     path = tmp_path / "config.json"
     path.write_text(config.to_json())
@@ -146,6 +153,29 @@ def test_official_values():
     assert (v2.data.num_classes, v2.mopro.threshold) == (5000, 0.6)
     assert (mini.data.num_classes, mini.data.keep_classes) == (50, 50)
     assert recipe("google500").data.num_classes == 500
+
+
+@pytest.mark.parametrize(
+    "name, classes, epochs, warmup, init_proto, start_clean",
+    [
+        ("capro-webvision-vanilla", 1000, 120, 10, "never", None),
+        ("capro-webvision", 1000, 60, 5, 5, 10),
+        ("capro-google500-vanilla", 500, 120, 10, "never", None),
+        ("capro-google500", 500, 120, 10, 10, 20),
+    ],
+)
+def test_official_values_of_capro(name, classes, epochs, warmup, init_proto, start_clean):
+    """start_clean: theirs is the last epoch that keeps all labels."""
+    c = recipe(name)
+    assert (c.method, c.data.num_classes) == ("capro", classes)
+    assert (c.data.augment.scale, c.data.augment.scale_k) == ((0.8, 1.0), (0.2, 1.0))
+    assert (c.optim.epochs, c.optim.batch_size, c.optim.lr, c.optim.schedule) == (epochs, 256, 0.1, "warmup-cosine")
+    assert (c.optim.warmup_epochs, c.optim.momentum, c.optim.weight_decay) == (warmup, 0.9, 1e-4)
+    assert (c.mopro.queue_size, c.mopro.key_momentum, c.mopro.proto_momentum) == (8192, 0.999, 0.999)
+    assert (c.mopro.temperature, c.mopro.alpha, c.mopro.threshold) == (0.1, 0.5, 0.6)
+    assert (c.mopro.w_inst, c.mopro.w_proto, c.capro.w_recn, c.capro.beta) == (1, 1, 1, 0.1)
+    assert c.capro.init_proto == init_proto and c.capro.unfreeze_epoch == (0 if start_clean is None else init_proto)
+    assert start_clean is None or c.mopro.start_clean == start_clean + 1
 
 
 def test_out_must_be_a_folder_and_the_backend_known(images, tmp_path, mopro_fast, monkeypatch):
@@ -190,3 +220,15 @@ def test_settings_that_cross_entropy_does_not_read_are_named(capsys):
     parse([*words, "--method", "ce"])
     lines = [f"note: --{name} has no effect with --method ce" for name in ("hue", "queue-size", "threshold")]
     assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_settings_that_another_method_does_not_read_are_named(capsys):
+    from mopro_fast.training.command import parse
+
+    words = ["--data", "images", "--out", "run", "--beta", "0.2", "--scale-k", "0.5", "1", "--alpha", "0.3"]
+    parse(["capro-webvision-vanilla", *words])
+    assert not capsys.readouterr().err
+    for method, names in (("mopro", ["beta"]), ("ce", ["scale-k", "alpha", "beta"])):
+        parse(["demo", *words, "--method", method])
+        lines = [f"note: --{name} has no effect with --method {method}" for name in names]
+        assert capsys.readouterr().err.splitlines() == lines

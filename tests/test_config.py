@@ -17,10 +17,12 @@ from mopro_fast.config import LIMITS, AugmentConfig, Settings, TrainConfig, flag
 from mopro_fast.downstream.finetune import Finetune
 from mopro_fast.downstream.retrain import Retrain
 from mopro_fast.errors import UserError
+from mopro_fast.training.command import parse
 
 OTHERS = [None, True, 3, 16.0, 1.5, "x", "2", [], [1], {}, {"a": 1}, [[1]]]
 FITTING = {types.NoneType: [None], bool: [True], int: [3], float: [3, 16.0, 1.5], str: ["x", "2"]}
 FITTING |= {dict[str, str]: [{}], tuple[int, ...]: [[], [1]]}
+NUMBERS = {int, float, tuple[int, ...], tuple[float, float]}
 
 
 def config() -> TrainConfig:
@@ -58,7 +60,7 @@ def refusal(values, cls=TrainConfig) -> str:
     "name, value, message",
     [
         ("data.layout", "lst", "e.json: data.layout must be auto, webvision, list, folder or shards, got 'lst'"),
-        ("method", "MoPro", "e.json: method must be mopro or ce, got 'MoPro'"),
+        ("method", "MoPro", "e.json: method must be mopro, capro or ce, got 'MoPro'"),
         ("optim.batch_size", 16.0, "e.json: optim.batch_size must be a whole number, got 16.0"),
         ("run.keep", True, "e.json: run.keep must be a whole number, got true"),
         ("run.seed", None, "e.json: run.seed must be a whole number, got null"),
@@ -78,6 +80,12 @@ def refusal(values, cls=TrainConfig) -> str:
         ("data.val", 3, "e.json: data.val must be a string or null, got 3"),
         ("data.augment", [], "e.json: data.augment must be an object of settings, got []"),
         ("optim", None, "e.json: optim must be an object of settings, got null"),
+        ("data.augment.scale_k", [0.5, 0.2], "e.json: --scale-k 0.5 0.2: the smallest area comes first"),
+        ("capro.init_proto", "soon", "e.json: capro.init_proto must be a whole number or never, got 'soon'"),
+        ("capro.unfreeze_epoch", 1.5, "e.json: capro.unfreeze_epoch must be a whole number or never, got 1.5"),
+        ("capro.init_proto", None, "e.json: capro.init_proto must be a whole number or never, got null"),
+        ("capro.unfreeze_epoch", -1, "e.json: capro.unfreeze_epoch must lie in [0, 1000000000], got -1"),
+        ("capro.soft_label", 11, "e.json: capro.soft_label must be 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 or 10, got 11"),
         ("optim.epoch", 3, "e.json: unknown setting 'optim.epoch': did you mean 'epochs'?"),
         ("optim.a\nb", 3, r"e.json: unknown setting 'optim.a\nb'"),
     ],
@@ -91,8 +99,7 @@ def test_every_setting_refuses_values_of_other_types(cls):
     plain = json.loads(json.dumps(cls().as_dict()))
     assert from_dict(cls, plain, "e.json") == cls()
     for name, hint in types_of(cls):
-        kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        fitting = [value for kind in kinds for value in FITTING.get(kind, ())]
+        fitting = [v for kind in kinds_of(hint) for v in FITTING.get(kind, typing.get_args(kind))]
         for value in OTHERS:
             try:
                 from_dict(cls, put(copy.deepcopy(plain), name, value), "e.json")
@@ -100,6 +107,11 @@ def test_every_setting_refuses_values_of_other_types(cls):
                 assert str(error).startswith(f"e.json: {name} must "), error
             else:
                 assert any(value == v and type(value) is type(v) for v in fitting), (name, value)
+
+
+def kinds_of(hint) -> tuple:
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if union else (hint,)
 
 
 def types_of(cls: type, prefix: str = ""):
@@ -110,12 +122,9 @@ def types_of(cls: type, prefix: str = ""):
 
 @pytest.mark.parametrize("cls", [TrainConfig, Retrain, Finetune])
 def test_every_number_has_limits(cls):
-    numbers = {
-        name
-        for name, value in settings(cls().as_dict()).items()
-        if value is None or (isinstance(value, (int, float, tuple)) and not isinstance(value, bool))
-    }
-    assert numbers - LIMITS.keys() == {"data.root", "data.val", "run.init"} | ({"list"} if cls is Finetune else set())
+    hints = dict(types_of(cls))
+    numbers = {name for name, hint in hints.items() if NUMBERS & set(kinds_of(hint))}
+    assert numbers == LIMITS.keys() & hints.keys() and {"data.keep_classes", "data.augment.scale"} < numbers
 
 
 def test_limits_name_settings():
@@ -126,7 +135,7 @@ def test_limits_name_settings():
 def test_numbers_outside_of_their_limits_are_refused_from_files_and_options(name):
     cls = next(c for c in (TrainConfig, Finetune) if name in settings(c().as_dict()))
     low, high = (float(end) for end in LIMITS[name][1:-1].split(", "))
-    several = isinstance(settings(cls().as_dict())[name], tuple)
+    several = any(typing.get_origin(kind) is tuple for kind in kinds_of(dict(types_of(cls))[name]))
     for value in (low - 1, high + high / 100 + 1, -math.inf, math.nan):
         if value == math.inf:  # the end of the interval
             continue
@@ -136,6 +145,49 @@ def test_numbers_outside_of_their_limits_are_refused_from_files_and_options(name
         if wrong is not None:
             with pytest.raises(UserError, match=f"^{flag(name)} must lie in "):
                 wrong.validate()
+
+
+@pytest.mark.parametrize("name", ["init_proto", "unfreeze_epoch"])
+def test_an_epoch_may_be_never(name, capsys):
+    assert getattr(from_dict(TrainConfig, {"capro": {name: "never"}}, "e.json").capro, name) == "never"
+    words = ["capro-webvision", "--data", "images", "--out", "run", "--anchors", "a", f"--{name.replace('_', '-')}"]
+    assert [getattr(parse([*words, word]).capro, name) for word in ("never", "3")] == ["never", 3]
+    parse([*words, "never"]).validate()
+    for word in ("soon", "1.5", "None"):
+        with pytest.raises(SystemExit):
+            parse([*words, word])
+        assert "INT|{never}" in capsys.readouterr().err
+    with pytest.raises(UserError, match=f"^{words[-1]} must lie in "):
+        parse([*words, "-1"]).validate()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--init-proto 3", "--init-proto 3 needs --anchors: the prototypes are computed from them"),
+        (
+            "--init-proto 3 --anchors a --start-clean 3",
+            "--start-clean 3 must be above --init-proto 3: correction needs",
+        ),
+        ("--row-weights True", "--row-weights True needs --anchors with a column weight"),
+        ("--calibrate True", "--calibrate True is MoPro's"),
+        (
+            "--soft-label 10 --bootstrap-weights softmax",
+            "--bootstrap-weights softmax has no effect with --soft-label 10",
+        ),
+        ("--queue-size 64", "--queue-size 64 is smaller than --batch-size 256"),
+        ("--epochs 10", "--warmup-epochs 10 must be a whole number below --epochs 10 with --schedule warmup-cosine"),
+        ("--warmup-epochs 2.5", "--warmup-epochs 2.5 must be a whole number below --epochs 120"),
+    ],
+)
+def test_settings_of_capro_that_contradict(options, message):
+    with pytest.raises(UserError) as caught:
+        parse(["capro-webvision-vanilla", "--data", "images", "--out", "run", *options.split()]).validate()
+    assert str(caught.value).startswith(message)
+
+
+def test_settings_of_capro_do_not_hinder_mopro():
+    parse(["demo", "--data", "images", "--out", "run", "--init-proto", "3", "--warmup-epochs", "0.5"]).validate()
 
 
 def given(cls: type, name: str, value) -> Settings | None:
@@ -165,6 +217,7 @@ def given(cls: type, name: str, value) -> Settings | None:
         ("run.resume", "", "--resume is empty"),
         ("data.extra_val", {"a": ""}, "--extra-val is empty"),
         ("data.extra_val", {"": "x"}, "--extra-val '': the log cannot show this name"),
+        ("capro.anchors", "a\0b", r"--anchors 'a\x00b': no file can have such a name"),
         ("data.holdout", "nan", "--holdout nan: a share must lie between 0 and 1"),
     ],
 )
@@ -240,11 +293,11 @@ def test_home_in_every_path_of_a_config(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     c = config()
     c.data.path = c.data.root = c.data.val = c.data.holdout = c.run.out = c.run.init = c.run.resume = "~/x"
-    c.data.extra_val = {"a": "~"}
+    c.data.extra_val, c.capro.anchors = {"a": "~"}, "~/x"
     (tmp_path / "c.json").write_text(c.to_json())
     found = load(tmp_path / "c.json")
     d, r = found.data, found.run
-    assert {d.path, d.root, d.val, d.holdout, r.out, r.init, r.resume} == {"/home/me/x"}
+    assert {d.path, d.root, d.val, d.holdout, r.out, r.init, r.resume, found.capro.anchors} == {"/home/me/x"}
     assert d.extra_val == {"a": "/home/me"}
 
 

@@ -16,6 +16,7 @@ import pytest
 from fuzz_data import flipped, odd_json, odd_table
 from odd_images import encoded, picture
 
+from mopro_fast.data.anchors import read_anchors
 from mopro_fast.data.begun import begun, write_images
 from mopro_fast.data.check import check, load_splits
 from mopro_fast.data.index import load_index, recognise, val_layout
@@ -164,3 +165,15 @@ def test_cleaned_labels(data, tmp_path, rng):
     labels = survives(read_table, tmp_path / "cleaned.parquet")
     if labels is not None:
         assert all(isinstance(labels.path(row), str) for row in range(len(labels.given)))
+
+
+@pytest.mark.parametrize("rng", each("anchors"))
+def test_anchors(data, tmp_path, rng):
+    index = load_index(data, "train", num_classes=CLASSES, layout="folder")
+    table = {"path": index.paths.for_table(), "id": index.ids, "label": index.labels, "anchor": index.ids % 2}
+    table = pa.table(table | {"weight": np.full(len(index), 1.5)})
+    table = table.drop_columns(["path"] if rng.integers(2) else [])
+    (tmp_path / "anchors.parquet").write_bytes(odd_table(table, rng))
+    found = survives(read_anchors, str(tmp_path), index)
+    if found is not None:
+        assert found.mask.any() and (found.weights is None or np.isfinite(found.weights).all())

@@ -1,6 +1,7 @@
 """`mopro-fast pack`: complete, upright, decodable shards; the same bytes however often it is interrupted."""
 
 import csv
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -18,14 +19,18 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from odd_images import decode_cases, encoded, odd_images, oriented, picture
 from PIL import Image
 from test_check import command, run, snapshot  # noqa: F401
 
+from mopro_fast.config import AugmentConfig
 from mopro_fast.data import pack as module
 from mopro_fast.data import shards
+from mopro_fast.data.cache import DeviceTrainLoader
 from mopro_fast.data.decode import UNREADABLE, decode, examine
 from mopro_fast.data.index import load_index
+from mopro_fast.data.pipeline import TrainLoader
 from mopro_fast.data.reader import Broken, Verified
 from mopro_fast.data.shards import open_shards
 from mopro_fast.errors import UserError
@@ -100,6 +105,33 @@ def test_every_image_is_there_or_named(data, packed):
         sorted(order.tolist()) != order.tolist() and len(set(open_shards(packed).label[:20].tolist())) == 3
     )  # shuffled
     assert open_shards(packed, "val").id.tolist() == list(range(36))
+
+
+@pytest.mark.parametrize("kind", [TrainLoader, DeviceTrainLoader])
+def test_a_whole_epoch_of_shards_on_any_number_of_ranks(packed, kind):
+    """Images of five shards, mixed among two at a time; some are left out. Each is real once, with the same pixels."""
+    index = load_index(packed, "train", num_classes=3)
+    index = dataclasses.replace(index, left_out=index.ids[::3])
+    options = dict(image_size=16, device=torch.device("cpu"), threads=2, seed=1, augment=AugmentConfig())
+
+    def shown(ranks):
+        found = {}
+        for rank in range(ranks):
+            size = 16 // ranks
+            loader = kind(index, batch_size=size, rank=rank, world_size=ranks, shuffle_shards=2, whole=True, **options)
+            for step, batch in enumerate(loader.epoch(4)):
+                first = (step * ranks + rank) * size
+                real = max(0, min(size, len(index.usable) - first))
+                rows = batch.ids[:real].tolist()
+                assert not found.keys() & set(rows) and (index.labels[batch.ids] == batch.labels.numpy()).all()
+                found |= dict(zip(rows, zip(batch.view_q, batch.view_k, strict=True), strict=False))
+            assert not loader.lost
+            loader.close()
+        return found
+
+    one, two = shown(1), shown(2)
+    assert sorted(one) == sorted(two) == index.usable.tolist() and len(one) % 16
+    assert all(torch.equal(a, b) for row in one for a, b in zip(one[row], two[row], strict=True))
 
 
 def test_the_package_webdataset_reads_every_member(packed):

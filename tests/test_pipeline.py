@@ -124,6 +124,47 @@ def test_ranks_share_the_batch_of_one_rank(index):
             assert equal(batch, [torch.cat(pair) for pair in zip(*parts, strict=True)])
 
 
+def whole_epoch(make, images, epoch=0, size=8, ranks=1):
+    """(views, label) by id of the real rows of an epoch on so many ranks; every id must be there once."""
+    found = {}
+    for rank in range(ranks):
+        train = make(batch_size=size // ranks, world_size=ranks, rank=rank, whole=True)
+        assert train.steps_per_epoch == -(-images // size)
+        for step, batch in enumerate(train.epoch(epoch)):
+            assert len(batch.ids) == size // ranks
+            for i, row in enumerate(batch.ids.tolist()):
+                if (step * ranks + rank) * (size // ranks) + i < images:
+                    assert row not in found
+                    found[row] = batch.view_q[i], batch.view_k[i], batch.labels[i]
+        train.close()
+    return found
+
+
+@pytest.mark.parametrize("size", [8, 38, 74, 112])
+def test_a_whole_epoch_shows_every_image_once_on_any_number_of_ranks(index, size):
+    """37 images: a fifth batch of 5, and batches that are larger than the data."""
+    one, two = (whole_epoch(lambda **c: loader(index, **c), 37, size=size, ranks=ranks) for ranks in (1, 2))
+    assert sorted(one) == sorted(two) == list(range(37))
+    assert all(equal(one[row], two[row]) for row in one)
+    assert all(index.labels[row] == label for row, (*_, label) in one.items())
+
+
+def test_a_whole_epoch_is_filled_with_its_first_rows(index):
+    shown = rows_of(loader(index, whole=True), 3)
+    assert shown[37:] == shown[:3] and shown[:32] == rows_of(loader(index), 3)
+    five = dataclasses.replace(index, left_out=np.arange(5, 37))
+    shown = rows_of(loader(five, batch_size=12, whole=True), 0)
+    assert shown == (shown[:5] * 3)[:12] and sorted(shown[:5]) == list(range(5))
+    train = loader(five, batch_size=2, whole=True)
+    both = [rows_of(train, epoch) for epoch in (0, 1)]  # also across the end of an epoch
+    assert train.steps_per_epoch == 3 and all(sorted(rows[:5]) == list(range(5)) for rows in both)
+
+
+def test_a_whole_epoch_of_nothing(index):
+    with pytest.raises(UserError, match=r"^no image of \S*list.txt without the 37 of --holdout can be shown"):
+        loader(dataclasses.replace(index, held_out=np.arange(37)), whole=True)
+
+
 def test_three_ranks_show_no_image_twice(index):
     shown = [i for rank in range(3) for i in rows_of(loader(index, batch_size=4, world_size=3, rank=rank), 0)]
     assert len(shown) == len(set(shown)) == 36
@@ -198,6 +239,26 @@ def test_flip_is_the_mirrored_view(index):
     without = {"augment": AugmentConfig(**{**vars(PLAIN), "flip": 0.0})}
     for a, b in zip(loader(index, **with_flips).epoch(0), loader(index, **without).epoch(0), strict=True):
         assert (a.view_q.flip(2).int() - b.view_q.int()).abs().max() <= 1
+
+
+APART = AugmentConfig(**{**vars(PLAIN), "scale": (0.8, 1.0), "scale_k": (0.1, 0.3)})
+
+
+@pytest.mark.parametrize("in_dali", [False, True])
+def test_view_k_has_areas_of_its_own(index, in_dali):
+    """view_q alone follows scale, view_k scale_k: its pixels are those of scale=scale_k, in the other loader too."""
+    both, k, q = (
+        loader(index, augment=augment, crop_in_dali=in_dali)
+        for augment in (
+            APART,
+            dataclasses.replace(PLAIN, scale=(0.1, 0.3)),
+            dataclasses.replace(PLAIN, scale=(0.8, 1.0)),
+        )
+    )
+    for a, b, c in zip(both.epoch(0), k.epoch(0), q.epoch(0), strict=True):
+        assert torch.equal(a.view_k, b.view_k) and torch.equal(a.view_q, c.view_q)
+        assert not torch.equal(a.view_k, c.view_k) and not torch.equal(a.view_q, b.view_q)
+    check_views(loader(index, augment=APART, crop_in_dali=in_dali), index, tolerance=1, border=in_dali)
 
 
 def test_boxes_in_dali_equal_crop_boxes():

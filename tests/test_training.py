@@ -1,6 +1,7 @@
 """The trainer as a user runs it: interrupted and resumed bit for bit, on one and two ranks, and its refusals."""
 
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ from mopro_fast.labels import UNSEEN
 from mopro_fast.training.loop import Trainer
 from mopro_fast.training.optim import learning_rate
 from mopro_fast.training.step import TrainStep
-from mopro_fast.training.tasks import task_of
+from mopro_fast.training.tasks import MoProTask, task_of
 
 EPOCHS, IMAGES, TESTS, STEPS = 3, 740, 100, 11  # of the demo's images, in batches of 64
 
@@ -419,13 +420,28 @@ def test_a_checkpoint_older_than_some_settings_goes_on(digits, uninterrupted, tm
     saved = checkpoint.all_of(uninterrupted / "checkpoints")[0]
     state = checkpoint.load(saved)
     del state.config["run"]["bf16_weights"], state.config["optim"]["sgd"]
+    del state.config["capro"], state.config["data"]["augment"]["scale_k"]
     checkpoint.save(tmp_path / "checkpoints", state.epoch * STEPS, state, 1)
-    trainer = opened(small_config(digits, tmp_path))
+    config = small_config(digits, tmp_path)
+    config.capro.beta, config.capro.anchors = 0.2, "anchors"  # nothing that MoPro reads
+    trainer = opened(config)
     assert (trainer.epoch, trainer.step) == (state.epoch, state.step)
     changed = small_config(digits, tmp_path)
     changed.run.bf16_weights = False
     with pytest.raises(UserError, match=r"run\.bf16_weights=True, this one has False"):
         Trainer(task_of(changed))
+
+
+def test_of_capro_only_the_place_of_the_anchors_may_change(digits, uninterrupted, tmp_path, monkeypatch):
+    state = checkpoint.load(checkpoint.all_of(uninterrupted / "checkpoints")[-1])
+    checkpoint.save(tmp_path / "checkpoints", state.epoch * STEPS, state, 1)
+    monkeypatch.setattr(MoProTask, "free", frozenset())
+    config = small_config(digits, tmp_path)
+    config.capro.anchors = "elsewhere"
+    assert opened(config).epoch == EPOCHS
+    config.capro.beta = 0.2
+    with pytest.raises(UserError, match=r"capro\.beta=0\.1, this one has 0\.2"):
+        Trainer(task_of(config))
 
 
 def test_initial_weights_must_fit(digits, uninterrupted, tmp_path):
@@ -472,3 +488,22 @@ def test_learning_rate_schedules():
     scaled = OptimConfig(lr=0.1, batch_size=1024, scale_lr=True, warmup_epochs=2)
     assert learning_rate(scaled, 0, 0, 10) == pytest.approx(0.4 / 20)
     assert learning_rate(scaled, 1, 9, 10) == pytest.approx(0.4) == learning_rate(scaled, 2, 0, 10)
+
+
+WARMUP_COSINE = {  # epochs of warm-up: the learning rate of some epochs of 20
+    0: {0: 0.1, 2: 0.0975528258, 10: 0.05, 18: 0.0024471742},
+    5: {0: 0.02, 1: 0.02, 2: 0.04, 4: 0.08, 5: 0.1, 8: 0.0904508497, 18: 0.0043227271},
+    10: {0: 0.01, 1: 0.01, 2: 0.02, 9: 0.09, 10: 0.1, 11: 0.0975528258, 15: 0.05, 18: 0.0095491503},
+}
+
+
+@pytest.mark.parametrize("first", WARMUP_COSINE)
+def test_learning_rate_after_a_warmup_of_epochs(first):
+    """As CAPro's code sets it, once per epoch: lr·max(e, 1)/U up to e = U, then lr·(1 + cos(π(e − U)/(E − U)))/2."""
+    config = OptimConfig(lr=0.1, epochs=20, schedule="warmup-cosine", warmup_epochs=first)
+    expected = WARMUP_COSINE[first]
+    for step in (0, 6):
+        found = {epoch: learning_rate(config, epoch, step, 7) for epoch in expected}
+        assert found == pytest.approx(expected, rel=1e-8)
+    scaled = dataclasses.replace(config, batch_size=1024, scale_lr=True)
+    assert learning_rate(scaled, 18, 0, 7) == pytest.approx(4 * expected[18], rel=1e-8)

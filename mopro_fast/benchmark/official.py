@@ -4,6 +4,7 @@ It follows what salesforce/MoPro's training step computes and how: similarities 
 all prototypes as matrices (the banks copied first), cross-entropies over those, boolean indexing for the kept rows, a
 Python loop over the rows for the prototypes, a ring buffer addressed by a host integer, a multiply-add per tensor for
 the momentum encoder. 16-bit inputs go as under autocast: products in 16 bits, softmaxes and cross-entropies in float32.
+``collective_targets`` follows yuleiqin/capro in the same way, ``soft_neighbour_labels`` the formula of PAWS.
 """
 
 from types import SimpleNamespace
@@ -61,6 +62,24 @@ def ema_update_(
         target.data = target.data * momentum + source.data * (1 - momentum)
     for shadow, target in zip(shadows or [], targets if shadows else [], strict=True):
         shadow.copy_(target)
+
+
+@torch.no_grad()
+def collective_targets(
+    z: Tensor, keys: Tensor, aux_weight: Tensor, prototypes: Tensor, *, alpha: float, temperature: float
+) -> Tensor:
+    """Matrices of N×Q weights and Q×C labels; the queue is copied for each."""
+    weights = _wide(z @ keys.clone().T).clamp(0, 1) + 1e-7
+    weights = weights / weights.sum(1, keepdim=True)
+    labels = alpha * _wide(keys.clone() @ aux_weight.T).softmax(1)
+    labels = labels + (1 - alpha) * _scores(keys.clone(), prototypes, temperature).softmax(1)
+    targets = _wide(weights.to(z.dtype) @ labels.to(z.dtype)).clamp(0, 1)
+    return targets / targets.sum(1, keepdim=True)
+
+
+@torch.no_grad()
+def soft_neighbour_labels(z: Tensor, keys: Tensor, values: Tensor, *, temperature: float) -> Tensor:
+    return _wide(_scores(z, keys, temperature).softmax(1).to(values.dtype) @ values)
 
 
 def batch_norm_act(

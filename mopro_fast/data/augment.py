@@ -1,7 +1,7 @@
 """The two views' augmentations: their random numbers and crop boxes (numpy, host). Colours: ops/colour.py.
 
-view_q: random resized crop, horizontal flip. view_k: the same, where asked for with areas of its own, with grayscale and
-colour jitter before the flip.
+view_q: random resized crop, horizontal flip. view_k: the same, with areas of its own where these are set, and with
+grayscale and colour jitter before the flip.
 Source: DataLoader/dataloader.py of salesforce/MoPro; the arithmetic is that of torchvision's transforms on
 Pillow images, down to the rounding to 8 bits after every operation.
 """

@@ -2,8 +2,10 @@
 
 from mopro_fast.config import TrainConfig
 from mopro_fast.models.baseline import CrossEntropy
+from mopro_fast.models.capro import CAPro
+from mopro_fast.models.method import Method
 from mopro_fast.models.mopro import MoPro
-from mopro_fast.models.resnet import ResNet
+from mopro_fast.models.resnet import ResNet, Trunk
 
 
 def build_encoder(config: TrainConfig) -> ResNet:
@@ -13,7 +15,11 @@ def build_encoder(config: TrainConfig) -> ResNet:
     return encoder
 
 
-def build(config: TrainConfig) -> MoPro | CrossEntropy:
+def build(config: TrainConfig) -> Method:
     """The model that ``config`` describes, with fresh weights from torch's global generator."""
-    encoder = build_encoder(config)
-    return MoPro(encoder, build_encoder(config), config.mopro) if config.method == "mopro" else CrossEntropy(encoder)
+    encoder, m = build_encoder(config), config.model
+    if config.method == "ce":
+        return CrossEntropy(encoder)
+    if config.method == "capro":
+        return CAPro(encoder, Trunk(m.arch, m.width, m.stem, m.bn_group), config.mopro, config.capro)
+    return MoPro(encoder, build_encoder(config), config.mopro)

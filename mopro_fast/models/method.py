@@ -62,11 +62,16 @@ class Method(nn.Module):
         """The first epoch whose steps do the same as this epoch's: a graph is captured for each."""
         return 0
 
+    def freeze(self, epoch: int) -> bool:  # noqa: ARG002
+        """Let the parameters that :meth:`trained` names and this epoch does not train require no gradient, and the
+        others require it; -> whether that has changed."""
+        return False
+
     def trained(self) -> list[list[nn.Parameter]]:
-        """The parameters that are trained, in groups with a learning rate each."""
+        """The parameters that are trained in any epoch, in groups with a learning rate each."""
         return [list(self.encoder_q.parameters())]
 
-    def followers(self) -> list[nn.Parameter]:
-        """Those of encoder_k, in the order of :meth:`trained`."""
+    def followers(self) -> list[nn.Parameter | None]:
+        """Those of encoder_k, in the order of :meth:`trained`; None for a parameter that it does not have."""
         names, key = {p: name for name, p in self.encoder_q.named_parameters()}, dict(self.encoder_k.named_parameters())
-        return [key[names[p]] for group in self.trained() for p in group]
+        return [key.get(names.get(p)) for group in self.trained() for p in group]

@@ -184,9 +184,25 @@ class ResNet(nn.Module):
         """pooled features → embedding of unit length, float32 whatever autocast says."""
         return F.normalize(self.fc2(F.relu(self.fc1(features))).float(), dim=1)
 
+    def trunk(self) -> nn.ModuleList:
+        """All but the heads."""
+        heads = ("classifier", "fc1", "fc2")
+        return nn.ModuleList(module for name, module in self.named_children() if name not in heads)
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         features = self.features(x)
         return self.classifier(features), self.project(features)
+
+
+class Trunk(ResNet):
+    """A ResNet without heads: images [N, 3, H, W] → pooled features [N, feature_dim]. Arguments: as of ResNet."""
+
+    def __init__(self, arch: str, width: float = 1, stem: str = "imagenet", bn_group: int = 0) -> None:
+        super().__init__(arch, 1, 1, width, stem, bn_group)
+        del self.classifier, self.fc1, self.fc2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features(x)
 
 
 def _pooled(x: Tensor) -> Tensor:

@@ -34,6 +34,8 @@ OPS = (
     "mopro_loss_backward",
     "prototype_contrast",
     "prototype_update_",
+    "collective_targets",
+    "soft_neighbour_labels",
     "two_views",
     "normalize",
     "batch_norm_stats_",
@@ -45,7 +47,8 @@ PREFERENCE = ("cuda", "triton", "reference")
 # Where each backend's implementations live, and which ops it has. Modules are imported on first use.
 MODULES = {"reference": "mopro_fast.ops.reference", "cuda": "mopro_fast.ops.cuda", "triton": "mopro_fast.kernels"}
 CUDA = ("ema_update_", "sgd_ema_update_", "queue_enqueue_", "prototype_update_")
-TRITON = tuple(op for op in OPS if op not in CUDA)
+PLAIN = ("collective_targets", "soft_neighbour_labels")  # no kernel: docs/kernels.md counts why
+TRITON = tuple(op for op in OPS if op not in CUDA + PLAIN)
 IMPLEMENTED = {"reference": OPS, "cuda": CUDA, "triton": TRITON}
 
 _choice = os.environ.get("MOPRO_FAST_BACKEND", "auto")

@@ -1,4 +1,4 @@
-"""Colours of the views, on any device: ImageNet's normalisation, grayscale and colour jitter.
+"""Colours of the views, on any device: ImageNet's normalisation, grayscale, colour jitter, principal shifts.
 
 The arithmetic is that of torchvision's transforms on Pillow images, down to the rounding to 8 bits after every
 operation. Source: DataLoader/dataloader.py of salesforce/MoPro.
@@ -14,6 +14,10 @@ from mopro_fast.transfer import to_device
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# Of ImageNet's pixels in [0, 1], as Krizhevsky et al. (2012, section 4.1) augment with them: the square roots of the
+# covariance's eigenvalues, and its eigenvectors, a row each.
+PRINCIPAL_SIZES = np.array([0.2175, 0.0188, 0.0045])
+PRINCIPAL_COLOURS = np.array([[-0.5675, -0.5808, -0.5836], [0.7192, -0.0045, -0.6948], [0.4009, -0.8140, 0.4203]])
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
@@ -140,15 +144,32 @@ def _divisor(number: int, dtype: torch.dtype, device: torch.device) -> torch.Ten
     return torch.full((), number, dtype=dtype, device=device)
 
 
-def normalize(images: torch.Tensor) -> torch.Tensor:
-    """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] with channels_last strides: (x/255 - mean) / std of ImageNet."""
-    shift, scale = _imagenet(images.device)
+def principal_shifts(draws: np.ndarray) -> np.ndarray:
+    """An RGB shift per image along the colours' principal axes: Σ_j draws[:, j]·λ_j·v_j, for :func:`normalize`.
+
+    draws: [n, 3], normal draws as they are to be scaled (in CAPro of deviation 0.1); -> float32 [n, 3].
+    """
+    return (draws[:, :, None] * (PRINCIPAL_SIZES[:, None] * PRINCIPAL_COLOURS)).sum(1).astype(np.float32)
+
+
+def normalize(images: torch.Tensor, shifts: torch.Tensor | None = None) -> torch.Tensor:
+    """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] with channels_last strides: (x/255 + shift - mean) / std of ImageNet.
+
+    shifts: float32 [N, 3]; None: 0.
+    """
+    shift, scale, rstd = _imagenet(images.device)
+    if shifts is not None:
+        shift = torch.addcmul(shift, shifts[:, :, None, None], rstd)
     return torch.addcmul(shift, images.permute(0, 3, 1, 2).float(), scale)
 
 
 @functools.lru_cache
-def _imagenet(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """-mean/std and 1/(255 std), float32 [3, 1, 1]; kept, since a copy to the device would make each step wait."""
+def _imagenet(device: torch.device) -> tuple[torch.Tensor, ...]:
+    """-mean/std, 1/(255 std), 1/std, float32 [3, 1, 1]; kept, since a copy to the device would make each step wait."""
     mean, std = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
-    pair = torch.from_numpy(np.stack([-mean / std, 1 / (255 * std)])).float().to(device)
-    return pair[0, :, None, None], pair[1, :, None, None]
+    return (
+        torch.from_numpy(np.stack([-mean / std, 1 / (255 * std), 1 / std]))
+        .float()
+        .to(device)[:, :, None, None]
+        .unbind()
+    )

@@ -5,7 +5,7 @@ Arithmetic is float32 (float64 for float64 inputs) whatever the storage type.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +14,19 @@ from torch import Tensor
 from mopro_fast.ops import colour
 from mopro_fast.ops.two_views import largest_side
 
+# Of a slice of a bank: at most so many label values, and scores. As float32 that is 34 MB, of which a few are alive at a
+# time; a pass over it (16 µs at 4.3 TB/s) outweighs its launch; and the recipes' queues are one slice.
+SLICE_VALUES = 2**23
+
 
 def wide(*tensors: Tensor) -> list[Tensor]:
-    """The tensors in the type the arithmetic runs in: float32, or float64 if any of them is float64."""
-    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    return [t.to(dtype) for t in tensors]
+    """The tensors in the type the arithmetic runs in."""
+    return [t.to(wide_type(*tensors)) for t in tensors]
+
+
+def wide_type(*tensors: Tensor) -> torch.dtype:
+    """Float32, or float64 if any of the tensors is float64."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def ema_update_(targets: list[Tensor], sources: list[Tensor], momentum: float, shadows: list[Tensor]) -> None:
@@ -95,9 +103,10 @@ def decide(
 
 
 def correct_labels(
-    logits: Tensor, q: Tensor, prototypes: Tensor, labels: Tensor, alpha: float, threshold: float, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return decide(mixed_scores(logits, q, prototypes, alpha, temperature)[0], labels, threshold)
+    logits: Tensor, q: Tensor, prototypes: Tensor, labels: Tensor, alpha: float, threshold: float, temperature: float,
+    anchors: Tensor | None = None, inclusive: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return decide(mixed_scores(logits, q, prototypes, alpha, temperature)[0], labels, threshold, anchors, inclusive)
 
 
 def prototype_contrast(
@@ -174,6 +183,70 @@ def prototype_update_(
     prototypes.div_(prototypes.norm(dim=1, keepdim=True).clamp_(min=1e-12))
 
 
+def collective_targets(
+    z: Tensor, keys: Tensor, aux_weight: Tensor, prototypes: Tensor, alpha: float, temperature: float, weights: str,
+    dtype: torch.dtype | None,
+) -> Tensor:  # fmt: skip
+    """The values of a slice of keys are made when its turn comes: 10 passes over [Q, C] in float32 (docs/kernels.md)."""
+    z, keys, aux_weight, prototypes = wide(z, keys, aux_weight, prototypes)
+    prototypes, out = prototypes / temperature, z.dtype
+    aux_weight, prototypes, keys = (x.to(dtype or out) for x in (aux_weight, prototypes, keys))
+
+    def bank() -> Iterator[tuple[Tensor, Tensor]]:
+        for k in keys.split(_slots(len(z), len(prototypes))):
+            by_classifier = _product(k, aux_weight.T, out).softmax(1)
+            by_prototypes = _product(k, prototypes.T, out).softmax(1)
+            yield k, by_prototypes.lerp_(by_classifier, alpha)
+
+    t = _neighbour_mean(z, bank(), len(prototypes), temperature, weights, dtype or out).clamp_(0, 1)
+    return t.div_(t.sum(1, keepdim=True))
+
+
+def soft_neighbour_labels(z: Tensor, keys: Tensor, values: Tensor, temperature: float, weights: str) -> Tensor:
+    out, slots = wide_type(z, keys, values), _slots(len(z), values.shape[1])
+    bank = ((k.to(out), v.to(out)) for k, v in zip(keys.split(slots), values.split(slots), strict=True))
+    return _neighbour_mean(z.to(out), bank, values.shape[1], temperature, weights, out)
+
+
+def _slots(rows: int, classes: int) -> int:
+    return max(1, SLICE_VALUES // max(rows, classes, 1))
+
+
+def _neighbour_mean(
+    z: Tensor, bank: Iterable[tuple[Tensor, Tensor]], classes: int, temperature: float, weights: str, dtype: torch.dtype
+) -> Tensor:
+    """Σ_j u_ij v_j / Σ_j u_ij [N, C] over slices of a bank: keys [S, D] in ``dtype``, the products' type, values [S, C].
+
+    The weights that are summed are those that are multiplied, rounded alike.
+    """
+    out, softmax = z.dtype, weights == "softmax"
+    z = (z / temperature if softmax else z).to(dtype)
+    labels, total = z.new_zeros(len(z), classes, dtype=out), z.new_zeros(len(z), 1, dtype=out)
+    largest = torch.full_like(total, float("-inf")) if softmax else None
+    for keys, values in bank:
+        u = _product(z, keys.T, out)  # [N, S]
+        if softmax:
+            before, largest = largest, torch.maximum(largest, u.amax(1, keepdim=True))
+            rescale = (before - largest).exp_()
+            labels.mul_(rescale), total.mul_(rescale)
+            u.sub_(largest).exp_()
+        else:
+            u.clamp_(0, 1).add_(1e-7)
+        u = u.to(dtype)
+        total.add_(u.sum(1, keepdim=True, dtype=out))
+        labels.add_(_product(u, values.to(dtype), out))
+    return labels.div_(total)
+
+
+def _product(a: Tensor, b: Tensor, out: torch.dtype) -> Tensor:
+    """a·b, both of one type, summed and stored in ``out``."""
+    if a.dtype == out:
+        return a @ b
+    if a.is_cuda and out == torch.float32:
+        return torch.mm(a, b, out_dtype=out)
+    return a.to(out) @ b.to(out)
+
+
 def _used_rows(labels: Tensor, kept: Tensor | None, classes: int) -> tuple[Tensor, Tensor]:
     """-> (row is kept and its label is a class, that label or a safe 0)."""
     use = (labels >= 0) & (labels < classes)
@@ -245,10 +318,10 @@ def _triangles(length: int, size: int, device: torch.device) -> Tensor:
     return (2 * max(length, size) - distance).clamp(min=0).double()
 
 
-def normalize(images: Tensor, flips: Tensor | None, dtype: torch.dtype) -> Tensor:
+def normalize(images: Tensor, flips: Tensor | None, dtype: torch.dtype, shifts: Tensor | None = None) -> Tensor:
     if flips is not None:
         images = torch.where(flips[:, None, None, None], images.flip(2), images)
-    return colour.normalize(images).to(dtype)
+    return colour.normalize(images, shifts).to(dtype)
 
 
 def batch_norm_stats_(

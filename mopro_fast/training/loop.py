@@ -140,6 +140,10 @@ class Trainer:
         """Train from (epoch, step) to the epoch's end; -> 0, or the signal that asks to stop now."""
         run = self.config.run
         distributed.sync_buffers(self.model)
+        self.train_step.begin_epoch(self.epoch)
+        if self.step == 0:
+            with stop.at_once():
+                self.task.begin_epoch(self.model, self.epoch, self.device, self.train_step.bf16)
         batches = self.task.batches(self.loader.epoch(self.epoch, self.step), self.global_step)
         with closing(Progress(self.log, self.epoch, self.step, self.config.optim, self.steps)) as progress:
             while self.step < self.steps:

@@ -1,6 +1,7 @@
 """SGD, alone or in one pass with the momentum encoder's update, and the learning rate of every step."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from mopro_fast import installed, ops
 from mopro_fast.config import OptimConfig
 from mopro_fast.errors import UserError
-from mopro_fast.ops import checks
+from mopro_fast.ops import checks, reference
 
 _OWN = ("targets", "ema_momentum", "param_shadows", "target_shadows")
 _HOW = ("foreach", "fused")  # options of torch.optim.SGD that do not change what is computed
@@ -24,7 +25,7 @@ class _WithTargets:
 
     def _take(
         self,
-        targets: Iterable[Tensor] | None,
+        targets: Iterable[Tensor | None] | None,
         ema_momentum: float,
         param_shadows: Iterable[Tensor | None] | None,
         target_shadows: Iterable[Tensor | None] | None,
@@ -34,7 +35,7 @@ class _WithTargets:
         self.param_shadows, self.target_shadows = list(param_shadows or []), list(target_shadows or [])
         self._require_counts()
         for i, (p, target) in enumerate(zip(self._params(), self.targets or [], strict=targets is not None)):
-            if target.shape != p.shape:
+            if target is not None and target.shape != p.shape:
                 raise ValueError(f"targets[{i}] must have shape {list(p.shape)}, got {list(target.shape)}")
 
     def _params(self) -> list[Tensor]:
@@ -85,7 +86,7 @@ class SGDEMA(_WithTargets, torch.optim.SGD):
     def __init__(
         self,
         params: Iterable,
-        targets: Iterable[Tensor],
+        targets: Iterable[Tensor | None],
         lr: float | Tensor = 1e-3,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
@@ -100,7 +101,8 @@ class SGDEMA(_WithTargets, torch.optim.SGD):
     ) -> None:
         """As torch.optim.SGD, and:
 
-        targets:      one tensor per parameter, in the order of the parameters, through all groups.
+        targets:      one tensor per parameter, in the order of the parameters, through all groups; None where there is
+                      none.
         ema_momentum: m, in [0, 1].
         param_shadows, target_shadows: optional bfloat16 or float16 copies, one per parameter, None where there is none.
 
@@ -132,21 +134,21 @@ class SGDEMA(_WithTargets, torch.optim.SGD):
             buffers = self._buffers(params, grads) if group["momentum"] else [None] * len(params)
             target_shadows = self.target_shadows[begin:end] or [None] * len(params)
             rows = list(zip(params, grads, buffers, self.targets[begin:end], shadows, target_shadows, strict=True))
-            for has_shadow in (True, False):
-                part = [row for row in rows if (row[4] is not None) == has_shadow]
+            how = {name: group[name] for name in ("momentum", "weight_decay", "nesterov")}
+            for has_shadow, has_target in itertools.product((True, False), repeat=2):
+                part = [row for row in rows if (row[4] is not None, row[3] is not None) == (has_shadow, has_target)]
+                if not has_target:
+                    part = [row for row in part if row[1] is not None]
                 if not part:
                     continue
                 p, g, b, t, v, w = map(list, zip(*part, strict=True))
-                ops.sgd_ema_update_(
-                    p, g, b, t,
-                    lr=self._rate(index, group),
-                    momentum=group["momentum"],
-                    weight_decay=group["weight_decay"],
-                    nesterov=group["nesterov"],
-                    ema_momentum=self.ema_momentum,
-                    param_shadows=v if has_shadow else None,
-                    target_shadows=w if has_shadow else None,
-                )  # fmt: skip
+                if has_target:
+                    ops.sgd_ema_update_(
+                        p, g, b, t, **how, lr=self._rate(index, group), ema_momentum=self.ema_momentum,
+                        param_shadows=v if has_shadow else None, target_shadows=w if has_shadow else None,
+                    )  # fmt: skip
+                else:  # a few heads
+                    _sgd_update_(p, g, b, self._rate(index, group), v if has_shadow else [], **how)
             begin = end
         return loss
 
@@ -180,6 +182,16 @@ class SGDEMA(_WithTargets, torch.optim.SGD):
                     raise ValueError(f"SGDEMA does not have {name}, got {name}={group[name]}")
 
 
+@torch.no_grad()
+def _sgd_update_(
+    params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], lr: Tensor, shadows: list[Tensor], *,
+    momentum: float, weight_decay: float, nesterov: bool,
+) -> None:  # fmt: skip
+    reference.sgd_ema_update_(
+        params, grads, buffers, [], lr, momentum, weight_decay, nesterov, 0.0, shadows, []
+    )  # fmt: skip
+
+
 def _gradient(p: Tensor, shadow: Tensor | None) -> Tensor | None:
     grad = shadow.grad if p.grad is None and shadow is not None else p.grad
     if grad is not None and grad.layout != torch.strided:
@@ -193,7 +205,7 @@ class _ThenEMA(_WithTargets):
     def __init__(
         self,
         params: Iterable,
-        targets: Iterable[Tensor] | None = None,
+        targets: Iterable[Tensor | None] | None = None,
         *,
         ema_momentum: float | None = None,
         param_shadows: Iterable[Tensor | None] | None = None,
@@ -222,6 +234,7 @@ class _ThenEMA(_WithTargets):
             with torch.no_grad():
                 torch._foreach_copy_(*map(list, zip(*copies, strict=True)))
         rows = list(zip(self.targets or [], params, target_shadows, strict=self.targets is not None))
+        rows = [row for row in rows if row[0] is not None]
         for has_shadow in (True, False):
             part = [row for row in rows if (row[2] is not None) == has_shadow]
             if part:
@@ -270,7 +283,7 @@ def sgd_class(sgd: str, device: torch.device) -> type[torch.optim.Optimizer]:
 def build_optimizer(
     groups: list[list[Tensor]],
     config: OptimConfig,
-    targets: Iterable[Tensor] | None = None,
+    targets: Iterable[Tensor | None] | None = None,
     ema_momentum: float | None = None,
     *,
     copies: dict[Tensor, Tensor] | None = None,
@@ -305,7 +318,7 @@ def learning_rate(config: OptimConfig, epoch: int, step: int, steps_per_epoch: i
     lr = config.lr * (config.batch_size / 256 if config.scale_lr else 1.0)
     if config.schedule == "warmup-cosine":
         first = config.warmup_epochs
-        if 0 < first and epoch <= first:
+        if first > 0 and epoch <= first:
             return lr * max(epoch, 1) / first
         return lr * 0.5 * (1.0 + math.cos(math.pi * (epoch - first) / (config.epochs - first)))
     warmup = config.warmup_epochs * steps_per_epoch

@@ -113,7 +113,7 @@ class RunFolder:
             check_fits(model.state_dict(), self.state.model, self.found)
         if self.state.initial != task.initial:
             raise UserError(
-                f"{self.found} is of a run that began with another checkpoint: give that one, or choose another --out"
+                f"{self.found} is of a run that began with another {task.begins_with}: give that one, or {_other(task)}"
             )
         self._refuse(changed, task)
         with self.going_on():
@@ -218,4 +218,4 @@ def _made_by(folder: Path, command: str) -> str | None:
 
 def _other(task: Task) -> str:
     """What to do instead; a task that begins with a checkpoint has no --init."""
-    return "choose another --out" + ("" if task.initial else " (with --init for the weights alone)")
+    return "choose another --out" + (" (with --init for the weights alone)" if task.command == "train" else "")

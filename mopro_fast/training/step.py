@@ -59,11 +59,8 @@ class TrainStep:
             copies=copies,
             lr_on_device=self._graphed,
         )
-        if not distributed.alone():
-            example = torch.zeros(2, 3, 32, 32, device=device, dtype=next(query.parameters()).dtype)
-            query = distributed.data_parallel(query, example)
-        self.query, self.key = query, key
-        model.compute_with(query, key)
+        self.query, self.key, self._bare = query, key, query
+        self._share_gradients()
         warm_up = _WARM_UP if distributed.alone() else _WARM_UP_DDP
         self._call = Graphed(self._run, warm_up) if self._graphed else self._run
 
@@ -79,6 +76,22 @@ class TrainStep:
         self.bad_step = torch.full((1,), -1, dtype=torch.int64, device=device)
         """The first step whose loss was not finite; -1: none."""
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Freeze and unfreeze what the model says; before the first step of this process in this epoch. Collective."""
+        if self.model.freeze(epoch):
+            self.close()
+            self._share_gradients()
+
+    def _share_gradients(self) -> None:
+        """Average the gradients of the parameters that now require one over the ranks."""
+        self.query = self._bare
+        self.model.compute_with(self.query, self.key)  # the last wrapper goes, and its hooks
+        if not distributed.alone():
+            dtype = next(self._bare.parameters()).dtype
+            example = torch.zeros(2, 3, 32, 32, device=self.device, dtype=dtype)
+            self.query = distributed.data_parallel(self._bare, example)
+            self.model.compute_with(self.query, self.key)
 
     def __call__(
         self, batch: Batch, extra: Tensor | tuple[Tensor, ...] | None, epoch: int, step: int, lr: float | list[float]

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from mopro_fast.config import Settings
@@ -27,7 +28,10 @@ class Task:
     free: frozenset[str] = frozenset()
     """Settings of its own that may change between an interrupted run and its continuation."""
     initial = ""
-    """The digest of the weights that the run begins with; it goes on with the same alone. Empty: whatever they were."""
+    """The digest of what else the run begins with, :attr:`begins_with`; it goes on with the same alone. Empty: whatever
+    it was."""
+    begins_with = "checkpoint"
+    """What that is, for messages."""
 
     def __init__(self, config: Settings) -> None:
         self.config = config
@@ -43,6 +47,9 @@ class Task:
     def build(self) -> Method:
         """The model on the CPU, with the weights of a fresh run."""
         raise NotImplementedError
+
+    def begin_epoch(self, model: Method, epoch: int, device: torch.device, bf16: bool) -> None:
+        """Before the first step of an epoch. bf16: whether steps compute in 16 bits. Collective."""
 
     def batches(self, batches: Iterable[Batch], global_step: int) -> Iterator[tuple[Batch, tuple[Tensor, ...]]]:  # noqa: ARG002
         """Each batch, the first of ``global_step``, with what else the model's ``forward`` takes."""
