@@ -8,6 +8,7 @@ import shutil
 import traceback
 from pathlib import Path
 
+import capro_model
 import fuzz_checkpoints
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def passes_through(path: Path, model: torch.nn.Module) -> None:
     out = path.parents[1] / "made"
     refused(lambda: weights.initialise(model, path), name)
     loaded = weights.load_weights(path)
-    for format in ("official", "safetensors", "torchvision", "detectron2"):
+    for format in ("capro" if loaded.capro else "official", "safetensors", "torchvision", "detectron2"):
         export(loaded, out, format)
         if format != "detectron2":
             weights.load_weights(out)
@@ -102,6 +103,9 @@ def foreign(trained: Path) -> dict[str, dict]:
         "bare": bare,
         "wrapped": {"model": {f"_orig_mod.module.{k}": v for k, v in bare.items()}, **args},
         "official": formats.official(loaded),
+        "capro": formats.official_capro(
+            weights.load_weights(capro_model.write(trained / "capro.pt", config(trained, trained)))
+        ),
         "moco": {"state_dict": moco | {"module.queue": torch.rand(4, 8)}, **args},
         "mmpretrain": {
             "state_dict": {f"backbone.{k}": v for k, v in trunk.items()}
