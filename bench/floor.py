@@ -65,7 +65,10 @@ def mopro_loss(n: int, c: int, q: int, d: int, size: int, prototype_size: int, l
 
 
 def collective_targets(n: int, c: int, q: int, d: int, size: int) -> Cost:
-    """Read z, the queue, both classifiers; write the targets. Products: keys by both, rows by keys, weights by labels."""
+    """Read z, the queue and both classifiers; write the targets.
+
+    Products: keys by both classifiers, rows by keys, weights by labels.
+    """
     return Cost((n * d + q * d + 2 * c * d) * size + 4 * n * c, 2 * q * (2 * c * d + n * d + n * c))
 
 

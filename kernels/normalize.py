@@ -7,6 +7,7 @@ shift: 0, or three numbers per image, which join the constants before any pixel 
 Traffic per value: 1 byte in, 2 (bfloat16) or 4 (float32) out; in PyTorch 19 or 13. Source: torchvision's normalize.
 """
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -15,9 +16,10 @@ from torch import Tensor
 from mopro_fast.kernels.similarity import INTERPRETED
 from mopro_fast.ops.colour import IMAGENET_MEAN, IMAGENET_STD
 
-SHIFT_R, SHIFT_G, SHIFT_B = (tl.constexpr(-m / s) for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True))
-SCALE_R, SCALE_G, SCALE_B = (tl.constexpr(1 / (255 * s)) for s in IMAGENET_STD)
-RSTD_R, RSTD_G, RSTD_B = (tl.constexpr(1 / s) for s in IMAGENET_STD)
+MEAN, STD = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
+SHIFT_R, SHIFT_G, SHIFT_B = map(tl.constexpr, np.float32(-MEAN / STD).tolist())
+SCALE_R, SCALE_G, SCALE_B = map(tl.constexpr, np.float32(1 / (255 * STD)).tolist())
+RSTD_R, RSTD_G, RSTD_B = map(tl.constexpr, np.float32(1 / STD).tolist())
 
 
 @triton.jit

@@ -102,6 +102,18 @@ def test_the_official_step_s_losses_are_mopro_loss(n, classes, slots, d):
         close(of_given, ours)
 
 
+@pytest.mark.parametrize("n, classes, slots, d", SIZES)
+def test_official_soft_labels_are_the_reference_s(n, classes, slots, d):
+    official = importlib.import_module("mopro_fast.benchmark.official")
+    x = random_head(n, classes, slots, d, n)
+    z, keys, weight = x["q"], x["queue"], 3 * unit(classes, d, seed=9)
+    want = reference.collective_targets(z, keys, weight, x["prototypes"], 0.3, 0.1, "linear", None)
+    close(official.collective_targets(z, keys, weight, x["prototypes"], alpha=0.3, temperature=0.1), want)
+    values = torch.eye(classes, dtype=torch.float64)[torch.arange(slots) % classes]
+    want = reference.soft_neighbour_labels(z, keys, values, 0.1, "softmax")
+    close(official.soft_neighbour_labels(z, keys, values, temperature=0.1), want)
+
+
 def test_official_updates_are_the_reference_s():
     official = importlib.import_module("mopro_fast.benchmark.official")
     x = random_head(40, 7, 80, 16, 5)
@@ -180,6 +192,11 @@ def test_floors_are_those_worked_out_by_hand():
     assert cost.bytes == pytest.approx(0.54 * read + 2 * 256 * 224**2 * 3, rel=0.01) and us(cost) < 31
     # One number each: 4 + 4 + 8 + 1 + 1 + 4 bytes would be logits, q, labels, kept; and C·D prototypes.
     assert floor.correct_labels(1, 1, 1, 4) == floor.Cost(4 + 4 + 4 + 8 + 8 + 1, 2)
+    # CAPro's page counts 2·Q·D·2C + 2·N·Q·D + 2·N·Q·C; z, a key, two weights and the target, of one number each
+    cost = floor.collective_targets(1024, 5000, 65536, 128, 2)
+    assert cost.flops == pytest.approx((168 + 17 + 671) * 1e9, rel=0.001)
+    assert floor.collective_targets(1, 1, 1, 1, 2) == floor.Cost(4 * 2 + 4, 8)
+    assert floor.soft_neighbour_labels(1, 1, 1, 1, 2) == floor.Cost(3 * 2 + 4, 4)
     # x, residual, y and three gradients; weight, bias, both running statistics; these two and two gradients written
     assert floor.batch_norm_act(1, 1, 1, 4).bytes == 6 * 4 + 8 * 4
     # x, weight, y; four vectors of the norm; y's two statistics, both running ones read and written

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mopro_fast import ops
-from mopro_fast.ops.colour import IMAGENET_MEAN, IMAGENET_STD
+from mopro_fast.ops.colour import IMAGENET_MEAN, IMAGENET_STD, principal_shifts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16_STEP = 2**-8 if DEVICE == "cuda" else 2**-7  # Triton's interpreter cuts off where a GPU rounds
@@ -20,33 +20,38 @@ def every_value(height, width):
     )
 
 
-def exactly(images):
-    """Of the float32 constants, rounded once: what PyTorch's addcmul gives where the processor fuses it."""
+def exactly(images, shifts=None):
+    """Of the float32 constants, rounded once: what PyTorch's addcmul gives where the processor fuses it. With shifts
+    the constant that is added is rounded once before."""
     mean, std = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
-    shift, scale = (
-        torch.tensor(x, dtype=torch.float32, device=DEVICE).double() for x in (-mean / std, 1 / (255 * std))
+    shift, scale, rstd = (
+        torch.tensor(x, dtype=torch.float32, device=DEVICE).double() for x in (-mean / std, 1 / (255 * std), 1 / std)
     )
+    if shifts is not None:
+        shift = (shifts[:, None, None].double() * rstd + shift).float().double()
     return (images.double() * scale + shift).float().permute(0, 3, 1, 2)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("height, width", [(16, 16), (1, 700), (67, 19), (301, 1)])
 @pytest.mark.parametrize("flip", [False, True])
-def test_normalize(height, width, flip, backend):
+@pytest.mark.parametrize("shift", [False, True])
+def test_normalize(height, width, shift, flip, backend):
     images = every_value(height, width)
     flips = torch.tensor([True, False, True], device=DEVICE) if flip else None
-    expected = exactly(images)
+    shifts = torch.tensor([[0.02, -0.1, 0.3], [-0.003, 0.0, 1.5], [1e-8, -0.7, 0.1]], device=DEVICE) if shift else None
+    expected = exactly(images, shifts)
     if flip:
         expected[::2] = expected[::2].flip(3)
     with ops.use_backend(backend):
-        result = ops.normalize(images, flips=flips)
+        result = ops.normalize(images, flips=flips, shifts=shifts)
         assert result.shape == (3, 3, height, width) and result.dtype == torch.float32
         assert result.permute(0, 2, 3, 1).is_contiguous()  # channels_last
         if backend == "triton":
             assert torch.equal(result, expected)
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
         for dtype, step in ((torch.bfloat16, BF16_STEP), (torch.float16, 2**-10)):
-            low = ops.normalize(images, flips=flips, dtype=dtype)
+            low = ops.normalize(images, flips=flips, dtype=dtype, shifts=shifts)
             assert low.dtype == dtype and low.stride() == result.stride()
             torch.testing.assert_close(low.float(), expected, rtol=step, atol=1e-6)
 
@@ -54,7 +59,32 @@ def test_normalize(height, width, flip, backend):
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_of_no_images(backend):
     with ops.use_backend(backend):
-        assert ops.normalize(torch.empty(0, 4, 5, 3, dtype=torch.uint8, device=DEVICE)).shape == (0, 3, 4, 5)
+        none = torch.empty(0, 4, 5, 3, dtype=torch.uint8, device=DEVICE)
+        for shifts in (None, torch.empty(0, 3, device=DEVICE)):
+            assert ops.normalize(none, shifts=shifts).shape == (0, 3, 4, 5)
+
+
+def test_shifts_are_added_in_units_of_full_brightness():
+    images = every_value(16, 16)
+    shifts = torch.tensor([[3, 0, -200], [255, 17, 1], [0, 0, 0]], device=DEVICE)
+    moved = images.int() + shifts[:, None, None]  # beyond 0 and 255: nothing is clamped
+    mean, std = (torch.tensor(x, device=DEVICE) for x in (IMAGENET_MEAN, IMAGENET_STD))
+    expected = ((moved / 255 - mean) / std).permute(0, 3, 1, 2)
+    torch.testing.assert_close(ops.normalize(images, shifts=shifts / 255), expected, rtol=0, atol=3e-6)
+
+
+def test_principal_shifts_are_the_sum_over_three_colours():
+    draws = np.array([[0.1, -0.2, 0.3], [0, 0, 0], [1, 0, 0], [0, 0, -1]])
+    sizes = (0.2175, 0.0188, 0.0045)
+    colours = ((-0.5675, -0.5808, -0.5836), (0.7192, -0.0045, -0.6948), (0.4009, -0.8140, 0.4203))
+    expected = [
+        [sum(e[j] * sizes[j] * colours[j][channel] for j in range(3)) for channel in range(3)] for e in draws.tolist()
+    ]
+    found = principal_shifts(draws)
+    assert found.dtype == np.float32 and found.shape == (4, 3)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=0)
+    np.testing.assert_allclose(found[3], -0.0045 * np.array([0.4009, -0.8140, 0.4203]), rtol=1e-6)
+    assert principal_shifts(np.empty((0, 3))).shape == (0, 3)
 
 
 def test_mistakes_are_named():
@@ -65,5 +95,9 @@ def test_mistakes_are_named():
         ops.normalize(images.float())
     with pytest.raises(ValueError, match=r"flips must have shape \[2\], got \[3\]"):
         ops.normalize(images, flips=torch.zeros(3, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"shifts must have shape \[2, 3\], got \[2\]"):
+        ops.normalize(images, shifts=torch.zeros(2))
+    with pytest.raises(ValueError, match="shifts must be float32, got float64"):
+        ops.normalize(images, shifts=torch.zeros(2, 3).double())
     with pytest.raises(ValueError, match=r"dtype must be .*, got torch\.int32"):
         ops.normalize(images, dtype=torch.int32)

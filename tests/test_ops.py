@@ -258,6 +258,91 @@ def test_correct_labels_traps(types):
     assert labels.tolist() == [2, 1, -1, 1, 5, 0, 4, 6]
 
 
+def anchored_rows():
+    """Two classes; the classifier alone decides. Scores, labels and anchors of rows that anchors and ties decide."""
+    nan, even = float("nan"), [0.0, 0.0]
+    rows = [
+        # logits, label, anchor
+        ([0.0, 9.0], 0, True),  # the scores prefer 1
+        ([0.0, 9.0], 0, False),
+        ([0.0, 9.0], -1, True),  # an anchor without a label is as any other row
+        ([0.0, 9.0], 2, True),
+        ([0.0, 9.0], 2**40, True),
+        ([nan, 9.0], 1, True),
+        (even, 1, False),  # t is ½ = 1/C for both
+        (even, 1, True),
+        (even, -1, True),
+        ([1.0, 0.0], 1, False),
+    ]
+    return rows
+
+
+@on_backends("correct_labels")
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("inclusive", [True, False])
+@pytest.mark.parametrize("threshold", [0.5, 0.8])
+def test_correct_labels_of_anchors_and_ties(threshold, inclusive, given):
+    logits, labels, anchors = (torch.tensor(x, device=DEVICE) for x in zip(*anchored_rows(), strict=True))
+    n, zeros = len(labels), torch.zeros(len(labels), 4, device=DEVICE)
+    new, kept, winner, score = ops.correct_labels(
+        logits, zeros, zeros[:2], labels, alpha=1.0, threshold=threshold, temperature=0.1,
+        anchors=anchors if given else None, inclusive=inclusive, with_winner=True,
+    )  # fmt: skip
+    tie = threshold == 0.5 and inclusive  # t = ½ reaches the threshold
+    wanted = [
+        (0, True) if given else (1, True),
+        (1, True), (1, True), (1, True), (1, True),
+        (1, False),
+        (0, True) if tie else (1, inclusive),
+        (1, True) if given else (0, True) if tie else (1, inclusive),
+        (0, True) if tie else (-1, False),
+        (0, True) if threshold == 0.5 else (1, False),
+    ]  # fmt: skip
+    assert list(zip(new.tolist(), kept.tolist(), strict=True)) == wanted
+    assert winner.tolist() == [1] * 5 + [-1, 0, 0, 0, 0]  # what the scores prefer, whatever an anchor keeps
+    assert score.tolist() == pytest.approx([0.99988] * 5 + [0, 0.5, 0.5, 0.5, 0.731], abs=1e-4) and n == 10
+
+
+@on_backends("correct_labels")
+@pytest.mark.parametrize("classes", [3, 7, 10, 81, 500, 1000])
+def test_correct_labels_where_every_class_ties(classes):
+    """t[y] is 1/C as float32 has it, which is not above 1/C."""
+    zeros, labels = torch.zeros(3, 4, device=DEVICE), torch.tensor([0, classes - 1, classes], device=DEVICE)
+    for inclusive in (False, True):
+        _, kept = ops.correct_labels(
+            torch.zeros(3, classes, device=DEVICE), zeros, zeros[:1].expand(classes, 4), labels,
+            alpha=0.5, threshold=0.6, temperature=0.1, inclusive=inclusive,
+        )  # fmt: skip
+        assert kept.tolist() == [inclusive, inclusive, False]
+
+
+@on_backends("correct_labels")
+@pytest.mark.parametrize("types", [(F32, F32), (BF16, BF16)])
+@pytest.mark.parametrize("inclusive", [True, False])
+def test_correct_labels_with_anchors_equals_the_reference(inclusive, types):
+    g = torch.Generator().manual_seed(14)
+    n, classes = 150, 300
+    logits = (4 * torch.randn(n, classes, generator=g)).to(DEVICE, types[0])
+    q, prototypes = unit_rows(n, 16, 15, types[0]), unit_rows(classes, 16, 16, types[1])
+    labels = torch.randint(-1, classes + 1, (n,), generator=g).to(DEVICE)
+    anchors = (torch.rand(n, generator=g) < 0.5).to(DEVICE)
+    settings = {"alpha": 0.5, "threshold": 0.2, "temperature": 0.1, "inclusive": inclusive, "with_winner": True}
+    found = ops.correct_labels(logits, q, prototypes, labels, anchors=anchors, **settings)
+    plain = ops.correct_labels(logits, q, prototypes, labels, **settings)
+    *_, margin = plain_correction(*(x.cpu() for x in (logits, q, prototypes, labels)), 0.5, 0.2, 0.1)
+    sure = (margin > 1e-5).to(DEVICE)
+    held = anchors & (labels >= 0) & (labels < classes)
+    with ops.use_backend("reference"):
+        expected = ops.correct_labels(logits, q, prototypes, labels, anchors=anchors, **settings)
+    for a, b in zip(found[:3], expected[:3], strict=True):
+        assert torch.equal(a[sure | held], b[sure | held])
+    assert sure.float().mean() > 0.7 and (held & (plain[0] != labels)).any() and (held & ~plain[1]).any()
+    assert torch.equal(found[0][held], labels[held]) and found[1][held].all()
+    for a, b in zip(found, plain, strict=True):
+        assert torch.equal(a[~held], b[~held])
+    assert torch.equal(found[2], plain[2]) and torch.equal(found[3], plain[3])
+
+
 def check_prototype_contrast(backend, n, classes, d, kept_share, types):
     q_type, bank_type = types
     g = torch.Generator().manual_seed(7)
@@ -582,7 +667,7 @@ def some_arguments() -> dict[str, tuple]:
     channel = [t.detach() for t in (*stats, weight, bias)]
     return {
         "info_nce": (q, k, bank, 0.1),
-        "correct_labels": (logits.detach(), q.detach(), bank, labels, 0.5, 0.8, 0.1),
+        "correct_labels": (logits.detach(), q.detach(), bank, labels, 0.5, 0.8, 0.1, kept, True),
         "mopro_loss": loss,
         "mopro_loss_backward": (found[0], logits.detach(), labels, kept, *found[2:], 1.0, 1.0, F32),
         "prototype_contrast": (q, bank, labels, kept, 0.1),
@@ -593,8 +678,10 @@ def some_arguments() -> dict[str, tuple]:
             [k.clone()], [bank[:6].bfloat16()], [k / 2], [k / 3], torch.full((1,), 0.1, device=DEVICE),
             0.9, 1e-4, True, 0.99, [k.bfloat16()], [k.bfloat16()],
         ),
+        "collective_targets": (q.detach(), bank, k[[0, 3] * 5], k[[1, 2] * 5], 0.4, 0.1, "softmax", BF16),
+        "soft_neighbour_labels": (q.detach(), bank, logits.detach().T.abs(), 0.1, "linear"),
         "two_views": (pixels, images, boxes, flips, kept, factors, order, 4),
-        "normalize": (pixels.view(6, 5, 4, 3), kept, BF16),
+        "normalize": (pixels.view(6, 5, 4, 3), kept, BF16, maps.flatten()[:18].view(6, 3).clone()),
         "batch_norm_stats_": (x.detach(), bias.detach().clone(), weight.detach().abs(), 0.1, 1e-5, 2),
         "batch_norm_act": (x, *stats, weight, bias, residual, True),
         "batch_norm_act_backward": (residual.detach(), x.detach(), maps[1], *channel, True),
@@ -618,7 +705,10 @@ def test_opcheck(op):
 def test_a_whole_step_compiles_without_graph_breaks_and_repeats_bit_for_bit():
     def step(q, k, queue, cursor, prototypes, logits, labels, master, buffer):
         inst, hit = ops.info_nce(q, k, queue, 0.1)
-        labels, kept = ops.correct_labels(logits, q, prototypes, labels, alpha=0.5, threshold=0.3, temperature=0.1)
+        soft = ops.collective_targets(q, queue, prototypes, prototypes, alpha=0.5, temperature=0.1, dtype=BF16)
+        soft = soft + ops.soft_neighbour_labels(q, prototypes, queue)[:, :1]
+        rule = {"alpha": 0.5, "threshold": 0.3, "temperature": 0.1, "inclusive": True}
+        labels, kept = ops.correct_labels(logits, q, prototypes, labels, anchors=labels == 3, **rule)
         out = ops.mopro_loss(logits, q, k, queue, prototypes, labels, kept, temperature=0.1)
         ops.queue_enqueue_(queue, cursor, k)
         proto = ops.prototype_contrast(q, prototypes, labels, kept, 0.1)
@@ -635,7 +725,7 @@ def test_a_whole_step_compiles_without_graph_breaks_and_repeats_bit_for_bit():
             nesterov=False,
             ema_momentum=0.9,
         )
-        return out.loss + inst.sum() + proto.sum(), out.metrics, hit, labels, kept
+        return out.loss + inst.sum() + proto.sum(), out.metrics, hit, labels, kept, soft
 
     def run(function):
         q, k, bank, _ = some_arguments()["info_nce"]
@@ -655,6 +745,12 @@ def test_a_whole_step_compiles_without_graph_breaks_and_repeats_bit_for_bit():
     compiled = run(torch.compile(step, fullgraph=True, backend="aot_eager"))
     for a, b, c in zip(eager, again, compiled, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
+
+
+def targets(**wrong):
+    right = {"z": torch.zeros(2, 4), "keys": torch.zeros(3, 4)}
+    right |= {"aux_weight": torch.zeros(6, 4), "prototypes": torch.zeros(6, 4), "alpha": 0.5, "temperature": 0.1}
+    return ops.collective_targets(**right | wrong)
 
 
 MISTAKES = {
@@ -695,6 +791,28 @@ MISTAKES = {
         torch.zeros(2, 4), torch.zeros(1), torch.zeros(1, 4)
     ),
     "queue must be a tensor, got list": lambda: ops.queue_enqueue_([], torch.zeros(1), torch.zeros(1, 4)),
+    "anchors must be bool, got int64": lambda: ops.correct_labels(
+        torch.zeros(2, 3), torch.zeros(2, 8), torch.zeros(3, 8), torch.zeros(2, dtype=torch.int64),
+        alpha=0.5, threshold=0.8, temperature=0.1, anchors=torch.zeros(2, dtype=torch.int64),
+    ),
+    "z must have at least one column, got shape [N, 0]": lambda: ops.soft_neighbour_labels(
+        torch.zeros(2, 0), torch.zeros(3, 0), torch.zeros(3, 4)
+    ),
+    "keys must have at least one row, got 0": lambda: targets(keys=torch.zeros(0, 4)),
+    "keys must have shape [Q, 4], got [3, 5]": lambda: targets(keys=torch.zeros(3, 5)),
+    "keys must be on cpu, got meta": lambda: targets(keys=torch.zeros(3, 4, device="meta")),
+    "values must have shape [3, C], got [2, 4]": lambda: ops.soft_neighbour_labels(
+        torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(2, 4)
+    ),
+    "values must be float32 or bfloat16 or float16 or float64, got int64": lambda: ops.soft_neighbour_labels(
+        torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(3, 4, dtype=torch.int64)
+    ),
+    "aux_weight must have shape [6, 4], got [5, 4]": lambda: targets(aux_weight=torch.zeros(5, 4)),
+    "prototypes must have shape [C, 4], got [6, 5]": lambda: targets(prototypes=torch.zeros(6, 5)),
+    "alpha must lie in [0, 1], got -0.5": lambda: targets(alpha=-0.5),
+    "temperature must be a finite number above 0, got nan": lambda: targets(temperature=float("nan")),
+    "weights must be linear or softmax, got cosine": lambda: targets(weights="cosine"),
+    "dtype must be bfloat16, float16 or None, got torch.float64": lambda: targets(dtype=torch.float64),
     "logits must have shape [2, 3], got [2, 4]": lambda: ops.correct_labels(
         torch.zeros(2, 4), torch.zeros(2, 8), torch.zeros(3, 8), torch.zeros(2, dtype=torch.int64),
         alpha=0.5, threshold=0.8, temperature=0.1,
@@ -723,9 +841,9 @@ def test_an_explicit_backend_that_cannot_run_raises():
 def test_an_op_that_an_explicit_backend_does_not_have_goes_as_under_auto():
     with ops.use_backend("triton"):
         assert backends.choose("info_nce", DEVICE, "triton") == "triton"
-        assert backends.choose("prototype_update_", DEVICE, "triton") == backends.choose(
-            "prototype_update_", DEVICE, "auto"
-        )
+        for op in ("prototype_update_", *backends.PLAIN):
+            assert backends.choose(op, DEVICE, "triton") == backends.choose(op, DEVICE, "auto")
+        assert torch.equal(targets(), torch.full((2, 6), 1 / 6))
         bank = unit_rows(3, 4, 1)
         ops.prototype_update_(bank, bank, torch.arange(3, device=DEVICE), None, 0.9)
     assert backends.describe()
@@ -796,7 +914,9 @@ def test_the_largest_banks_and_offsets_beyond_32_bits():
 @pytest.mark.usefixtures("backend")
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "op, backend", [pair for pair in OPS_ON_BACKENDS if pair[1] != "reference"], indirect=["backend"]
+    "op, backend",
+    [(op, b) for op, b in OPS_ON_BACKENDS if b != "reference" or op in backends.PLAIN],
+    indirect=["backend"],
 )
 def test_captured_in_a_graph_without_a_synchronisation(op):
     torch.use_deterministic_algorithms(False)

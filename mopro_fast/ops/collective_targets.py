@@ -1,4 +1,4 @@
-"""Collective bootstrapping: soft labels by agreement of similar keys in the queue (CAPro, arXiv 2310.09761)."""
+"""Collective bootstrapping: soft labels by agreement of similar keys (CAPro, Qin et al. 2023, arXiv 2310.09761)."""
 
 import torch
 from torch import Tensor

@@ -14,8 +14,8 @@ from mopro_fast.transfer import to_device
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# Of ImageNet's pixels in [0, 1], as Krizhevsky et al. (2012, section 4.1) augment with them: the square roots of the
-# covariance's eigenvalues, and its eigenvectors, a row each.
+# Of ImageNet's colours, as lighting noise takes them (Krizhevsky et al. 2012, section 4.1; CAPro's values): λ, and v in
+# rows of red, green, blue.
 PRINCIPAL_SIZES = np.array([0.2175, 0.0188, 0.0045])
 PRINCIPAL_COLOURS = np.array([[-0.5675, -0.5808, -0.5836], [0.7192, -0.0045, -0.6948], [0.4009, -0.8140, 0.4203]])
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
@@ -167,9 +167,5 @@ def normalize(images: torch.Tensor, shifts: torch.Tensor | None = None) -> torch
 def _imagenet(device: torch.device) -> tuple[torch.Tensor, ...]:
     """-mean/std, 1/(255 std), 1/std, float32 [3, 1, 1]; kept, since a copy to the device would make each step wait."""
     mean, std = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
-    return (
-        torch.from_numpy(np.stack([-mean / std, 1 / (255 * std), 1 / std]))
-        .float()
-        .to(device)[:, :, None, None]
-        .unbind()
-    )
+    constants = np.stack([-mean / std, 1 / (255 * std), 1 / std])[:, :, None, None]
+    return torch.from_numpy(constants).float().to(device).unbind()

@@ -14,8 +14,8 @@ from torch import Tensor
 from mopro_fast.ops import colour
 from mopro_fast.ops.two_views import largest_side
 
-# Of a slice of a bank: at most so many label values, and scores. As float32 that is 34 MB, of which a few are alive at a
-# time; a pass over it (16 µs at 4.3 TB/s) outweighs its launch; and the recipes' queues are one slice.
+# Of a slice of a bank: at most so many label values, and scores. As float32 that is 34 MB, of which a few are alive at
+# a time; a pass over it (16 µs at 4.3 TB/s) outweighs its launch; and the recipes' queues are one slice.
 SLICE_VALUES = 2**23
 
 
@@ -187,7 +187,7 @@ def collective_targets(
     z: Tensor, keys: Tensor, aux_weight: Tensor, prototypes: Tensor, alpha: float, temperature: float, weights: str,
     dtype: torch.dtype | None,
 ) -> Tensor:  # fmt: skip
-    """The values of a slice of keys are made when its turn comes: 10 passes over [Q, C] in float32 (docs/kernels.md)."""
+    """The values of a slice of keys are made when its turn comes: ten float32 passes over [Q, C] (docs/kernels.md)."""
     z, keys, aux_weight, prototypes = wide(z, keys, aux_weight, prototypes)
     prototypes, out = prototypes / temperature, z.dtype
     aux_weight, prototypes, keys = (x.to(dtype or out) for x in (aux_weight, prototypes, keys))
@@ -215,9 +215,9 @@ def _slots(rows: int, classes: int) -> int:
 def _neighbour_mean(
     z: Tensor, bank: Iterable[tuple[Tensor, Tensor]], classes: int, temperature: float, weights: str, dtype: torch.dtype
 ) -> Tensor:
-    """Σ_j u_ij v_j / Σ_j u_ij [N, C] over slices of a bank: keys [S, D] in ``dtype``, the products' type, values [S, C].
+    """Σ_j u_ij v_j / Σ_j u_ij [N, C] over slices of a bank: keys [S, D] in ``dtype``, values [S, C].
 
-    The weights that are summed are those that are multiplied, rounded alike.
+    dtype: of the products' operands. The weights are summed as they are multiplied: rounded to it.
     """
     out, softmax = z.dtype, weights == "softmax"
     z = (z / temperature if softmax else z).to(dtype)

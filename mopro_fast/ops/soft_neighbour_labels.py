@@ -1,4 +1,4 @@
-"""Labels by soft nearest neighbours: what a bank of labelled keys says of a row (PAWS, arXiv 2104.13963, equation 1)."""
+"""Labels by soft nearest neighbours: what a bank of labelled keys says of a row (PAWS, arXiv 2104.13963, section 3)."""
 
 import torch
 from torch import Tensor
@@ -23,9 +23,10 @@ def soft_neighbour_labels(
 ) -> Tensor:
     """The keys' values, averaged for each row of ``z`` with weights that grow with similarity.
 
-    ``t_i = Σ_j u_ij·values_j / Σ_j u_ij``: a label distribution if every key's values are one. With softmax weights over
-    a support set with known labels this is PAWS's soft nearest-neighbour classifier; over a queue with its past
-    predictions, labels by agreement. :func:`collective_targets` is the same with values made from the keys (CAPro).
+    ``t_i = Σ_j u_ij·values_j / Σ_j u_ij``: a label distribution if every key's values are one. With softmax weights
+    over a support set with known labels this is PAWS's soft nearest-neighbour classifier (Assran et al. 2021); over a
+    queue with its past predictions, labels by agreement. :func:`collective_targets` is the same with values made from
+    the keys (CAPro).
 
     z:           [N, D] embeddings; the weights are meant for rows of unit length, here and in keys.
     keys:        [Q, D], at least one.
