@@ -172,7 +172,7 @@ class MoProConfig:
     alpha: float = 0.5
     """Weight of the classifier against the prototypes in the pseudo-label."""
     threshold: float = 0.8
-    """θ: relabel when the pseudo-label's score exceeds it."""
+    """θ: relabel when the pseudo-label's score exceeds it (CAPro: reaches it)."""
     start_clean: int = 11
     """First epoch (0-based) whose labels are corrected."""
     calibrate: bool = False
@@ -206,10 +206,10 @@ class CAProConfig:
     """Weight of the bootstrapped targets against the labels."""
     w_recn: float = 1.0
     """Weight of the reconstruction loss."""
-    soft_label: Literal[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10] = 7
+    soft_label: Literal[0, 1, 2, 3, 4, 6, 7, 8, 9, 10] = 7
     """What the labels are mixed with (the code's --use_soft_label). For the auxiliary classifier: 7 collective
     bootstrapping, the method; 10 its own prediction; 0 nothing. Ablations, for the classifier: 1 its own prediction,
-    2 uniform, 3 and 4 SCC, 5 NCR, 6 the prototypes', 8 the auxiliary classifier's, 9 collective bootstrapping."""
+    2 uniform, 3 and 4 SCC, 6 the prototypes', 8 the auxiliary classifier's, 9 collective bootstrapping."""
     bootstrap_weights: Literal["linear", "softmax"] = "linear"
     """How collective bootstrapping weighs a key by its cosine c: linear: max(c, 0), as in the code; softmax: exp(c/T),
     which is sharper. Not in the paper."""
@@ -395,7 +395,7 @@ class TrainConfig(Settings):
 
     def _validate_capro(self) -> None:
         p, c = self.mopro, self.capro
-        _require(not p.calibrate, "--calibrate True is MoPro's: CAPro's label correction has no calibration")
+        _require(not p.calibrate, "--calibrate True is MoPro's: set --calibrate False, CAPro has no calibration")
         _require(
             c.bootstrap_weights == "linear" or c.soft_label in (7, 9),
             f"--bootstrap-weights softmax has no effect with --soft-label {c.soft_label}",
@@ -405,6 +405,13 @@ class TrainConfig(Settings):
             c.init_proto != "never" or c.row_weights or not c.anchors,
             "--anchors has no effect with --init-proto never: leave it out, or name the epoch",
         )
+        for name in ("init_proto", "unfreeze_epoch"):
+            epoch = getattr(c, name)
+            _require(
+                epoch == "never" or epoch < self.optim.epochs,
+                f"{flag(name)} {epoch} is none of the {self.optim.epochs} epochs, which count from 0: lower it, or set "
+                f"{flag(name)} never",
+            )
         if c.init_proto != "never":
             _require(c.anchors, f"--init-proto {c.init_proto} needs --anchors: the prototypes are computed from them")
             _require(

@@ -122,9 +122,14 @@ def initialise(model: torch.nn.Module, path: str | Path, classes: list[str] | No
         if weights.get(capro.BIAS, torch.zeros(1)).any():
             say(f"note: {path}: its classifier's bias is not taken: CAPro's classifier has none")
         weights[capro.BIAS] = torch.zeros_like(own[capro.BIAS])
+        if not model.has_prototypes():
+            weights.pop("prototypes", None)
     fitting = {name: w for name, w in weights.items() if name in own and own[name].shape == w.shape}
     if "queue" not in fitting:
         fitting.pop("queue_ptr", None)
+        if "queue" in own and "queue" in weights:
+            theirs, ours = len(weights["queue"]), len(own["queue"])
+            say(f"note: {path}: its queue of {theirs} keys is not taken, this one has {ours}")
     model.load_state_dict(own | fitting)
 
 

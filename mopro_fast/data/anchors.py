@@ -37,9 +37,7 @@ def read_anchors(path: str, index: Index) -> Anchors:
     Its rows are found by their path, else by their id. Where the data has an image in several rows, a row of the table
     is for all of those with its label; a table without labels is for all rows of the image.
     """
-    file = Path(path) / TABLE if os.path.isdir(path) else Path(path)
-    if not os.path.exists(file):
-        raise UserError(f"no anchors at {file}: name a table of anchors, or the folder that has it as {TABLE}")
+    file = table_at(path)
     table = _read(file)
     _require_values(file, table, index)
     same, places = _places(file, table, index)
@@ -56,12 +54,20 @@ def read_anchors(path: str, index: Index) -> Anchors:
     return Anchors(mask, weights, _digest(mask, index.labels, weights))
 
 
+def table_at(path: str) -> Path:
+    """The table that ``--anchors`` names. Raises a UserError where there is none."""
+    file = Path(path) / TABLE if os.path.isdir(path) else Path(path)
+    if not os.path.exists(file):
+        raise UserError(f"no anchors at {file}: name a table of anchors, or the folder that has it as {TABLE}")
+    return file
+
+
 def _read(file: Path) -> dict[str, Any]:
     """Its columns by name: anchor; path or id, the former if it has both; label and weight where it has them."""
     try:
         table, _ = read_table(file, {"anchor": FLAGS}, {"path": TEXT, "id": WHOLE, "label": WHOLE, "weight": NUMBERS})
         if "path" not in table and (lacks := [name for name in ("id", "label") if name not in table]):
-            raise ValueError(f"it has neither a column path nor {lacks[0]}")
+            raise ValueError(f"it has no column path, and without one it needs a column {lacks[0]}")
     except (OSError, ValueError) as error:
         raise UserError(
             f"cannot read the anchors {file}: {first_line(error)}: write it as in docs/data.md, anchors.parquet"
@@ -154,8 +160,11 @@ def _require_once(file: Path, table: dict[str, Any], index: Index, rows: np.ndar
 
 
 def _tell(file: Path, index: Index, mask: np.ndarray) -> None:
-    there, having = np.unique(index.labels[index.labels >= 0]), np.unique(index.labels[mask])
-    line = f"{file}: {mask.sum()} anchors in {len(having)} of {len(there)} classes"
+    used = np.isin(np.arange(len(mask)), index.usable) & mask
+    there, having = np.unique(index.labels[index.labels >= 0]), np.unique(index.labels[used])
+    line = f"{file}: {used.sum()} anchors in {len(having)} of {len(there)} classes"
+    if away := mask.sum() - used.sum():
+        line += f", without {away} that are held out or cannot be read"
     if len(without := np.setdiff1d(there, having)):
         example = shown(index.classes[without[0]]) if index.classes else without[0]
         line += f"; {len(without)} classes have none, such as {example}"

@@ -106,7 +106,7 @@ class TrainBatches(Batches):
             self._latest = (epoch, order)
         return self._latest[1]
 
-    def _rows(self, epoch: int, step: int) -> np.ndarray:
+    def rows(self, epoch: int, step: int) -> np.ndarray:
         """int64 [N]: the index's rows that this rank shows at this step."""
         first = (step * self.world_size + self.rank) * self.batch_size
         return self._order(epoch)[first : first + self.batch_size]

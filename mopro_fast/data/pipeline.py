@@ -125,7 +125,7 @@ class TrainLoader(TrainBatches):
         while True:
             drawn = self._draw(*position)
             numbers = None if self._cropper else _pack([drawn.q, drawn.k] if self.two_views else [drawn.q])
-            yield Job(self._rows(*position), self._others(position[0]), numbers, drawn)
+            yield Job(self.rows(*position), self._others(position[0]), numbers, drawn)
             position = self._after(position)
 
 

@@ -208,7 +208,13 @@ def _fill_in(o: Clean, weights: Weights) -> None:
     if not o.temperature > 0:
         raise UserError(f"--temperature must be above 0, got {o.temperature}")
     if "prototypes" not in weights.state or weights.num_classes is None:
-        raise UserError(f"{o.checkpoint} has no prototypes to clean with: give a checkpoint of MoPro's training")
+        raise UserError(
+            f"{o.checkpoint} has no prototypes to clean with: give a checkpoint of the training by MoPro or CAPro"
+        )
+    if weights.capro and not weights.state["prototypes"].any():
+        raise UserError(
+            f"{o.checkpoint} has no prototypes yet, all are zero: give a checkpoint of CAPro's second stage"
+        )
     for name in ("anchors", "format"):
         if not weights.capro and getattr(o, name) not in (None, "official"):
             raise UserError(f"--{name} {getattr(o, name)} is for checkpoints of CAPro, and {o.checkpoint} is none")
@@ -217,8 +223,6 @@ def _fill_in(o: Clean, weights: Weights) -> None:
             raise UserError(f"--pathlist {o.pathlist} has no effect without --format capro")
         if not os.path.isfile(o.pathlist):
             raise UserError(f"no file at --pathlist {o.pathlist}: name an image_all_tfrecord.pathlist")
-    if weights.capro and not weights.state["prototypes"].any():
-        say(f"note: {o.checkpoint} has no prototypes yet (all zero): to them all classes are alike")
 
 
 def _made_by(folder: Path) -> str | None:

@@ -79,6 +79,9 @@ def resumable(weights: Weights, config: TrainConfig) -> RunState:
     """What the trainer saves at the end of an epoch."""
     config.run.out = config.run.out or "."
     config.validate()
+    if weights.capro != (config.method == "capro") and "queue" in weights.state:
+        method = "capro" if weights.capro else "mopro"
+        raise UserError(f"{weights.path} is a checkpoint of --method {method}: give a recipe of it, or this option")
     with torch.device("meta"):
         model = build(config)
         optim = dataclasses.replace(config.optim, sgd="torch")  # apex's refuses the meta device; all save the same

@@ -13,6 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from mopro_fast import distributed
 from mopro_fast.data.index import Index
@@ -140,8 +141,10 @@ def _read(path: Path, pathlist: str, index: Index) -> tuple[Paths, np.ndarray]:
                 paths, labels = Paths(found["images"]), found["labels"]
             labels = np.array(labels, np.int64)
         else:
-            paths, columns, _ = read_columns(path, "label")
+            paths, columns, about = read_columns(path, "label")
             labels = columns["label"]
+            if b"mopro_fast.clean" not in about and "anchor" in pq.read_schema(path).names:
+                raise ValueError("it is a table of anchors: give what `mopro-fast clean` wrote")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read the cleaned labels {path}: {first_line(error)}") from None
     if len(paths) != len(labels) or labels.min(initial=0) < NO_LABEL:

@@ -82,6 +82,8 @@ class SupervisedConfig(Settings):
         super().validate(ranks)
         if self.freeze and self.optim.encoder_lr is not None:
             raise UserError("--encoder-lr has no effect on a frozen encoder: set --freeze False as well")
+        if self.moving_statistics and not self.freeze:
+            raise UserError("--moving-statistics True has no effect with --freeze False, whose statistics move anyway")
         if self.freeze and self.run.recompute:
             raise UserError("--recompute has no effect on a frozen encoder, which keeps nothing: leave it out")
 

@@ -25,6 +25,7 @@ class CAPro(Method):
     """
 
     METRICS = (*ops.METRICS, "relabelled", "loss_aux", "acc_aux", "loss_recn")
+    inclusive = True
 
     def __init__(self, encoder_q: ResNet, encoder_k: Trunk, config: MoProConfig, capro: CAProConfig) -> None:
         super().__init__(encoder_q, encoder_k)
@@ -44,18 +45,19 @@ class CAPro(Method):
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
         self.register_buffer("prototypes", torch.zeros(classes, dim))
         self.compute_with(Query(encoder_q, self.reconstruction, self.auxiliary), encoder_k)
-        if capro.init_proto == "never":  # the vanilla stage judges no label
-            self.correct = None
 
     def compute_with(self, query: nn.Module, key: nn.Module | None = None) -> None:
         super().compute_with(query, key)
         self.__dict__["heads"] = getattr(query, "module", query)  # inside of data parallelism
 
+    def has_prototypes(self) -> bool:
+        """Whether it is past the vanilla stage."""
+        return self.capro.init_proto != "never"
+
     def stage(self, epoch: int) -> "Stage":
         """What the steps of an epoch (0-based) do."""
-        c, begun = self.capro, False
-        if c.init_proto != "never":
-            begun = epoch > c.init_proto
+        c = self.capro
+        begun = self.has_prototypes() and epoch > c.init_proto
         return Stage(
             frozen=c.unfreeze_epoch == "never" or epoch < c.unfreeze_epoch,
             contrast=begun,
@@ -69,9 +71,10 @@ class CAPro(Method):
     def starts(self, epoch: int) -> bool:
         """Whether the prototypes are computed from the anchors before this epoch."""
         c = self.capro
-        return c.init_proto != "never" and (epoch == c.init_proto or (c.update_freq == 0 and epoch > c.init_proto))
+        again = c.update_freq == 0 and self.stage(epoch).contrast
+        return self.has_prototypes() and (epoch == c.init_proto or again)
 
-    def freeze(self, epoch: int) -> bool:
+    def set_frozen(self, epoch: int) -> bool:
         frozen = self.stage(epoch).frozen
         changed, self.heads.frozen = self.heads.frozen != frozen, frozen
         self.heads.encoder.trunk().requires_grad_(not frozen)
@@ -80,6 +83,10 @@ class CAPro(Method):
     def trained(self) -> list[list[nn.Parameter]]:
         heads = [*self.reconstruction.parameters(), *self.auxiliary.parameters()]
         return [[p for p in self.encoder_q.parameters() if p is not self.encoder_q.classifier.bias] + heads]
+
+    def judges(self) -> bool:
+        """Not before the prototypes have started."""
+        return bool(self.prototypes.any())
 
     def scores(self, logits: Tensor, z: Tensor) -> Scores:
         """What label correction judges by."""
@@ -91,7 +98,7 @@ class CAPro(Method):
         c = self.config
         return ops.correct_labels(
             logits, z, self.prototypes, labels, alpha=c.alpha, threshold=c.threshold, temperature=c.temperature,
-            anchors=anchors, inclusive=True, with_winner=True,
+            anchors=anchors, inclusive=self.inclusive, with_winner=True,
         )  # fmt: skip
 
     def forward(
@@ -138,15 +145,14 @@ class CAPro(Method):
         ops.queue_enqueue_(self.queue, self.queue_ptr, all_k)
         rows = Rows(self, stage, logits.detach().float(), z.detach(), a.detach().float(), new.clamp(min=0))
         targets, share = soft_targets(own.soft_label, rows, own.beta)
+        soften = 1 - share  # from the labels to the targets, of one classifier
+        of_aux = own.soft_label in OF_AUXILIARY
 
         # Step 10: what CAPro adds to the loss.
         count = kept.sum().clamp(min=1)
-        of_classifier = own.soft_label not in OF_AUXILIARY
-        loss_aux = mixed_cross_entropy(a, rows.labels, kept, *(PLAIN if of_classifier else (targets, share))) / count
-        softened = 0.0
-        if of_classifier and targets is not None:
-            plain = mixed_cross_entropy(logits, rows.labels, kept, *PLAIN)
-            softened = (mixed_cross_entropy(logits, rows.labels, kept, targets, share) - plain) / count
+        hard, soft = (share, soften) if of_aux else (1.0, 0.0)
+        loss_aux = cross_entropies(a, rows.labels, targets, hard, soft, kept) / count
+        softened = 0.0 if of_aux else cross_entropies(logits, rows.labels, targets, -soften, soften, kept) / count
         loss_recn = torch.where(kept, (r.float() - x.detach().float()).square().mean(1), 0).sum() / count
         omega = (kept if weights is None else kept * weights).sum() / count  # 0 where no row is kept
         total = omega * (loss.loss + softened + loss_aux) + own.w_recn * loss_recn
@@ -268,24 +274,23 @@ SHARES: dict[int, Callable[[Rows], Tensor]] = {
     4: lambda rows: rows.given(rows.mixed()),
 }
 """How much of a row's label is the given one, where it is not 1 − β: self-contained confidence."""
-PLAIN = (None, 1.0)
 
 
 def soft_targets(which: int, rows: Rows, beta: float) -> tuple[Tensor | None, Tensor | float]:
     """-> the distribution [N, C] or None, and the share of the given label, [N, 1] or a number."""
     if which not in TARGETS or (which == 6 and not rows.stage.contrast):
-        return PLAIN
+        return None, 1.0
     return TARGETS[which](rows), SHARES[which](rows) if which in SHARES else 1 - beta
 
 
-def mixed_cross_entropy(
-    logits: Tensor, labels: Tensor, kept: Tensor, targets: Tensor | None, share: Tensor | float
+def cross_entropies(
+    logits: Tensor, labels: Tensor, targets: Tensor | None, hard: Tensor | float, soft: Tensor | float, kept: Tensor
 ) -> Tensor:
-    """The sum over kept rows of share·CE(logits, labels) + (1 − share)·CE(logits, targets)."""
+    """The sum over kept rows of hard·CE(logits, labels) + soft·CE(logits, targets)."""
     log_p = logits.float().log_softmax(1)
-    rows = share * -log_p.gather(1, labels[:, None])
+    rows = -hard * log_p.gather(1, labels[:, None])
     if targets is not None:
-        rows = rows - (1 - share) * (targets * log_p).sum(1, keepdim=True)
+        rows = rows - soft * (targets * log_p).sum(1, keepdim=True)
     return torch.where(kept, rows[:, 0], 0).sum()
 
 

@@ -47,6 +47,8 @@ class Method(nn.Module):
     """(logits, q, labels) → (labels, kept, winner, score) of :class:`StepOutput`, for images it is not trained on."""
     threshold: float = 1.0
     """Label correction is sure of a class whose score exceeds this."""
+    inclusive: bool = False
+    """Or reaches it."""
 
     def __init__(self, encoder_q: ResNet, encoder_k: ResNet | None = None) -> None:
         """encoder_k: follows encoder_q as its moving average, in the optimizer's pass."""
@@ -58,11 +60,15 @@ class Method(nn.Module):
         """Let these compute for encoder_q and encoder_k: copies in 16 bits, compiled, data-parallel."""
         self.__dict__ |= {"query": query, "key": key}  # not registered: the state dict has the encoders alone
 
+    def judges(self) -> bool:
+        """Whether it has all that :attr:`correct` needs."""
+        return self.correct is not None
+
     def phase(self, epoch: int) -> int:  # noqa: ARG002
         """The first epoch whose steps do the same as this epoch's: a graph is captured for each."""
         return 0
 
-    def freeze(self, epoch: int) -> bool:  # noqa: ARG002
+    def set_frozen(self, epoch: int) -> bool:  # noqa: ARG002
         """Let the parameters that :meth:`trained` names and this epoch does not train require no gradient, and the
         others require it; -> whether that has changed."""
         return False

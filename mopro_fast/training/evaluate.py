@@ -38,19 +38,21 @@ def held_out(
     """
     classes = model.encoder_q.classifier.out_features
     counts = torch.zeros(7 + 2 * classes, dtype=torch.int64, device=device)
+    judges = model.judges()
     for logits, q, labels, ids in _outputs(model.encoder_q, loader, device, bf16, embed=True):
         counts[:3] += _hits(logits, labels)
-        if model.correct is None:
+        if not judges:
             continue
         new, kept, winner, score = model.correct(logits, q, given[ids])
-        changed, sure = kept & (new != given[ids]), score > model.threshold
+        changed = kept & (new != given[ids])
+        sure = score >= model.threshold if model.inclusive else score > model.threshold
         counts[3:7] += torch.stack([mask.sum() for mask in (changed, ~kept, sure, sure & (winner == labels))])
         for i, mask in enumerate((changed, changed & (new == labels))):
             of_class = counts[7 + i * classes : 7 + (i + 1) * classes]
             of_class.index_add_(0, new.clamp(min=0), mask.to(torch.int64))
     values = _over_ranks(counts)
     found = _shares(values[:3])
-    if model.correct is not None:
+    if judges:
         images, (relabelled, removed, sure, right) = max(1, values[2]), values[3:7]
         found |= {"relabelled": relabelled / images, "removed": removed / images, "sure": sure / images}
         found["sure_right"] = right / sure if sure else None

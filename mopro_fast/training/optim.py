@@ -226,6 +226,10 @@ class _ThenEMA(_WithTargets):
         lent = [(p, v) for p, v in zip(params, shadows, strict=True) if p.grad is None and v is not None]
         for p, shadow in lent:
             p.grad = None if shadow.grad is None else shadow.grad.to(p.dtype)
+        for group in self.param_groups:  # fused SGD wants all buffers of a group or none: some parameters start later
+            for p in group["params"] if group["momentum"] else ():
+                if p.grad is not None and self.state[p].get("momentum_buffer") is None:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         super().step()
         for p, _ in lent:
             p.grad = None

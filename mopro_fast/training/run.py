@@ -111,7 +111,7 @@ class RunFolder:
         changed = self._changed(task)
         if any(name.startswith("model.") or name == "data.num_classes" for name in changed):
             check_fits(model.state_dict(), self.state.model, self.found)
-        if self.state.initial != task.initial:
+        if self.state.initial != task.initial and not self.state.imported:
             raise UserError(
                 f"{self.found} is of a run that began with another {task.begins_with}: give that one, or {_other(task)}"
             )

@@ -79,7 +79,7 @@ class TrainStep:
 
     def begin_epoch(self, epoch: int) -> None:
         """Freeze and unfreeze what the model says; before the first step of this process in this epoch. Collective."""
-        if self.model.freeze(epoch):
+        if self.model.set_frozen(epoch):
             self.close()
             self._share_gradients()
 
@@ -90,7 +90,8 @@ class TrainStep:
         if not distributed.alone():
             dtype = next(self._bare.parameters()).dtype
             example = torch.zeros(2, 3, 32, 32, device=self.device, dtype=dtype)
-            self.query = distributed.data_parallel(self._bare, example)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                self.query = distributed.data_parallel(self._bare, example)
             self.model.compute_with(self.query, self.key)
 
     def __call__(

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mopro_fast import peers
 from mopro_fast.config import CAPRO, MOPRO, TrainConfig
 from mopro_fast.console import Progress
 from mopro_fast.data import inputs
-from mopro_fast.data.anchors import read_anchors
+from mopro_fast.data.anchors import read_anchors, table_at
 from mopro_fast.data.batches import Batch
 from mopro_fast.data.index import Index
 from mopro_fast.distributed import gather_lists, gather_rows, say, world
@@ -68,6 +69,11 @@ class CAProTask(MoProTask):
     free = frozenset()
     begins_with = "table of --anchors"
 
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        if config.capro.anchors:
+            table_at(config.capro.anchors)  # before the images are checked
+
     def advice(self, relabelling: bool) -> str:
         return ", or ".join(["begin label correction later (--start-clean)"] + ["raise --threshold"] * relabelling)
 
@@ -79,7 +85,9 @@ class CAProTask(MoProTask):
             if not len(rows):
                 raise UserError(f"--anchors {path}: none of its images is shown: they are held out or cannot be read")
             if self.config.capro.row_weights and self._anchors.weights is None:
-                raise UserError(f"--row-weights True: {path} has no column weight")
+                raise UserError(
+                    f"--row-weights True: --anchors {path} has no column weight: add it, or leave the option out"
+                )
             self._shown_anchors = dataclasses.replace(index, left_out=np.setdiff1d(np.arange(len(index)), rows))
         return index, None
 
@@ -89,19 +97,23 @@ class CAProTask(MoProTask):
             return
         anchors, (rank, ranks) = self._shown_anchors, world()
         loader = inputs.train_loader(self.config, anchors, device, two_views=False, whole=True)
-        size, sums = self.config.optim.batch_size // ranks, 0
+        size, classes, sums, lost = self.config.optim.batch_size // ranks, len(model.prototypes), 0, []
         with closing(loader), Progress("prototypes", loader.steps_per_epoch, "batches", active=rank == 0) as bar:
             for step, batch in enumerate(loader.epoch(epoch)):
+                peers.moved()
                 shifts = self._shifts((START, epoch, step), 1, device)
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     z = model.embed(batch.view_q, None if shifts is None else shifts[0])
-                place = torch.arange(size, device=device) + (step * ranks + rank) * size
-                z = torch.cat([z, torch.ones_like(z[:, :1])], 1).double() * (place < len(anchors.usable))[:, None]
-                sums = sums + F.one_hot(batch.labels, len(model.prototypes)).T.double() @ z  # [C, D + 1]
+                # Each anchor once: neither those that fill the last batch nor another in the place of a broken one.
+                rows, shown = loader.rows(epoch, step), batch.ids.cpu().numpy()
+                real = np.arange(size) + (step * ranks + rank) * size < len(anchors.usable)
+                lost += rows[real & (rows != shown)].tolist()
+                use = to_device((real & (rows == shown))[:, None], device)
+                z = torch.cat([z, torch.ones_like(z[:, :1])], 1).double() * use
+                sums = sums + F.one_hot(batch.labels, classes).T.double() @ z  # [C, D + 1]
                 bar.update()
-            lost = gather_lists([lost.row for _, _, lost in loader.lost])
-        if lost:
-            say(f"{len(lost)} anchors could not be read any more, such as {anchors.name(lost[0])}: others replace them")
+        if lost := gather_lists(lost):
+            say(f"{len(lost)} anchors could not be read any more, such as {anchors.name(lost[0])}: they are left out")
         sums, count = gather_rows(sums[None]).sum(0).split([sums.shape[1] - 1, 1], 1)
         model.prototypes.copy_(F.normalize(sums / (count + 1e-6), dim=1))
 
@@ -112,9 +124,8 @@ class CAProTask(MoProTask):
             if mask is None and self.initial:
                 mask = to_device(self._anchors.mask, device)
                 weights = to_device(self._anchors.weights, device) if self.config.capro.row_weights else None
-            own = (None if table is None else table[batch.ids] for table in (mask, weights))
-            anchors, weight = own
-            yield batch, (place, anchors, self._shifts((STEP, step), 2, device), weight)
+            anchors, of_rows = (None if table is None else table[batch.ids] for table in (mask, weights))
+            yield batch, (place, anchors, self._shifts((STEP, step), 2, device), of_rows)
 
     def _shifts(self, position: tuple[int, ...], views: int, device: torch.device) -> Tensor | None:
         """Colour shifts float32 [views, N, 3] of this rank's rows: a function of the seed and the position."""
