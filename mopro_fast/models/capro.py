@@ -140,7 +140,7 @@ class CAPro(Method):
         if of_classifier and targets is not None:
             plain = mixed_cross_entropy(logits, rows.labels, kept, *PLAIN)
             softened = (mixed_cross_entropy(logits, rows.labels, kept, targets, share) - plain) / count
-        loss_recn = torch.where(kept, (r.float() - x.detach().float()).square().mean(1), 0).sum() / count
+        loss_recn = squared_error(r, x.detach(), kept) / count
         omega = torch.where(kept, 1.0 if weights is None else weights, 0).sum() / count  # 0 where no row is kept
         total = omega * (loss.loss + softened + loss_aux) + own.w_recn * loss_recn
 
@@ -280,6 +280,11 @@ def mixed_cross_entropy(
     if targets is not None:
         rows = rows - (1 - share) * (targets * log_p).sum(1, keepdim=True)
     return torch.where(kept, rows[:, 0], 0).sum()
+
+
+def squared_error(r: Tensor, x: Tensor, kept: Tensor) -> Tensor:
+    """The sum over kept rows of the mean over columns of (r − x)²."""
+    return torch.where(kept, (r.float() - x.float()).square().mean(1), 0).sum()
 
 
 def _initialise(module: nn.Module) -> None:
