@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from mopro_fast.benchmark.throughput import Case
 from mopro_fast.models import capro
 from mopro_fast.models.build import build
+from mopro_fast.models.resnet import LAYERS
 from mopro_fast.ops import backends, reference
 from mopro_fast.training import optim
 from mopro_fast.training.step import TrainStep
@@ -45,6 +46,7 @@ TIMED = tuple(
 CORRECTED, FROZEN = "labels corrected", "labels corrected, encoder frozen"
 STAGES = {"vanilla": 0, "prototypes started": 1, CORRECTED: 2}  # an epoch of each
 WARM_UP = 2
+HIDDEN, DIM = 2048, 128  # of the projection
 
 # bytes/s of a copy and bf16 flop/s: an H200's as measured on one; an H100 is the same chip with memory of 3.35 TB/s by
 # its data sheet, of which 90 % is assumed. Speeds of MoPro's whole step: if the 32.5 GFLOP an image of ResNet-50, both
@@ -249,7 +251,7 @@ def row(name: str, operators: list[Operator], cost: floor.Cost | None) -> dict:
 def rest(ours: list[Operator], mopro: list[Operator], case: Case) -> dict:
     """What the parts leave of the difference: sums, metrics, gradients that meet, less MoPro's pass over the heads."""
     found, less = (row(REST, [o for o in side if o.part == REST], None) for side in (ours, mopro))
-    spared = floor.sgd_ema_update_(head_elements(case)["of MoPro"], True).bytes
+    spared = floor.sgd_ema_update_(head_elements(case)["mopro"], True).bytes
     for name in ("forward", "backward", "bytes", "flops"):
         found[name] -= less[name]
     found["forward"] += INPUTS
@@ -264,26 +266,29 @@ def microseconds(o: Operator, gpu: str) -> float:
     return LAUNCH_US + floor.floor_us(floor.Cost(o.bytes, o.flops), g["bytes_per_s"], g["flop_per_s"])
 
 
+def features_of(case: Case) -> int:
+    return 8 * int(64 * case.width) * LAYERS[case.arch][0].expansion
+
+
 def head_elements(case: Case) -> dict[str, int]:
-    """Parameters of the heads: MoPro's, which all move with momentum, and CAPro's."""
-    features, hidden, dim, classes = 2048, 2048, 128, case.classes
-    projection = features * hidden + hidden + hidden * dim + dim
-    back = dim * hidden + hidden + hidden * features + features
-    own = classes * features + projection
-    return {"of MoPro": own + classes, "of CAPro": own + back + classes * dim}
+    """Parameters of the heads: MoPro's, which have a momentum copy, and CAPro's."""
+    f, c = features_of(case), case.classes
+    projection = (f + 1) * HIDDEN + (HIDDEN + 1) * DIM
+    back = (DIM + 1) * HIDDEN + (HIDDEN + 1) * f
+    return {"mopro": (f + 1) * c + projection, "capro": f * c + projection + back + DIM * c}
 
 
 def least(case: Case) -> dict[str, floor.Cost]:
     """What each part must move and multiply; the reconstruction's gradient ends at z."""
-    n, c, q, d, f, hidden = case.batch, case.classes, case.queue_size, 128, 2048, 2048
-    inner, outer = floor.linear(n, d, hidden, 2, into=False), floor.linear(n, hidden, f, 2, into=True)
+    n, c, f = case.batch, case.classes, features_of(case)
+    inner, outer = floor.linear(n, DIM, HIDDEN, 2, into=False), floor.linear(n, HIDDEN, f, 2, into=True)
     return {
         RECONSTRUCTION: floor.Cost(inner.bytes + outer.bytes, inner.flops + outer.flops),
-        AUXILIARY: floor.linear(n, d, c, 2, into=True),
-        TARGETS: floor.collective_targets(n, c, q, d, 4),
+        AUXILIARY: floor.linear(n, DIM, c, 2, into=True),
+        TARGETS: floor.collective_targets(n, c, case.queue_size, DIM, 4),
         MIXED: floor.mixed_cross_entropy(n, c, 2),
         SQUARED: floor.squared_error(n, f, 2),
-        SGD: floor.sgd_update_(head_elements(case)["of CAPro"]),
+        SGD: floor.sgd_update_(head_elements(case)["capro"]),
     }
 
 

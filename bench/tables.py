@@ -152,8 +152,9 @@ def _added_by_capro(case: dict, gpus: dict) -> str:
         rows.append(f"| {' | '.join(cells)} |")
     for speeds in zip(*(g["images_per_s"] for g in gpus.values()), strict=True):
         at = " and ".join(f"{speed:,}" for speed in dict.fromkeys(speeds))
-        shares = [f"{total['us'][name] * speed / case['N'] / 1e4:.1f}" for name, speed in zip(gpus, speeds, strict=True)]
-        rows.append(f"| % of MoPro's step at {at} img/s | – | – | – | – | – | {' | '.join(shares)} |")
+        of_step = [total["us"][name] * speed / case["N"] / 1e4 for name, speed in zip(gpus, speeds, strict=True)]
+        cells = " | ".join(f"{share:.1f}" for share in of_step)
+        rows.append(f"| % of MoPro's step at {at} img/s | – | – | – | – | – | {cells} |")
     stages = ", ".join(f"{name} {count}" for name, count in case["launches"].items())
     waits = case["waits"]["capro"] or "none"
     return "\n".join([*rows, "", f"Launches added, by stage: {stages}. The host waits for the device: {waits}."])
@@ -161,7 +162,7 @@ def _added_by_capro(case: dict, gpus: dict) -> str:
 
 def capro_accuracy(result: dict) -> str:
     """A row per method; differences against cross-entropy, seed by seed; bench/capro_accuracy.py."""
-    s, runs, of_run = result["settings"], result["runs"], {}
+    s, c, runs, of_run = result["settings"], result["conditions"], result["runs"], {}
     for r in runs:
         of_run.setdefault(r["name"], []).append(r)
     columns = ["", "test accuracy, %", "against cross-entropy", "precision, %", "recall, %"]
@@ -184,8 +185,9 @@ def capro_accuracy(result: dict) -> str:
         f"{s['images']} images, {100 * s['wrong']:.0f} % with a wrong label; {s['anchors_per_class']} anchors a class; "
         f"{s['test_images']} test images; `{s['common']}`; {max(map(len, of_run.values()))} seeds, mean ± standard "
         f"deviation, differences ± standard error; counts: a number per seed. Settings: {s['chosen']}. "
+        f"{c['gpu'] or c['cpu']}; PyTorch {c['torch']}; commit {', '.join(sorted({r['commit'] for r in runs}))}."
     )
-    return "\n".join([*rows, "", note + _where(result)])
+    return "\n".join([*rows, "", note])
 
 
 def cifar10n_curves(result: dict) -> str:
