@@ -401,6 +401,10 @@ class TrainConfig(Settings):
             f"--bootstrap-weights softmax has no effect with --soft-label {c.soft_label}",
         )
         _require(not c.row_weights or c.anchors, "--row-weights True needs --anchors with a column weight")
+        _require(
+            c.init_proto != "never" or c.row_weights or not c.anchors,
+            "--anchors has no effect with --init-proto never: leave it out, or name the epoch",
+        )
         if c.init_proto != "never":
             _require(c.anchors, f"--init-proto {c.init_proto} needs --anchors: the prototypes are computed from them")
             _require(

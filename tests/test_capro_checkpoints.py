@@ -252,16 +252,21 @@ def test_imported_it_is_a_checkpoint_of_capro(state, tmp_path, capsys):
             assert torch.equal(t, state[name]), name
 
 
-def test_a_training_goes_on_from_an_official_file(state, tmp_path, monkeypatch):
+def test_a_training_goes_on_from_an_official_file(state, tmp_path):
     every_command.write_inputs(tmp_path)
     write_official(tmp_path / "theirs.tar", state)
-    monkeypatch.setattr(importing, "build", capro_model.Model)
     options = f"capro-webvision-vanilla --data {tmp_path / 'data'} --num-classes 5 --image-size 64 --queue-size 24"
     options += " --arch resnet18 --width 0.125 --embed-dim 6 --batch-size 6 --keep-classes 5 --threads 1"
     assert importing.main([str(tmp_path / "theirs.tar"), str(tmp_path / "ours.pt"), *options.split()]) == 0
     read = checkpoint.load(tmp_path / "ours.pt")
     assert read.epoch == 7 and read.model.keys() == state.keys() and len(read.optimizer["state"]) == TRAINED
     assert read.optimizer["param_groups"][0]["params"] == list(range(TRAINED))
+    model = build(small_config())
+    model.load_state_dict(read.model)
+    torch.optim.SGD(*model.trained(), lr=0.1).load_state_dict(read.optimizer)
+    mine = capro_model.Model(small_config())
+    assert {n: t.shape for n, t in model.state_dict().items()} == {n: t.shape for n, t in mine.state_dict().items()}
+    assert [[p.shape for p in m.trained()[0]] for m in (model, mine)] == [[p.shape for p in mine.trained()[0]]] * 2
 
 
 def test_every_format_of_an_export(state, ours, tmp_path):

@@ -84,7 +84,9 @@ def build(config: dict) -> Replayed:
         temperature=config["temperature"], alpha=config["alpha"],
     )  # fmt: skip
     with mock.patch.dict(resnet.LAYERS, {"resnet10": (BasicBlock, (1, 1, 1, 1))}):
-        model = Replayed(ResNet("resnet10", classes, dim, 0.25), Trunk("resnet10", 0.25), mopro, CAProConfig())
+        model = Replayed(
+            ResNet("resnet10", classes, dim, 0.25), Trunk("resnet10", 0.25), mopro, CAProConfig(init_proto=0)
+        )
     model.load_state_dict(own_state(recorded()["init"], config["moco_m"]))
     model.seen = {}
     return model.train()

@@ -117,7 +117,7 @@ MODES = {
     "recompute": {"run_recompute": True},
     "bf16": {"run_precision": "bf16"},
     "never": {"capro_unfreeze_epoch": "never"},
-    "vanilla": {"capro_init_proto": "never"},
+    "vanilla": {"capro_init_proto": "never", "capro_anchors": ""},
     "anew": {"capro_update_freq": 0},
     "softmax": {"capro_bootstrap_weights": "softmax"},
     "weights": {"capro_row_weights": True},
@@ -218,3 +218,10 @@ def test_a_head_of_weight_zero_still_decays():
     step(batch, torch.arange(ROWS), 0, 0, SGD["lr"])
     expected = weight * (1 - SGD["lr"] * SGD["weight_decay"])
     torch.testing.assert_close(model.reconstruction[0].weight.detach(), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_anchors_that_are_all_held_out_are_refused(digits, anchors, tmp_path):  # noqa: F811
+    names = [str(name) for name in pq.read_table(anchors)["path"].to_pylist()]
+    (tmp_path / "held.txt").write_text("".join(f"{name} 0\n" for name in names))
+    with pytest.raises(UserError, match="none of its images is shown"):
+        opened(capro_config(digits, anchors, tmp_path / "run", data_holdout=str(tmp_path / "held.txt")))

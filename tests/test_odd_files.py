@@ -215,7 +215,7 @@ def test_in_class_folders_they_are_named(tmp_path, monkeypatch, capsys):
 
 
 def cleaned(path: Path) -> None:
-    with_cleaned_labels(SimpleNamespace(cleaned=str(path)), None)
+    with_cleaned_labels(SimpleNamespace(cleaned=str(path), pathlist=""), None)
 
 
 def run_with(name: str):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mopro_fast import ops
 from mopro_fast.config import CAProConfig, MoProConfig
 from mopro_fast.distributed import gather_together, world
+from mopro_fast.models.calibration import Scores
 from mopro_fast.models.method import Method, StepOutput
 from mopro_fast.models.resnet import ResNet, Trunk
 
@@ -43,6 +44,8 @@ class CAPro(Method):
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
         self.register_buffer("prototypes", torch.zeros(classes, dim))
         self.compute_with(Query(encoder_q, self.reconstruction, self.auxiliary), encoder_k)
+        if capro.init_proto == "never":  # the vanilla stage judges no label
+            self.correct = None
 
     def compute_with(self, query: nn.Module, key: nn.Module | None = None) -> None:
         super().compute_with(query, key)
@@ -77,6 +80,10 @@ class CAPro(Method):
     def trained(self) -> list[list[nn.Parameter]]:
         heads = [*self.reconstruction.parameters(), *self.auxiliary.parameters()]
         return [[p for p in self.encoder_q.parameters() if p is not self.encoder_q.classifier.bias] + heads]
+
+    def scores(self, logits: Tensor, z: Tensor) -> Scores:
+        """What label correction judges by."""
+        return Scores(logits, z, self.prototypes)
 
     def correct(
         self, logits: Tensor, z: Tensor, labels: Tensor, anchors: Tensor | None = None
@@ -141,7 +148,7 @@ class CAPro(Method):
             plain = mixed_cross_entropy(logits, rows.labels, kept, *PLAIN)
             softened = (mixed_cross_entropy(logits, rows.labels, kept, targets, share) - plain) / count
         loss_recn = squared_error(r, x.detach(), kept) / count
-        omega = torch.where(kept, 1.0 if weights is None else weights, 0).sum() / count  # 0 where no row is kept
+        omega = (kept if weights is None else kept * weights).sum() / count  # 0 where no row is kept
         total = omega * (loss.loss + softened + loss_aux) + own.w_recn * loss_recn
 
         # Step 9: the prototypes move on.

@@ -12,14 +12,14 @@ from mopro_fast.models.resnet import ResNet
 class _Logits(nn.Module):
     def __init__(self, encoder: ResNet, freeze: bool) -> None:
         super().__init__()
-        self.encoder, self.freeze = encoder, freeze
+        self.encoder, self.frozen = encoder, freeze
 
     def forward(self, *images: Tensor) -> Tensor:
         """The logits of each of these batches, one after the other: BatchNorm takes each by itself."""
         return torch.cat([self._logits(batch) for batch in images])
 
     def _logits(self, images: Tensor) -> Tensor:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             features = self.encoder.features(images)
         return self.encoder.classifier(features)
 
@@ -40,7 +40,7 @@ class Classifier(Method):
         running statistics move. train_bias: the classifier's. mixup_beside: mixed images add their loss to that of the
         images as they are, instead of taking its place."""
         super().__init__(encoder_q)
-        self.freeze, self.mixup_beside = freeze, mixup_beside
+        self.frozen, self.mixup_beside = freeze, mixup_beside
         self.normalises_by_batch = moving_statistics or not freeze
         encoder_q.requires_grad_(not freeze)
         encoder_q.classifier.requires_grad_(True)
@@ -59,7 +59,7 @@ class Classifier(Method):
         """The classifier; the rest, if it is not frozen."""
         named = [(name, p) for name, p in self.encoder_q.named_parameters() if p.requires_grad]
         groups = [[p for name, p in named if name.startswith("classifier.") == own] for own in (True, False)]
-        return groups[:1] if self.freeze else groups
+        return groups[:1] if self.frozen else groups
 
     def forward(self, view_q: Tensor, _k: None, labels: Tensor, _epoch: int, *mixup: Tensor) -> StepOutput:
         """mixup: none, or shares float32 [2] of each image and of its partner, and who that is, int64 [N]."""

@@ -24,8 +24,8 @@ from mopro_fast.downstream.clean import TABLE
 from mopro_fast.errors import UserError, first_line
 from mopro_fast.labels import REMOVED, SHOWN, UNSEEN
 from mopro_fast.models.build import build
+from mopro_fast.models.capro import CAPro
 from mopro_fast.models.method import Method
-from mopro_fast.models.mopro import MoPro
 from mopro_fast.ops.reference import decide, mixed_scores
 
 BATCH = 64
@@ -94,11 +94,11 @@ def scores(model: Method, images: Tensor, labels: Tensor, c: TrainConfig) -> tup
     -> t float32 [N, C], the classifier's alone without prototypes; int64 [N]: the label now, −1 if removed.
     """
     logits, q = model.encoder_q(ops.normalize(images))
-    if not isinstance(model, MoPro):
+    if model.correct is None:
         return logits.float().softmax(1), labels
     s = model.scores(logits, q)
     t, _, _ = mixed_scores(s.logits, s.q, s.prototypes, c.mopro.alpha, c.mopro.temperature)
-    now, kept = decide(t, labels, c.mopro.threshold)[:2]
+    now, kept = decide(t, labels, c.mopro.threshold, inclusive=isinstance(model, CAPro))[:2]
     return t, torch.where(kept, now, REMOVED)
 
 

@@ -463,7 +463,7 @@ function tiles() {
     if (values.length) tile(number(values[values.length >> 1]) + spec.unit, `${spec.title.toLowerCase()}, median`);
   }
   $("about").textContent = [
-    s.method === "ce" ? "plain cross-entropy" : s.method && "MoPro", s.arch, s.data && `on ${s.data}`].filter(Boolean).join(", ");
+    ({ce: "plain cross-entropy", mopro: "MoPro", capro: "CAPro"})[s.method], s.arch, s.data && `on ${s.data}`].filter(Boolean).join(", ");
 }
 
 function alarms() {

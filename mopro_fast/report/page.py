@@ -209,10 +209,15 @@ def _summary(run: Run) -> dict[str, Any]:
         "arch": c.model.arch if c else "",
         "epochs": c.optim.epochs if c else None,
         "ended": ended[-1]["epoch"] + 1 if ended else 0,
-        "start_clean": c.mopro.start_clean if c and c.method == "mopro" else None,
+        "start_clean": c.mopro.start_clean if c and (c.method == "mopro" or _anchored(c)) else None,
         "top1": best,
         "replaced": sum(int(e.get("replaced") or 0) for e in ended),
     }
+
+
+def _anchored(c: TrainConfig) -> bool:
+    """CAPro with prototypes."""
+    return c.method == "capro" and c.capro.init_proto != "never"
 
 
 def _charts(run: Run) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from mopro_fast.data import inputs
 from mopro_fast.data.anchors import read_anchors
 from mopro_fast.data.batches import Batch
 from mopro_fast.data.index import Index
-from mopro_fast.distributed import gather_rows, world
+from mopro_fast.distributed import gather_lists, gather_rows, say, world
 from mopro_fast.errors import UserError
 from mopro_fast.models.build import build
 from mopro_fast.models.method import Method
@@ -72,20 +72,22 @@ class CAProTask(MoProTask):
         return ", or ".join(["begin label correction later (--start-clean)"] + ["raise --threshold"] * relabelling)
 
     def shown(self, index: Index) -> tuple[Index, np.ndarray | None]:
-        if self.config.capro.anchors:
-            self._index, self._anchors = index, read_anchors(self.config.capro.anchors, index)
+        if path := self.config.capro.anchors:
+            self._anchors = read_anchors(path, index)
             self.initial = self._anchors.digest
+            rows = index.usable[self._anchors.mask[index.usable]]
+            if not len(rows):
+                raise UserError(f"--anchors {path}: none of its images is shown: they are held out or cannot be read")
             if self.config.capro.row_weights and self._anchors.weights is None:
-                raise UserError(f"--row-weights True: {self.config.capro.anchors} has no column weight")
+                raise UserError(f"--row-weights True: {path} has no column weight")
+            self._shown_anchors = dataclasses.replace(index, left_out=np.setdiff1d(np.arange(len(index)), rows))
         return index, None
 
     def begin_epoch(self, model: Method, epoch: int, device: torch.device, bf16: bool) -> None:
         """The prototypes become the means of their anchors' embeddings, by the key encoder, with view_q's crops."""
         if not model.starts(epoch):
             return
-        index, (rank, ranks) = self._index, world()
-        rows = np.setdiff1d(np.flatnonzero(self._anchors.mask), index.left_out)
-        anchors = dataclasses.replace(index, left_out=np.setdiff1d(np.arange(len(index)), rows))
+        anchors, (rank, ranks) = self._shown_anchors, world()
         loader = inputs.train_loader(self.config, anchors, device, two_views=False, whole=True)
         size, sums = self.config.optim.batch_size // ranks, 0
         with closing(loader), Progress("prototypes", loader.steps_per_epoch, "batches", active=rank == 0) as bar:
@@ -94,9 +96,12 @@ class CAProTask(MoProTask):
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     z = model.embed(batch.view_q, None if shifts is None else shifts[0])
                 place = torch.arange(size, device=device) + (step * ranks + rank) * size
-                z = torch.cat([z, torch.ones_like(z[:, :1])], 1).double() * (place < len(rows))[:, None]
+                z = torch.cat([z, torch.ones_like(z[:, :1])], 1).double() * (place < len(anchors.usable))[:, None]
                 sums = sums + F.one_hot(batch.labels, len(model.prototypes)).T.double() @ z  # [C, D + 1]
                 bar.update()
+            lost = gather_lists([lost.row for _, _, lost in loader.lost])
+        if lost:
+            say(f"{len(lost)} anchors could not be read any more, such as {anchors.name(lost[0])}: others replace them")
         sums, count = gather_rows(sums[None]).sum(0).split([sums.shape[1] - 1, 1], 1)
         model.prototypes.copy_(F.normalize(sums / (count + 1e-6), dim=1))
 
