@@ -64,6 +64,27 @@ def mopro_loss(n: int, c: int, q: int, d: int, size: int, prototype_size: int, l
     return Cost(rows + c * d * prototype_size + 32, 4 * n * (q + c) * d)
 
 
+def sgd_update_(elements: int) -> Cost:
+    """Read parameter, buffer and a 16-bit gradient, write the first two and a 16-bit copy."""
+    return Cost(elements * 20, 0)
+
+
+def linear(n: int, inputs: int, outputs: int, size: int, into: bool) -> Cost:
+    """Forward: read x and weight, write y. Backward: read dy and x, write dw; ``into`` x: read weight, write dx."""
+    moved = (4 if into else 3) * inputs * outputs - (0 if into else inputs * outputs)
+    return Cost((moved + n * (2 + into) * inputs + 2 * n * outputs) * size, (4 + 2 * into) * n * inputs * outputs)
+
+
+def cross_entropies(n: int, c: int, size: int) -> Cost:
+    """Forward: read logits, float32 targets, labels, kept. Backward: the same again, write the logits' gradient."""
+    return Cost(n * c * (3 * size + 8) + 18 * n, 0)
+
+
+def squared_error(n: int, f: int, size: int) -> Cost:
+    """Forward: read both, kept. Backward: the same again, write the gradient of one."""
+    return Cost(5 * n * f * size + 2 * n, 0)
+
+
 def collective_targets(n: int, c: int, q: int, d: int, size: int) -> Cost:
     """Read z, the queue and both classifiers; write the targets.
 

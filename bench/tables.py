@@ -116,6 +116,80 @@ def cifar10n(result: dict) -> str:
     return "\n".join([*lines, "", note])
 
 
+def capro_step(result: dict) -> str:
+    """A table for each counted shape, one of times; bench/capro_step.py."""
+    s, gpus = result["settings"], result["settings"]["gpus"]
+    blocks = [_added_by_capro(case, gpus) for case in result["counted"]]
+    shapes = [f"Q={case['Q']}, C={case['C']}" for case in result["timed"]]
+    rows = [f"| CAPro's step over MoPro's, on a CPU | {' | '.join(shapes)} |", "|---" * (1 + len(shapes)) + "|"]
+    for stage in result["timed"][0]["stages"]:
+        found = [case["stages"][stage] for case in result["timed"]]
+        cells = [f"× {f['ratio']:.2f} ({f['capro_ms']:.0f} / {f['mopro_ms']:.0f} ms)" for f in found]
+        rows.append(f"| {stage} | {' | '.join(cells)} |")
+    rates = ", ".join(
+        f"{name} {g['bytes_per_s'] / 1e12:g} TB/s and {g['flop_per_s'] / 1e12:g} TFLOP/s" for name, g in gpus.items()
+    )
+    note = (
+        f"Launches, bytes and flops are counted without a GPU (`python bench/capro_step.py`): ResNet-50, bf16, labels "
+        f"corrected. Microseconds are predicted, not measured: {rates}, {s['launch_us']:g} µs a launch in a CUDA "
+        f"graph (assumed). On the CPU: medians of {s['rounds']} rounds; {s['arch']}, width {s['width']:g}, {s['px']} "
+        f"px, N={result['timed'][0]['N']}, float32; the encoder frozen: over MoPro's with corrected labels. "
+    )
+    return "\n\n".join([*blocks, "\n".join(rows), note + _where(result)])
+
+
+def _added_by_capro(case: dict, gpus: dict) -> str:
+    names = [f"added to MoPro's step: N={case['N']}, Q={case['Q']}, C={case['C']}", "launches: forward", "backward"]
+    names += ["MB", "the least", "GFLOP", *(f"µs, {name}" for name in gpus)]
+    rows = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    parts = case["parts"]
+    total = {name: sum(p[name] for p in parts) for name in ("forward", "backward", "bytes", "flops")}
+    total |= {"part": "**all**", "least_bytes": None, "us": {name: sum(p["us"][name] for p in parts) for name in gpus}}
+    for p in (*parts, total):
+        cells = [p["part"], str(p["forward"]), str(p["backward"]), f"{p['bytes'] / 1e6:.1f}"]
+        cells.append("–" if p["least_bytes"] is None else f"{p['least_bytes'] / 1e6:.1f}")
+        cells += [f"{p['flops'] / 1e9:.1f}", *(f"{p['us'][name]:.0f}" for name in gpus)]
+        rows.append(f"| {' | '.join(cells)} |")
+    for speeds in zip(*(g["images_per_s"] for g in gpus.values()), strict=True):
+        at = " and ".join(f"{speed:,}" for speed in dict.fromkeys(speeds))
+        of_step = [total["us"][name] * speed / case["N"] / 1e4 for name, speed in zip(gpus, speeds, strict=True)]
+        cells = " | ".join(f"{share:.1f}" for share in of_step)
+        rows.append(f"| % of MoPro's step at {at} img/s | – | – | – | – | – | {cells} |")
+    stages = ", ".join(f"{name} {count}" for name, count in case["launches"].items())
+    waits = case["waits"]["capro"] or "none"
+    return "\n".join([*rows, "", f"Launches added, by stage: {stages}. The host waits for the device: {waits}."])
+
+
+def capro_accuracy(result: dict) -> str:
+    """A row per method; differences against cross-entropy, seed by seed; bench/capro_accuracy.py."""
+    s, c, runs, of_run = result["settings"], result["conditions"], result["runs"], {}
+    for r in runs:
+        of_run.setdefault(r["name"], []).append(r)
+    columns = ["", "test accuracy, %", "against cross-entropy", "precision, %", "recall, %"]
+    columns += ["right labels among the kept, %", "re-trained, %", "with mix-up, %"]
+    columns += ["classes without an image at the end", "alarms", "minutes"]
+    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name, own in of_run.items():
+        corrects, pair = any(r["corrections"] for r in own), result["paired"].get(name)
+        cells = [name, _mean(own, "top1"), "–"]
+        if pair is not None:
+            error = "" if pair["standard_error"] is None else f" ± {pair['standard_error']:.1f}"
+            cells[-1] = f"{pair['mean']:+.1f}{error}"
+        cells += [_mean(own, n, 100) if corrects else "–" for n in ("precision", "recall")]
+        cells.append(_mean(own, "kept_right", 100))
+        retrained = [r.get("retrained", {}) for r in own]
+        cells += [_mean([{"top1": r.get(how)} for r in retrained], "top1") for how in ("plain", "mixup")]
+        cells += [_counts([r["classes_lost"] for r in own]), _counts([len(r["alarms"]) for r in own])]
+        rows.append(f"| {' | '.join([*cells, _mean(own, 'minutes')])} |")
+    note = (
+        f"{s['images']} images, {100 * s['wrong']:.0f} % with a wrong label; {s['anchors_per_class']} anchors a class; "
+        f"{s['test_images']} test images; `{s['common']}`; {max(map(len, of_run.values()))} seeds, mean ± standard "
+        f"deviation, differences ± standard error; counts: a number per seed. Settings: {s['chosen']}. "
+        f"{c['gpu'] or c['cpu']}; PyTorch {c['torch']}; commit {', '.join(sorted({r['commit'] for r in runs}))}."
+    )
+    return "\n".join([*rows, "", note])
+
+
 def cifar10n_curves(result: dict) -> str:
     """What label correction does epoch by epoch, in each setting's run with the first seed."""
     columns = ["", "epoch", "test accuracy, %", "removed, %", "relabelled, %", "mean score of the class preferred, %"]
@@ -443,6 +517,8 @@ TABLES = {
     "demo_choice": ("demo_choice", demo_choice),
     "cifar10n": ("cifar10n", cifar10n),
     "cifar10n_curves": ("cifar10n", cifar10n_curves),
+    "capro_step": ("capro_step", capro_step),
+    "capro_accuracy": ("capro_accuracy", capro_accuracy),
     "ops": ("ops_gpu", ops),
     "launches": ("launches", launches),
     "loader": ("loader", loader),

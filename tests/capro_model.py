@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mopro_fast.config import TrainConfig
-from mopro_fast.models.build import build_encoder
+from mopro_fast.models.build import build
 
 THEIRS = {  # ours: the official code's
     "encoder_q.fc1": "projection.0",
@@ -19,29 +19,10 @@ THEIRS = {  # ours: the official code's
 }
 
 
-class Model(nn.Module):
-    def __init__(self, config: TrainConfig) -> None:
-        super().__init__()
-        self.encoder_q, self.encoder_k = build_encoder(config), build_encoder(config)
-        for head in ("classifier", "fc1", "fc2"):
-            delattr(self.encoder_k, head)
-        features, classes, dim = self.encoder_q.feature_dim, config.data.num_classes, config.model.embed_dim
-        self.reconstruction = nn.Sequential(nn.Linear(dim, 2048), nn.ReLU(), nn.Linear(2048, features))
-        self.auxiliary = nn.Linear(dim, classes, bias=False)
-        nn.init.zeros_(self.encoder_q.classifier.bias)
-        self.register_buffer("queue", F.normalize(torch.randn(config.mopro.queue_size, dim), dim=1))
-        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
-        self.register_buffer("prototypes", torch.zeros(classes, dim))
-
-    def trained(self) -> list[list[nn.Parameter]]:
-        encoder = [p for name, p in self.encoder_q.named_parameters() if name != "classifier.bias"]
-        return [[*encoder, *self.reconstruction.parameters(), *self.auxiliary.parameters()]]
-
-
 def trained_state(config: TrainConfig, seed: int = 0) -> dict[str, Tensor]:
     """As after some training: no two tensors alike."""
     torch.manual_seed(seed)
-    state = Model(config).state_dict()
+    state = build(config).state_dict()
     for name, t in state.items():
         if name.endswith("running_var"):
             t.uniform_(0.5, 2)

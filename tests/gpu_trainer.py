@@ -1,7 +1,7 @@
 """The trainer as a user runs it, bit for bit: python tests/gpu_trainer.py nccl|resume [--device D] [--small] FOLDER
 
 nccl: one rank of torchrun that goes the way of many, with DDP and NCCL (on a CPU gloo), ends
-with the bits of a run without it.
+with the bits of a run without it; of MoPro, and of CAPro, which has a frozen encoder in its first epoch.
 resume: a run stopped by SIGTERM and one killed end, gone on with, with the bits of a run left alone.
 FOLDER, which must not be there yet, gets the runs and their images. --small: a tiny encoder, for a CPU.
 """
@@ -29,6 +29,7 @@ COMMON = {
     "cache": "device", "deterministic": True, "log-every": 1, "checkpoint-every": CHECKPOINT, "keep": 2,
     "tensorboard": False,
 }  # fmt: skip
+CAPRO = {"method": "capro", "init-proto": 0, "unfreeze-epoch": 1}
 FULL = {"batch-size": 64, "arch": "resnet50", "stem": "imagenet", "image-size": 112, "queue-size": 256}
 SMALL = {"batch-size": 8, "arch": "resnet18", "width": 1 / 16, "embed-dim": 8, "image-size": 16, "queue-size": 32}
 
@@ -64,10 +65,15 @@ def main() -> int:
 
 def nccl(folder: Path, options: dict) -> None:
     torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "1", "tests/one_rank.py")
-    plain, ranked = Run(folder / "plain", options), Run(folder / "torchrun", options, torchrun)
-    plain.end()
-    ranked.end(0, "one rank: DDP 1 all_gather_into_tensor")
-    print(f"nccl: under torchrun {same(plain, ranked)}")
+    write_anchors(folder / "anchors.parquet", STEPS * options["batch-size"])
+    pairs = {}
+    for name, more in {"": {}, "capro-": CAPRO | {"anchors": folder / "anchors.parquet"}}.items():
+        own = options | more
+        pairs[name] = Run(folder / f"{name}plain", own), Run(folder / f"{name}torchrun", own, torchrun)
+    for name, (plain, ranked) in pairs.items():
+        plain.end()
+        ranked.end(0, f"one rank: DDP {3 if name else 1} all_gather_into_tensor")  # frozen, unfrozen
+        print(f"nccl: under torchrun {same(plain, ranked)}")
 
 
 def resume(folder: Path, options: dict) -> None:
@@ -160,6 +166,15 @@ def difference(a: Any, b: Any, key: str) -> str | None:
     else:
         return None if a == b else f"{key}: {a} and {b}"
     return next((found for pair in pairs if (found := difference(*pair))), None)
+
+
+def write_anchors(path: Path, count: int) -> None:
+    """The first eight of ``count`` images."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = [f"class{i % 4}/{i}.jpg" for i in range(count)]
+    pq.write_table(pa.table({"path": names, "anchor": [int(i < 8) for i in range(count)]}), path)
 
 
 def write_images(folder: Path, count: int, side: int) -> None:

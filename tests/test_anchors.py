@@ -119,8 +119,8 @@ def test_the_digest_is_of_what_matters(write, index):
     "columns, message",
     [
         ({"path": ["a.jpg"]}, "cannot read the anchors DIR/anchors.parquet: it has no column anchor: write it as in"),
-        ({"anchor": [1]}, "it has neither a column path nor id"),
-        ({"anchor": [1], "id": [1]}, "it has neither a column path nor label"),
+        ({"anchor": [1]}, "without one it needs a column id"),
+        ({"anchor": [1], "id": [1]}, "without one it needs a column label"),
         ({"anchor": [0.5], "path": ["b.jpg"]}, "anchor is not whole numbers or booleans everywhere"),
         ({"anchor": [1, None], "path": ["b.jpg", "d.jpg"]}, "anchor is not whole numbers or booleans everywhere"),
         ({"anchor": [1], "path": [1]}, "path is not text everywhere"),

@@ -18,9 +18,10 @@ from mopro_fast.downstream import importing
 from mopro_fast.downstream.export import export, notes
 from mopro_fast.errors import UserError
 from mopro_fast.models.build import build
+from mopro_fast.models.method import Method
 from mopro_fast.models.resnet import LAYERS, BasicBlock
 
-RECORD = Path("/work/shared/data/capro-record/record.pt")
+RECORD = Path(__file__).parents[2] / "shared/data/capro-record/record.pt"
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 TRAINED = 73  # parameters, with a momentum each
 
@@ -91,7 +92,7 @@ def test_momentum_is_mapped_in_every_layout(state, tmp_path, layout):
         for i, n in enumerate(names)
         if i in theirs["optimizer"]["state"]
     }
-    model = capro_model.Model(small_config())
+    model = build(small_config())
     (trained,) = model.trained()
     named = {id(p): n for n, p in model.named_parameters()}
     for i, p in enumerate(trained):
@@ -175,9 +176,15 @@ def test_files_that_are_refused(state, tmp_path):
     assert "reconstruction.0.weight is absent, expected 2048×6" in refusal(path)
 
 
-def fresh() -> capro_model.Model:
+def fresh() -> Method:
     torch.manual_seed(1)
-    return capro_model.Model(small_config())
+    return build(second_stage())
+
+
+def second_stage() -> TrainConfig:
+    c = small_config()
+    c.capro.init_proto = 1
+    return c
 
 
 @pytest.mark.parametrize("kind", ["ours", "official", "safetensors"])
@@ -190,6 +197,13 @@ def test_a_training_begins_from_all_of_it(state, ours, tmp_path, kind):
     model = fresh()
     weights.initialise(model, path)
     assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+
+
+def test_the_vanilla_stage_takes_no_prototypes(state, ours):
+    model = build(small_config())
+    weights.initialise(model, ours)
+    assert not model.prototypes.any()
+    assert torch.equal(model.queue, state["queue"])
 
 
 def mopro_file(path: Path, classes: list[str] | None = None) -> dict[str, torch.Tensor]:
@@ -224,11 +238,11 @@ def test_a_training_begins_from_an_encoder_alone(state, ours, tmp_path):
 
 
 def test_other_classes_and_another_queue_are_not_taken(state, tmp_path):
-    c = small_config()
+    c = second_stage()
     state = state | {"queue_ptr": torch.tensor([9])}
     torch.save({"model": state, "config": c.to_json(), "classes": list("abcde")}, tmp_path / "x.pt")
     c.mopro.queue_size = 8
-    model = capro_model.Model(c)
+    model = build(c)
     before = {n: t.clone() for n, t in model.state_dict().items()}
     weights.initialise(model, tmp_path / "x.pt", list("vwxyz"))
     kept = {n for n, t in model.state_dict().items() if not torch.equal(t, state[n]) or "classifier.bias" in n}
@@ -264,7 +278,7 @@ def test_a_training_goes_on_from_an_official_file(state, tmp_path):
     model = build(small_config())
     model.load_state_dict(read.model)
     torch.optim.SGD(*model.trained(), lr=0.1).load_state_dict(read.optimizer)
-    mine = capro_model.Model(small_config())
+    mine = build(small_config())
     assert {n: t.shape for n, t in model.state_dict().items()} == {n: t.shape for n, t in mine.state_dict().items()}
     assert [[p.shape for p in m.trained()[0]] for m in (model, mine)] == [[p.shape for p in mine.trained()[0]]] * 2
 

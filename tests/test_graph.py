@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from small_step import ROWS, SIZE, run_steps, small_method, small_model, train_step
+from small_step import ROWS, SIZE, extra, run_steps, small_method, small_model, train_step
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -80,15 +80,17 @@ def another_batch() -> tuple[Batch, torch.Tensor]:
 
 
 @pytest.mark.medium
+@pytest.mark.parametrize("kind", ["mopro", "capro"])
 @pytest.mark.parametrize("precision, bf16_weights", [("fp32", True), ("bf16", True), ("bf16", False)])
-def test_replayed_through_all_phases_it_is_the_eager_step(tapes, precision: str, bf16_weights: bool) -> None:
+def test_replayed_through_all_phases_it_is_the_eager_step(tapes, precision: str, bf16_weights: bool, kind: str) -> None:
     states = []
     for graphed in (False, True):
-        step = train_step(small_model(), precision=precision, bf16_weights=bf16_weights)
+        step = train_step(small_method(kind), precision=precision, bf16_weights=bf16_weights)
         if graphed:
             step.optimizer.param_groups[0]["lr"] = torch.zeros(1)
             step._call = Graphed(step._run, 2)
-        losses = [*run_steps(step, 5), step(*another_batch(), 2, 15, 0.05).loss.clone()]
+        losses, (batch, place) = run_steps(step, 5), another_batch()
+        losses.append(step(batch, extra(step.model, place, 15), 2, 15, 0.05).loss.clone())
         states.append([*losses, *step.model.state_dict().values(), step.sums, step.assigned])
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
     step._graphed = True

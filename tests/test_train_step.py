@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from small_step import CLASSES, PHASES, ROWS, SGD, SIZE, run_steps, small_method, small_model, train_step
+from small_step import CLASSES, PHASES, ROWS, SGD, SIZE, extra, run_steps, small_method, small_model, train_step
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,7 +31,7 @@ def test_weights_kept_in_bf16_change_no_bit(device, monkeypatch) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["ce", "finetune", "retrain"])
+@pytest.mark.parametrize("kind", ["ce", "finetune", "retrain", "capro"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_the_other_methods_too(kind, device, monkeypatch) -> None:
     """In bf16, with copies and with casts; on a GPU replayed from a graph and not."""
@@ -77,13 +77,14 @@ def test_gradients_are_gone_when_the_next_step_begins(precision) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["mopro", "capro"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_replayed_from_a_graph_is_the_eager_step(precision, monkeypatch) -> None:
+def test_a_step_replayed_from_a_graph_is_the_eager_step(precision, kind, monkeypatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     states = []
     for graphed in (True, False):
         with torch.cuda.stream(torch.cuda.Stream()):
-            model = small_model().cuda()
+            model = small_method(kind).cuda()
             step = train_step(model, device="cuda", precision=precision, cuda_graph=graphed)
             losses = run_steps(step, 6)
             states.append([*losses, *model.state_dict().values(), step.sums, step.assigned])
@@ -101,9 +102,10 @@ def waiting_is_an_error():
 
 
 @pytest.mark.gpu
-def test_no_step_waits_for_the_gpu() -> None:
+@pytest.mark.parametrize("kind", ["mopro", "capro"])
+def test_no_step_waits_for_the_gpu(kind) -> None:
     with torch.cuda.stream(torch.cuda.Stream()):
-        model = small_model().cuda()
+        model = small_method(kind).cuda()
         step = train_step(model, device="cuda", cuda_graph=False)
         run_steps(step, 2)
         run_steps(step, 2, waiting_is_an_error)
@@ -135,15 +137,17 @@ class NoMethodWaits(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("kind", ["mopro", "capro"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_no_step_would_wait(precision) -> None:
-    model = small_model()
+def test_no_step_would_wait(precision, kind) -> None:
+    model = small_method(kind)
     step = train_step(model, precision=precision)
     with NothingWaits(), NoMethodWaits():
         for i in range(6):
+            step.begin_epoch(PHASES[i // 2])
             views = torch.zeros(2, ROWS, SIZE, SIZE, 3, dtype=torch.uint8)
             batch = Batch(*views.unbind(), torch.arange(ROWS) % (CLASSES + 1) - 1, torch.arange(ROWS))
-            step(batch, torch.arange(ROWS), PHASES[i // 2], i, SGD["lr"])
+            step(batch, extra(model, torch.arange(ROWS), i), PHASES[i // 2], i, SGD["lr"])
 
 
 @pytest.mark.parametrize(

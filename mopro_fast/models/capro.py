@@ -153,7 +153,7 @@ class CAPro(Method):
         hard, soft = (share, soften) if of_aux else (1.0, 0.0)
         loss_aux = cross_entropies(a, rows.labels, targets, hard, soft, kept) / count
         softened = 0.0 if of_aux else cross_entropies(logits, rows.labels, targets, -soften, soften, kept) / count
-        loss_recn = torch.where(kept, (r.float() - x.detach().float()).square().mean(1), 0).sum() / count
+        loss_recn = squared_error(r, x.detach(), kept) / count
         omega = (kept if weights is None else kept * weights).sum() / count  # 0 where no row is kept
         total = omega * (loss.loss + softened + loss_aux) + own.w_recn * loss_recn
 
@@ -292,6 +292,11 @@ def cross_entropies(
     if targets is not None:
         rows = rows - soft * (targets * log_p).sum(1, keepdim=True)
     return torch.where(kept, rows[:, 0], 0).sum()
+
+
+def squared_error(r: Tensor, x: Tensor, kept: Tensor) -> Tensor:
+    """The sum over kept rows of the mean over columns of (r − x)²."""
+    return torch.where(kept, (r.float() - x.float()).square().mean(1), 0).sum()
 
 
 def _initialise(module: nn.Module) -> None:
