@@ -195,8 +195,8 @@ class CAProConfig:
     """What CAPro adds to MoPro's settings, which hold for it as well (symbols as in its paper)."""
 
     anchors: str = ""
-    """anchors.parquet, or its folder: the images whose texts match their class. The prototypes start from them, and
-    label correction leaves them alone. Needed where --init-proto is an epoch."""
+    """anchors.parquet, or its folder: which images of --data have texts that match their class (docs/data.md). The
+    prototypes start from them, and label correction leaves them alone. Needed where --init-proto is an epoch."""
     init_proto: int | Literal["never"] = "never"
     """Epoch (0-based) at whose start the prototypes are computed from the anchors; the prototypical loss counts from
     the next one on. never: the vanilla stage, without prototypes and label correction."""
@@ -214,7 +214,8 @@ class CAProConfig:
     """How collective bootstrapping weighs a key by its cosine c: linear: max(c, 0), as in the code; softmax: exp(c/T),
     which is sharper. Not in the paper."""
     update_freq: int = 1
-    """The prototypes move in epochs that this divides; 0: each epoch begins with new ones from the anchors."""
+    """The prototypes move in epochs that this divides (above 1 a CUDA graph is captured in each of them); 0: each epoch
+    begins with new ones from the anchors."""
     colour_shift: float = 0.1
     """Both views: standard deviation of a shift of all colours along ImageNet's principal components."""
     row_weights: bool = False
