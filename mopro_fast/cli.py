@@ -107,7 +107,7 @@ def _usage() -> str:
     commands = "\n".join(f"  {name:8s} {text}" for name, (_, text) in COMMANDS.items())
     return f"""usage: mopro-fast COMMAND …
 
-Fast, trustworthy training of MoPro on noisy web images.
+Fast, trustworthy training of MoPro and CAPro on noisy web images.
 
 {commands}
 

@@ -12,12 +12,16 @@ import torch
 from processes import on_ranks
 from small_step import SGD, train_step
 from test_capro import CLASSES, ROWS, random_images, small_capro
-from test_training import STEPS, assert_same_run, digits, final_state, opened, run_and_stop_at, small_config  # noqa: F401
+from test_training import EPOCHS, STEPS, assert_same_run, digits, final_state, opened, run_and_stop_at, small_config  # noqa: F401
 
+from mopro_fast import cli
+from mopro_fast.checkpoints.state import write
+from mopro_fast.checkpoints.weights import load_weights
 from mopro_fast.config import TrainConfig, recipe
 from mopro_fast.data.batches import Batch
 from mopro_fast.data.index import load_index
 from mopro_fast.distributed import gather_rows
+from mopro_fast.downstream.importing import resumable
 from mopro_fast.errors import UserError
 from mopro_fast.training.loop import Trainer
 from mopro_fast.training.tasks import CAProTask, task_of
@@ -167,8 +171,11 @@ def test_without_a_column_of_weights_rows_cannot_be_weighed(digits, anchors, tmp
             "needs --anchors with a column",
         ),
         ({"mopro_queue_size": 32}, "--queue-size 32 is smaller"),
+        ({"capro_init_proto": "never"}, "--anchors has no effect with --init-proto never"),
+        ({"optim_epochs": 1, "mopro_start_clean": 3}, "--init-proto 1 is none of the 1 epochs"),
+        ({"capro_unfreeze_epoch": 3}, "--unfreeze-epoch 3 is none of the 3 epochs"),
     ],
-    ids=["anchors", "start-clean", "calibrate", "weights", "row-weights", "queue"],
+    ids=["anchors", "start-clean", "calibrate", "weights", "row-weights", "queue", "unread", "too-late", "frozen"],
 )
 def test_contradictions_are_named(changes, message):
     with pytest.raises(UserError, match=message):
@@ -225,3 +232,32 @@ def test_anchors_that_are_all_held_out_are_refused(digits, anchors, tmp_path):  
     (tmp_path / "held.txt").write_text("".join(f"{name} 0\n" for name in names))
     with pytest.raises(UserError, match="none of its images is shown"):
         opened(capro_config(digits, anchors, tmp_path / "run", data_holdout=str(tmp_path / "held.txt")))
+
+
+@pytest.mark.medium
+def test_an_official_file_with_prototypes_goes_on_with_anchors(digits, anchors, uninterrupted, tmp_path):  # noqa: F811
+    """It does not know which anchors its prototypes came from."""
+    assert cli._run(["export", str(uninterrupted), str(tmp_path / "x.tar"), "--format", "capro"]) == 0
+    config = capro_config(digits, anchors, tmp_path / "run", optim_epochs=EPOCHS + 1)
+    weights = load_weights(tmp_path / "x.tar")
+    state = resumable(weights, config)
+    state.imported = True
+    write(tmp_path / "x.pt", state)
+    config.run.resume = str(tmp_path / "x.pt")
+    assert Trainer(task_of(config)).run() == 0
+    config.method = "mopro"
+    with pytest.raises(UserError, match="is a checkpoint of --method capro"):
+        resumable(weights, config)
+
+
+@pytest.mark.medium
+def test_what_is_no_second_stage_and_no_cleaned_table_is_refused(digits, anchors, tmp_path):  # noqa: F811
+    config = capro_config(digits, "", tmp_path / "vanilla", capro_init_proto="never", capro_anchors="", optim_epochs=1)
+    config.capro.unfreeze_epoch = 0
+    assert Trainer(task_of(config)).run() == 0
+    data = ["--data", str(digits)]
+    with pytest.raises(UserError, match="has no prototypes yet"):
+        cli._run(["clean", str(tmp_path / "vanilla"), *data, "--out", str(tmp_path / "clean")])
+    words = ["retrain", str(tmp_path / "vanilla"), *data, "--cleaned", str(anchors), "--out", str(tmp_path / "retrain")]
+    with pytest.raises(UserError, match="it is a table of anchors: give what `mopro-fast clean` wrote"):
+        cli._run([*words, "--batch-size", "32"])
