@@ -36,17 +36,22 @@ _ROWS = 1 << 14
 _ALONE = -1  # offset of an image that is a file of its own
 
 
-def places(pathlist: str, paths: Paths) -> dict[str, tuple[str, int]]:
-    """The file and offset of each of these images that the list names; its paths may begin in a folder further up."""
-    names, found = set(paths), {}
+def entries(pathlist: str) -> Iterator[tuple[str, str, int]]:
+    """Path, file and offset of every line of an image_all_tfrecord.pathlist."""
     for line in text_lines(pathlist):
         words = line.rsplit(maxsplit=3)
         if len(words) != 4 or not (words[3].isascii() and words[3].isdecimal()):
             raise UserError(f"{pathlist}: {shown(line[:80])!r} is not a path, synset, file and offset")
-        name = words[0]
+        yield words[0], words[2], int(words[3])
+
+
+def places(pathlist: str, paths: Paths) -> dict[str, tuple[str, int]]:
+    """The file and offset of each of these images that the list names; its paths may begin in a folder further up."""
+    names, found = set(paths), {}
+    for name, *place in entries(pathlist):
+        place = tuple(place)
         while name not in names and "/" in name:
             name = name.partition("/")[2]
-        place = words[2], int(words[3])
         if name in names and found.setdefault(name, place) != place:
             raise UserError(f"{pathlist} names {shown(name)} twice, in different places: remove one")
     return found

@@ -27,6 +27,7 @@ from mopro_fast.checkpoints.formats import (
 )
 from mopro_fast.checkpoints.weights import build_encoder, load_weights
 from mopro_fast.console import say, tell
+from mopro_fast.downstream import capro_lists
 from mopro_fast.errors import UserError
 from mopro_fast.files import output, replacing
 from mopro_fast.models.calibration import CALIBRATION
@@ -47,10 +48,22 @@ class Export:
     so); detectron2: a pickle of the backbone; onnx: normalised images to features and logits."""
     classifier: bool = True
     """torchvision, timm, onnx: with the classifier, if there is one."""
+    pathlist: str | None = None
+    """capro, with a table of anchors (anchors.parquet) as CKPT: CAPro's image_all_tfrecord.pathlist, for its training
+    list, FILE@OFFSET and JSON per line."""
 
 
 def main(argv: list[str]) -> int:
     o = tyro.cli(Export, args=argv, prog="mopro-fast export", config=(tyro.conf.FlagConversionOff,))
+    if o.pathlist is not None:
+        if o.format != "capro" or not o.checkpoint.endswith(".parquet"):
+            raise UserError(
+                "--pathlist is for a table of anchors: mopro-fast export anchors.parquet OUT --format capro"
+            )
+        with output(o.out) as out, replacing(out, new=True) as file:
+            lines = capro_lists.write(o.checkpoint, file, o.pathlist)
+        tell(f"{o.out}: {lines} images, a training list of CAPro's code")
+        return 0
     with output(o.out) as out:
         weights = load_weights(o.checkpoint)
         export(weights, out, o.format, o.classifier)

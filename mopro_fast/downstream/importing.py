@@ -16,6 +16,7 @@ from mopro_fast.checkpoints.weights import check_fits, load_weights
 from mopro_fast.config import MoProConfig, TrainConfig, capro_webvision_vanilla, from_dict
 from mopro_fast.console import say, tell
 from mopro_fast.data import inputs
+from mopro_fast.downstream import capro_lists
 from mopro_fast.errors import UserError
 from mopro_fast.files import output, replacing
 from mopro_fast.labels import UNSEEN
@@ -30,6 +31,9 @@ FILE: a checkpoint of the official code (salesforce/MoPro, yuleiqin/capro), of t
 OUT:  the checkpoint to write, for `mopro-fast train … --init OUT` and every other command: a new file, or one that
       this command wrote before.
 
+With --pathlist image_all_tfrecord.pathlist FILE is a list of CAPro's code (FILE@OFFSET and JSON, or a label, per line)
+and OUT a folder for list.txt, for --data and --val, and of a training list anchors.parquet; --anchors N per class (50).
+
 To go on with an official training give a recipe and the options of `mopro-fast train` (all but --out), then run
 `mopro-fast train` with the same recipe and options and --resume OUT."""
 
@@ -41,6 +45,8 @@ def main(argv: list[str]) -> int:
     if len(argv) < 2 or argv[0].startswith("-") or argv[1].startswith("-"):
         raise UserError("two files come first: mopro-fast import FILE OUT (more: mopro-fast import --help)")
     source, out, rest = argv[0], Path(argv[1]), argv[2:]
+    if any(word.partition("=")[0] == "--pathlist" for word in rest):
+        return capro_lists.main(argv)
     with output(out, lambda path: _is_import(path) and not os.path.samefile(path, source)) as path:
         weights = load_weights(source)
         config = command.parse(rest) if rest else config_of(weights)
