@@ -98,14 +98,14 @@ def foreign(trained: Path) -> dict[str, dict]:
     bare = {k: v for k, v in formats.torchvision(loaded, classifier=True).items() if "tracked" not in k}
     trunk = {k: v for k, v in bare.items() if not k.startswith("fc.")}
     args = {"epoch": 3, "best": np.float64(0.5), "optimizer": loaded.optimizer}
+    of_capro = config(trained, trained)
+    of_capro.method = "capro"
     moco = {f"module.encoder_{x}.{k}": v for x in "qk" for k, v in bare.items()}
     return {
         "bare": bare,
         "wrapped": {"model": {f"_orig_mod.module.{k}": v for k, v in bare.items()}, **args},
         "official": formats.official(loaded),
-        "capro": formats.official_capro(
-            weights.load_weights(capro_model.write(trained / "capro.pt", config(trained, trained)))
-        ),
+        "capro": formats.official_capro(weights.load_weights(capro_model.write(trained / "capro.pt", of_capro))),
         "moco": {"state_dict": moco | {"module.queue": torch.rand(4, 8)}, **args},
         "mmpretrain": {
             "state_dict": {f"backbone.{k}": v for k, v in trunk.items()}

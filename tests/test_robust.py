@@ -108,7 +108,7 @@ def test_every_odd_file_is_trained_on_or_named(decode_cases, tmp_path, layout, c
 def test_files_that_break_while_an_epoch_runs_are_named_and_replaced(photos, tmp_path, capsys):
     out = tmp_path / "out"
     trainer = Recorder(task_of(config(photos, out)))
-    order = [trainer.loader._rows(0, step) for step in range(STEPS)]
+    order = [trainer.loader.rows(0, step) for step in range(STEPS)]
     cut, gone = (Path(trainer.index.full_path(order[-1][i])) for i in (2, 5))
     train_step = trainer._train_step
 
@@ -144,7 +144,7 @@ def test_files_that_break_while_an_epoch_runs_are_named_and_replaced(photos, tmp
 def test_interrupted_after_it_named_a_file_it_has_one_row_for_it(photos, tmp_path):
     c = config(photos, tmp_path / "out")
     trainer = Recorder(task_of(c))
-    gone = Path(trainer.index.full_path(trainer.loader._rows(0, 3)[0]))
+    gone = Path(trainer.index.full_path(trainer.loader.rows(0, 3)[0]))
     gone.unlink()
     train_step = trainer._train_step
 
@@ -180,7 +180,7 @@ def test_a_run_on_class_folders_goes_on_without_a_file_that_has_gone(photos, tmp
     trainer._train_step = step
     with pytest.raises(MemoryError):
         trainer.run()
-    gone = Path(trainer.index.full_path(trainer.loader._rows(0, 6)[0]))
+    gone = Path(trainer.index.full_path(trainer.loader.rows(0, 6)[0]))
     gone.unlink()
     assert Recorder(task_of(c)).run() == 0
     rows = table(tmp_path / "out/replaced.csv")
@@ -194,7 +194,7 @@ def test_too_many_broken_files_end_the_run_in_one_line(photos, tmp_path):
     c = config(photos, tmp_path / "out")
     c.data.max_broken = 0.002  # of 1,000
     trainer = Recorder(task_of(c))
-    for row in trainer.loader._rows(0, 6)[:3]:
+    for row in trainer.loader.rows(0, 6)[:3]:
         Path(trainer.index.full_path(row)).write_text("no image")
     with pytest.raises(UserError, match=r"^3 of 1000 images could not be read any more, such as .* --max-broken"):
         trainer.run()
