@@ -217,7 +217,8 @@ class CAProConfig:
     """The prototypes move in epochs that this divides (above 1 a CUDA graph is captured in each of them); 0: each epoch
     begins with new ones from the anchors."""
     colour_shift: float = 0.1
-    """Both views: standard deviation of a shift of all colours along ImageNet's principal components."""
+    """Both views: standard deviation of the lighting noise, a shift of all colours along ImageNet's principal
+    components (AlexNet's PCA augmentation)."""
     row_weights: bool = False
     """Weigh each step's losses by the mean of its rows' weights, the column "weight" of --anchors."""
 

@@ -13,7 +13,7 @@ from mopro_fast.models.capro import CAPro
 from mopro_fast.models.classifier import Classifier
 from mopro_fast.models.method import Method
 from mopro_fast.models.mopro import MoPro
-from mopro_fast.models.resnet import ResNet, Trunk
+from mopro_fast.models.resnet import Backbone, ResNet
 from mopro_fast.training.step import Shuffle, TrainStep
 
 CLASSES, ROWS, SIZE = 4, 8, 16
@@ -36,7 +36,7 @@ def small_method(kind: str) -> Method:
         return model
     if kind == "capro":
         capro = CAProConfig(init_proto=0, unfreeze_epoch=1)
-        model = CAPro(encoder, Trunk("resnet18", 0.125, "small"), model.config, capro).train()
+        model = CAPro(encoder, Backbone("resnet18", 0.125, "small"), model.config, capro).train()
         model.prototypes.copy_(F.normalize(torch.randn_like(model.prototypes), dim=1))
         return model
     return (CrossEntropy(encoder) if kind == "ce" else Classifier(encoder, freeze=kind == "retrain")).train()

@@ -11,7 +11,7 @@ from mopro_fast.config import CAProConfig, MoProConfig
 from mopro_fast.data.batches import Batch
 from mopro_fast.distributed import shuffle_order, sync_buffers
 from mopro_fast.models.capro import CAPro
-from mopro_fast.models.resnet import ResNet, Trunk
+from mopro_fast.models.resnet import Backbone, ResNet
 from mopro_fast.training.step import Shuffle
 
 ROWS, CLASSES, DIM, QUEUE, SIZE = 6, 5, 8, 20, 32  # 6 and 12 rows: neither divides the queue
@@ -29,7 +29,7 @@ def small_capro(**changes) -> CAPro:
     for name, value in changes.items():
         setattr(capro if hasattr(capro, name) else mopro, name, value)
     encoder = ResNet("resnet18", CLASSES, DIM, width=0.125, stem="small")
-    return CAPro(encoder, Trunk("resnet18", 0.125, "small"), mopro, capro).train()
+    return CAPro(encoder, Backbone("resnet18", 0.125, "small"), mopro, capro).train()
 
 
 def random_images(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -17,7 +17,7 @@ from mopro_fast.config import CAProConfig, MoProConfig
 from mopro_fast.data.batches import Batch
 from mopro_fast.models import capro, resnet
 from mopro_fast.models.capro import CAPro
-from mopro_fast.models.resnet import BasicBlock, ResNet, Trunk
+from mopro_fast.models.resnet import Backbone, BasicBlock, ResNet
 from mopro_fast.training.step import TrainStep
 
 RECORD = Path(__file__).parents[2] / "shared/data/capro-record/record.pt"
@@ -87,7 +87,7 @@ def build(config: dict) -> Replayed:
     )  # fmt: skip
     with mock.patch.dict(resnet.LAYERS, {"resnet10": (BasicBlock, (1, 1, 1, 1))}):
         model = Replayed(
-            ResNet("resnet10", classes, dim, 0.25), Trunk("resnet10", 0.25), mopro, CAProConfig(init_proto=0)
+            ResNet("resnet10", classes, dim, 0.25), Backbone("resnet10", 0.25), mopro, CAProConfig(init_proto=0)
         )
     model.load_state_dict(own_state(recorded()["init"], config["moco_m"]))
     model.seen = {}
@@ -107,7 +107,7 @@ def start_prototypes(model: CAPro, batches: list) -> None:
     """From the anchors, before encoder_k moves: there it does so in the step that follows, here it has already."""
     moved, m = copy.deepcopy(model.encoder_k.state_dict()), model.key_momentum
     with torch.no_grad():
-        for p, q in zip(model.encoder_k.parameters(), model.encoder_q.trunk().parameters(), strict=True):
+        for p, q in zip(model.encoder_k.parameters(), model.encoder_q.backbone().parameters(), strict=True):
             p.copy_((p - (1 - m) * q) / m)
     z = torch.cat([model.embed(batch[0], None) for batch in batches])
     model.encoder_k.load_state_dict(moved)

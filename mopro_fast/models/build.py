@@ -5,7 +5,7 @@ from mopro_fast.models.baseline import CrossEntropy
 from mopro_fast.models.capro import CAPro
 from mopro_fast.models.method import Method
 from mopro_fast.models.mopro import MoPro
-from mopro_fast.models.resnet import ResNet, Trunk
+from mopro_fast.models.resnet import Backbone, ResNet
 
 
 def build_encoder(config: TrainConfig) -> ResNet:
@@ -21,5 +21,5 @@ def build(config: TrainConfig) -> Method:
     if config.method == "ce":
         return CrossEntropy(encoder)
     if config.method == "capro":
-        return CAPro(encoder, Trunk(m.arch, m.width, m.stem, m.bn_group), config.mopro, config.capro)
+        return CAPro(encoder, Backbone(m.arch, m.width, m.stem, m.bn_group), config.mopro, config.capro)
     return MoPro(encoder, build_encoder(config), config.mopro)

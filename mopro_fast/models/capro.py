@@ -13,7 +13,7 @@ from mopro_fast.config import CAProConfig, MoProConfig
 from mopro_fast.distributed import gather_together, world
 from mopro_fast.models.calibration import Scores
 from mopro_fast.models.method import Method, StepOutput
-from mopro_fast.models.resnet import ResNet, Trunk
+from mopro_fast.models.resnet import Backbone, ResNet
 
 
 class CAPro(Method):
@@ -27,7 +27,7 @@ class CAPro(Method):
     METRICS = (*ops.METRICS, "relabelled", "loss_aux", "acc_aux", "loss_recn")
     inclusive = True
 
-    def __init__(self, encoder_q: ResNet, encoder_k: Trunk, config: MoProConfig, capro: CAProConfig) -> None:
+    def __init__(self, encoder_q: ResNet, encoder_k: Backbone, config: MoProConfig, capro: CAProConfig) -> None:
         super().__init__(encoder_q, encoder_k)
         self.config, self.capro = config, capro
         self.key_momentum, self.threshold = config.key_momentum, config.threshold
@@ -77,7 +77,7 @@ class CAPro(Method):
     def set_frozen(self, epoch: int) -> bool:
         frozen = self.stage(epoch).frozen
         changed, self.heads.frozen = self.heads.frozen != frozen, frozen
-        self.heads.encoder.trunk().requires_grad_(not frozen)
+        self.heads.encoder.backbone().requires_grad_(not frozen)
         return changed
 
     def trained(self) -> list[list[nn.Parameter]]:

@@ -184,7 +184,7 @@ class ResNet(nn.Module):
         """pooled features → embedding of unit length, float32 whatever autocast says."""
         return F.normalize(self.fc2(F.relu(self.fc1(features))).float(), dim=1)
 
-    def trunk(self) -> nn.ModuleList:
+    def backbone(self) -> nn.ModuleList:
         """All but the heads."""
         heads = ("classifier", "fc1", "fc2")
         return nn.ModuleList(module for name, module in self.named_children() if name not in heads)
@@ -194,7 +194,7 @@ class ResNet(nn.Module):
         return self.classifier(features), self.project(features)
 
 
-class Trunk(ResNet):
+class Backbone(ResNet):
     """A ResNet without heads: images [N, 3, H, W] → pooled features [N, feature_dim]. Arguments: as of ResNet."""
 
     def __init__(self, arch: str, width: float = 1, stem: str = "imagenet", bn_group: int = 0) -> None:
