@@ -60,7 +60,7 @@ lint: $(READY)
 
 # What builds and tests made. Trainings (runs/) and the environment stay.
 clean:
-	rm -rf build dist *.egg-info mopro_fast/_C*.so mopro_fast/_views*.so mopro_fast/_build_info.json
+	rm -rf build dist *.egg-info mopro_fast/_C*.so mopro_fast/_files*.so mopro_fast/_views*.so mopro_fast/_build_info.json
 	rm -rf .pytest_cache .ruff_cache .benchmarks
 
 # The environment, too, if it was made here.

@@ -54,7 +54,7 @@ class CMakeBuild(build_ext):
         if not has_cxx:
             self.nvcc, reason = None, "no C++ compiler found: looked at CXX, and for c++, g++ and clang++."
             what_to_do = f"Install one. {WHAT_TO_DO}"
-            print("mopro_fast: building without _views: on a CPU, PyTorch makes the views, slower.", file=sys.stderr)
+            print("mopro_fast: building without _views and _files: PyTorch makes the views on a CPU, slower.", file=sys.stderr)
         info = Path(self.build_lib, INFO)
         info.parent.mkdir(parents=True, exist_ok=True)
         if self.nvcc is None:
@@ -62,7 +62,7 @@ class CMakeBuild(build_ext):
                 raise PlatformError(f"MOPRO_FAST_REQUIRE_CUDA=1, but {reason} {what_to_do}")
             print(f"mopro_fast: building without the CUDA extension. {reason} {what_to_do}", file=sys.stderr)
             info.write_text(json.dumps({"cuda": False, "reason": reason, "what_to_do": what_to_do}, indent=2))
-        builds = {"mopro_fast._views": has_cxx, "mopro_fast._C": self.nvcc is not None}
+        builds = {"mopro_fast._files": has_cxx, "mopro_fast._views": has_cxx, "mopro_fast._C": self.nvcc is not None}
         self._remove_earlier_builds(ext for ext in self.extensions if not builds[ext.name])
         self.extensions = [ext for ext in self.extensions if builds[ext.name]]
         super().run()
@@ -106,6 +106,6 @@ class CMakeBuild(build_ext):
 setup(
     packages=[*find_packages(include=["mopro_fast", "mopro_fast.*"]), "mopro_fast.kernels"],
     package_dir={"mopro_fast.kernels": "kernels"},
-    ext_modules=[Extension("mopro_fast._C", sources=[]), Extension("mopro_fast._views", sources=[])],
+    ext_modules=[Extension(f"mopro_fast.{name}", sources=[]) for name in ("_C", "_files", "_views")],
     cmdclass={"build_ext": CMakeBuild},
 )

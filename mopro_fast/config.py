@@ -128,6 +128,9 @@ class DataConfig:
     """device: decode all images once and keep them, as uint8, in the device's memory; needs no DALI."""
     shuffle_shards: int = 16
     """Packed shards: images mix with those of this many shards (0: of all). Files are shuffled as one."""
+    trust_index: bool = False
+    """Take the files as they were when they were checked, without looking at their sizes and times: for storage that
+    answers slowly. What is read is compared with its checksum all the same."""
     max_broken: float = 0.01
     """End the run when more than this share of the images so far (at least of 1,000) broke while it ran."""
     hw_decoder_load: float = 0.65

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mopro_fast import console, peers, signals
 from mopro_fast.errors import UserError, first_line
+from mopro_fast.sharing import shared
 from mopro_fast.transfer import to_device
 
 TIMEOUT = 600.0  # seconds; see start()
@@ -249,11 +250,24 @@ def from_rank0(value, group: dist.ProcessGroup | None = None):
 
 
 def by_rank0(compute: Callable[[], T]) -> T:
-    """What rank 0 computes (something picklable), on every rank. The others wait for as long as it takes."""
+    """What rank 0 computes (something picklable), on every rank. The others wait for as long as it takes.
+
+    Large arrays in it are shared by a machine's ranks (sharing.py). Where rank 0 raises an exception the others end.
+    """
     if alone():
         return compute()
     group = _patient_group()
-    value = from_rank0(compute() if world()[0] == 0 else None, group)
+    value = refused = None
+    if world()[0] == 0:
+        try:
+            value = compute()
+        except Exception as error:
+            refused = error
+    if from_rank0(refused is not None, group):
+        if refused is None:
+            sys.exit(2)  # rank 0 says why
+        raise refused
+    value = shared(value, group)
     dist.destroy_process_group(group)
     return value
 

@@ -9,6 +9,7 @@ all goes on without.
 import contextlib
 import errno
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -25,7 +26,7 @@ MARKER = ".mopro_fast"  # in a folder: whose it is, {"command": "train"}; its lo
 FEATURES = "features"  # an owner that is no command: several commands share such a folder
 _LEFT = re.compile(r"\.lock$|\..+\.tmp$")  # hidden files that earlier versions left where they were killed
 _OTHER = "name another folder"
-_PIECE = 1 << 22  # bytes read at a time of a file that is not as long as it said
+_PIECE = 1 << 22  # bytes read at a time
 _KINDS = {"a folder": stat.S_ISDIR, "a pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}
 MOST_TEXT = 1 << 28  # bytes of a file of ours or of settings: whatever is larger is something else
 _HANDLES = 1 << 16  # open files that a process of ours may ask for
@@ -65,6 +66,15 @@ def read_regular(path: str | os.PathLike, most: int) -> tuple[bytes, os.stat_res
 def open_regular(path: str | os.PathLike) -> BinaryIO:
     """A regular file to read. Raises an OSError as :func:`read_regular` does for another kind."""
     return open(path, "rb", opener=open_descriptor)
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    """Of a regular file's bytes. Raises an OSError as :func:`read_regular` does."""
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def require_regular(path: str | os.PathLike) -> None:

@@ -145,4 +145,4 @@ def examined(index):
     found = [decode.examine(d) for d in data]
     columns = {name: np.array([getattr(f, name) for f in found]) for name in ("verdict", "width", "height")}
     columns |= {"size": np.array(list(map(len, data))), "crc32": np.array(list(map(zlib.crc32, data)))}
-    return dataclasses.replace(index, checked=SimpleNamespace(reason=[f.reason for f in found], **columns))
+    return dataclasses.replace(index, checked=SimpleNamespace(why=lambda row: found[row].reason, **columns))

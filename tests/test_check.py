@@ -18,8 +18,9 @@ from PIL import Image
 from mopro_fast import cli, files
 from mopro_fast.data import check as module
 from mopro_fast.data import decode
-from mopro_fast.data.check import FILE, check, default_path, load_splits, summary
+from mopro_fast.data.check import check, default_path, load_splits, summary
 from mopro_fast.data.decode import OK, TOLERANT, UNREADABLE, VERDICTS
+from mopro_fast.data.index import FILE
 from mopro_fast.errors import UserError
 
 COLUMNS = ["path", "label", "width", "height", "format", "verdict", "reason", "bytes", "mtime_ns", "crc32"]
@@ -107,7 +108,7 @@ def test_what_check_returns(odd):
     for name, dtype in (("size", np.int64), ("mtime_ns", np.int64), ("width", np.int32), ("height", np.int32)):
         values = getattr(checked, name)
         assert values.dtype == dtype and values.tolist() == rows["bytes" if name == "size" else name]
-    assert checked.reason == rows["reason"]
+    assert checked.reason.to_pylist() == rows["reason"]
     assert f"{len(index)} images: " in summary(index, checked)
 
 
@@ -262,7 +263,7 @@ def test_a_file_that_kills_its_reader_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "examine_files", dying_reader)
     checked = check(load(tmp_path), workers=2, progress=False)
     assert [v == UNREADABLE for v in checked.verdict] == ["deadly" in name for name in names]
-    assert checked.reason[1] == "cannot be read: it ends the process that tries (signal 11)"
+    assert checked.why(1) == "cannot be read: it ends the process that tries (signal 11)"
 
 
 def test_a_place_that_cannot_be_written(odd, tmp_path, monkeypatch, capsys):

@@ -18,8 +18,8 @@ import pytest
 from epoch_of import BATCH
 from fuzz_images import MUTATIONS, mutated, replaced, sources
 
-from mopro_fast.data.check import FILE
 from mopro_fast.data.decode import UNREADABLE, examine
+from mopro_fast.data.index import FILE
 from mopro_fast.data.shards import open_shards
 
 COUNT = int(os.environ.get("MOPRO_FAST_FUZZ", 12))

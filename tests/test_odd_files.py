@@ -139,11 +139,11 @@ def listed(tmp_path, monkeypatch):
 
 def test_a_check_leaves_them_out_by_name(listed):
     checked = check(listed, workers=1, progress=False)
-    assert checked.reason == ["", *(f"cannot be read: {why}" for why in reasons().values())]
+    assert checked.reason.to_pylist() == ["", *(f"cannot be read: {why}" for why in reasons().values())]
     assert (checked.verdict == UNREADABLE).tolist() == [False] + [True] * len(WHY)
     (Path(listed.root) / "pipe.jpg").unlink()
     (Path(listed.root) / "pipe.jpg").write_bytes(encoded(picture()))
-    assert check(listed, workers=1, progress=False).reason[1] == ""
+    assert check(listed, workers=1, progress=False).why(1) == ""
 
 
 def test_slow_storage_is_said(listed, monkeypatch, capsys):

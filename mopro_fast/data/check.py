@@ -1,22 +1,21 @@
 """``mopro-fast check DATA``: read every image once, write down what each is worth, and say what is wrong.
 
-The result is a Parquet file with a row per image, in the order of the data. A later call, of this command or of
-training, reads only files that are new or whose size or time of change differ. While a check runs, its results go
-line by line into a file beside it, from which an interrupted check goes on.
+The result is a Parquet file with a row per image, in the order of the data, and a copy that is mapped into memory
+(mapped.py). A later call, of this command or of training, reads only files that are new or whose size or time of change
+differ. While a check runs, its processes write what they find into parts beside it, from which an interrupted check
+goes on.
 """
 
 import contextlib
 import errno
-import hashlib
-import json
+import glob
 import os
-import threading
+import re
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import IO, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -25,23 +24,26 @@ import pyarrow.parquet as pq
 import tyro
 
 from mopro_fast.console import Progress, escaped, tell
+from mopro_fast.data import mapped
 from mopro_fast.data import workers as processes
-from mopro_fast.data.decode import CANNOT_READ, CONVERTED, OK, UNREADABLE, VERDICTS, crash_reason, examine_files
-from mopro_fast.data.index import Checked, Index, load_index, synsets, val_layout
+from mopro_fast.data.decode import CANNOT_READ, CONVERTED, OK, UNREADABLE, VERDICTS, crash_reason
+from mopro_fast.data.examine import FOUND, Unwritten, examine, read_part
+from mopro_fast.data.examine import table as table_of_found
+from mopro_fast.data.index import Checked, Index, load_index, synsets, table_of, val_layout
 from mopro_fast.data.paths import Paths, shown
 from mopro_fast.data.shards import is_pack, verify_pack
+from mopro_fast.data.stats import Stats, stats
 from mopro_fast.distributed import say
 from mopro_fast.errors import CannotWrite, UserError, require_resources
-from mopro_fast.files import Busy, append, locked, open_regular, replacing
+from mopro_fast.files import Busy, locked, open_regular, replacing
 
-FILE = ".mopro_fast_index.parquet"
 EXAMPLES = 3  # named per kind of fault
 _MARK = b"mopro_fast.check"
 _VERSION = b"2"  # of the verdicts' meaning: raise it, and everything is read again
-_CHUNK = 64  # files a worker is given at a time
+_CHUNK = 64, 1024  # files that a worker is given at a time: fewest, and most
 _POLL = 0.2  # seconds between two looks for another process's check
-_STAT_THREADS = 16  # a network file system answers each stat in a millisecond
-_SLOW = 120.0  # seconds for all of them, after which that is said
+_BUDGET = 120.0  # seconds that a training compares files with an earlier check
+_PART = re.compile(r"\.partial\.[0-9a-f]{8}$")
 _SCHEMA = pa.schema(
     [
         ("path", pa.string()),  # binary where a name is not UTF-8; in memory always large_binary
@@ -57,53 +59,93 @@ _SCHEMA = pa.schema(
     ],
     metadata={_MARK: _VERSION},
 )
-_HELD = pa.schema([_SCHEMA.field(0).with_type(pa.large_binary()), *list(_SCHEMA)[1:]])
-_FOUND = _HELD.remove(1)  # what reading a file finds
+_HELD = FOUND.insert(1, _SCHEMA.field("label"))
 
 
 def check(
-    index: Index, *, workers: int, progress: bool, path: str | None = None, forget: bool = False, required: bool = True
+    index: Index,
+    *,
+    workers: int,
+    progress: bool,
+    path: str | None = None,
+    forget: bool = False,
+    required: bool = True,
+    trust: bool = False,
 ) -> Checked:
     """Read what ``path`` (default: default_path(index)) does not know of the index's files yet; write it there.
 
     workers: processes. forget: leave out what ``path`` knows of files that are not in ``index``; a check of a part of
     the data should not. required: raise a UserError where another process writes ``path``, or neither ``path`` nor
-    the user's cache folder can be written; else wait for the other one, and do without the file.
+    the user's cache folder can be written; else wait for the other one, do without the file, and compare no more files
+    with what is known than _BUDGET allows: a loader compares what it reads all the same. trust: compare none.
     """
     named = path is not None
     foreign = _is_foreign(path or default_path(index), named)
     if foreign and required:
         raise UserError(f"{foreign}: remove it, or set --index to another place")
-    path, files = path or default_path(index), _stat(index)
+    path, files = path or default_path(index), index.stats
+    if files is None and not trust:
+        files = stats(index.root, index.paths, None if required else _BUDGET, progress)
+    if files is not None and files.looked < len(index):
+        say(
+            f"{files.looked} of {len(index)} files were compared with the last check in {_BUDGET:.0f} s, the others "
+            "are taken as they were: --trust-index compares none"
+        )
     # 1. If all is known nothing is locked or written: trainings that begin together need not wait for each other.
-    for place in () if forget else filter(None, (path, _in_cache(path))):
-        old = _read(place)
-        rows = _rows_of(old, index.paths)
-        if len(old) and _holds(old, rows, files).all():
-            found = old.take(rows)
-            if np.array_equal(found["label"].to_numpy(), index.labels):
-                return _checked(found, place, 0)
-    with _open_partial(path, required, foreign) as partial:
-        old = _read(partial.path, tell=True)
+    for place in filter(None, (path, mapped.in_cache(path))):
+        found = _known(path, place, index, forget)
+        if found is not None and _holds(found, files).all():
+            return _checked(found, place, 0)
+    with _open_parts(path, required, foreign) as parts:
+        old = _read(parts.path, tell=True)
         if named and len(old) and not (_rows_of(old, index.paths) >= 0).any():
             raise UserError(f"{path} is the index of other images: remove it, or name another --index")
-        known = pa.concat_tables([partial.read(), old.select(_FOUND.names)])
+        known = pa.concat_tables([parts.read(), old.select(FOUND.names)])
         # 2. Read what is not known or has changed.
-        todo = np.flatnonzero(~_holds(known, _rows_of(known, index.paths), files))
+        rows = _rows_of(known, index.paths)
+        todo = np.flatnonzero(~_holds(_columns(known), files, rows))
         new = []
         with Progress("check", len(todo), "images", active=progress) as bar:
-            for result in _examine_all(index, todo, workers):
-                partial.add(result)
-                new.append(result)
-                bar.update()
+            for found in _examine_all(index, todo, workers, parts):
+                new.append(found)
+                bar.update(len(found))
         # 3. Write all, if anything is new.
-        known = pa.concat_tables([_table(new), known])
-        table = known.take(_rows_of(known, index.paths)).add_column(1, _HELD.field("label"), [index.labels])
-        others = old.take(np.flatnonzero(_rows_of(table, Paths(old["path"])) < 0)) if not forget else old.slice(0, 0)
+        if new:
+            known = pa.concat_tables([*new, known])
+            rows = _rows_of(known, index.paths)
+        table = known.take(rows).add_column(1, _HELD.field("label"), [index.labels])
+        others = old.slice(0, 0)
+        if len(old) and not forget:
+            others = old.take(np.flatnonzero(_rows_of(table, Paths(old["path"])) < 0))
         written = pa.concat_tables([table, others]).combine_chunks()
         if not written.equals(old):
-            partial.finish(written)
-        return _checked(table, partial.path, len(todo))
+            parts.finish(written)
+        parts.remove()
+        return _kept(path, parts.path, index, table, len(others), len(todo))
+
+
+def _known(path: str, place: str, index: Index, forget: bool) -> dict[str, mapped.Column] | None:
+    """What the table at ``place`` knows of the index's files, if it knows all of them, and their labels."""
+    about = {"digest": index.digest(), "table": mapped.state_of(place)}
+    if about["table"] is None:
+        return None
+    if (found := mapped.known(path, about | {"others": 0} if forget else about)) is not None:
+        return found
+    old = _read(place)
+    rows = _rows_of(old, index.paths)
+    if forget or not len(old) or (rows < 0).any():
+        return None
+    table = old.take(rows)
+    return _columns(table) if np.array_equal(table["label"].to_numpy(), index.labels) else None
+
+
+def _kept(path: str, place: str, index: Index, table: pa.Table, others: int, read: int) -> Checked:
+    """What a check has found, mapped from now on. place: of its table, which has so many ``others``."""
+    about = {"digest": index.digest(), "table": mapped.state_of(place), "others": others, "made_of": index.made_of}
+    columns = {"path": index.paths.column, "label": index.labels} | _columns(table)
+    if about["table"] is not None:
+        columns = mapped.kept(path, columns, about)
+    return _checked(columns, place, read)
 
 
 def _is_foreign(path: str, named: bool) -> str | None:
@@ -126,136 +168,131 @@ def _is_foreign(path: str, named: bool) -> str | None:
     return None
 
 
-def _holds(known: pa.Table, rows: np.ndarray, files: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """bool [n]: what these rows of ``known`` say (-1: none) is of the files as they are now, with these _stat()s."""
-    present, (size, mtime) = rows >= 0, files
-    if not len(known):
+def _holds(known: dict[str, mapped.Column], files: Stats | None, rows: np.ndarray | None = None) -> np.ndarray:
+    """bool [n]: what is known is of the files as they are now.
+
+    rows: int64 [n], of each file that of ``known`` (default: its own); -1: none. files: None: they are not compared.
+    """
+    retried = pc.starts_with(known["reason"], CANNOT_READ).to_numpy(zero_copy_only=False)
+    holds = ~retried  # permissions, network or memory may be better now
+    if rows is None:
+        return holds if files is None else holds & _same(known["bytes"], known["mtime_ns"], files)
+    present = rows >= 0
+    if not len(holds):
         return present
-    holds = present & (known["bytes"].to_numpy()[rows] == size) & (known["mtime_ns"].to_numpy()[rows] == mtime)
-    failed = pc.starts_with(known["reason"], CANNOT_READ).to_numpy(zero_copy_only=False)
-    holds[present] &= ~failed[rows[present]]  # permissions, network or memory may be better now
-    return holds
+    if files is not None:
+        present &= _same(known["bytes"][rows], known["mtime_ns"][rows], files)
+    present[present] = holds[rows[present]]
+    return present
 
 
-def _checked(table: pa.Table, path: str, read: int) -> Checked:
-    verdict = pc.index_in(table["verdict"], value_set=pa.array(VERDICTS)).to_numpy().astype(np.uint8)
-    numbers = [table[name].to_numpy() for name in ("bytes", "mtime_ns", "crc32", "width", "height")]
-    return Checked(verdict, *numbers, table["reason"].to_pylist(), path, read)
+def _same(size: np.ndarray, mtime_ns: np.ndarray, files: Stats) -> np.ndarray:
+    same = (size == files.size) & (mtime_ns == files.mtime_ns)
+    same[files.looked :] = True
+    return same
+
+
+def _columns(table: pa.Table) -> dict[str, mapped.Column]:
+    """Of FOUND, as they are mapped."""
+    verdict = pc.index_in(table["verdict"], value_set=pa.array(VERDICTS))
+    verdict = pc.fill_null(verdict, UNREADABLE).cast(pa.uint8())
+    columns = {name: table[name].to_numpy() for name in ("bytes", "mtime_ns", "crc32", "width", "height")}
+    return columns | {"verdict": verdict.to_numpy(), "reason": table["reason"].cast(pa.large_string()).combine_chunks()}
+
+
+def _checked(columns: dict[str, mapped.Column], path: str, read: int) -> Checked:
+    names = ("verdict", "bytes", "mtime_ns", "crc32", "width", "height", "reason")
+    return Checked(*(columns[name] for name in names), path, read)
 
 
 def default_path(index: Index) -> str:
-    """Beside the list file, if the data is one, else in the folder that the paths start from."""
-    return f"{index.list_file}.index.parquet" if index.list_file else os.path.join(index.root, FILE)
+    return table_of(index.root, index.list_file)
 
 
-def _examine_all(index: Index, rows: np.ndarray, workers: int) -> Iterator[tuple]:
-    """The columns of _FOUND for these rows of the index, in any order."""
-    chunks = [index.paths[rows[i : i + _CHUNK]].tolist() for i in range(0, len(rows), _CHUNK)]
-    tasks: deque[tuple] = deque((index.root, chunk) for chunk in chunks)
+def _examine_all(index: Index, rows: np.ndarray, workers: int, parts: "_Parts") -> Iterator[pa.Table]:
+    """The columns of FOUND for these rows of the index, in any order."""
+    fewest, most = _CHUNK
+    each = min(most, max(fewest, len(rows) // (16 * workers)))
+    names = [index.paths[rows[first : first + each]].column for first in range(0, len(rows), each)]
+    tasks: deque[tuple] = deque((index.root, some, parts.begin) for some in names)
     finished: Counter[int] = Counter()  # files, by task
-    with contextlib.closing(processes.run(examine_files, tasks, workers)) as items:
+    with contextlib.closing(processes.run(examine, tasks, workers)) as items:
         for task, item in items:
             if isinstance(item, processes.Done):
-                del finished[id(task)]
-            elif isinstance(item, processes.Crashed):
-                left = task[1][finished.pop(id(task), 0) :]
-                for path in left[:1]:
-                    state = _state(os.path.join(index.root, path))
-                    yield path, 0, 0, "", VERDICTS[UNREADABLE], crash_reason(item), *state, -1
-                if left[1:]:
-                    tasks.append((index.root, left[1:]))
-            else:
-                finished[id(task)] += 1
+                finished.pop(id(task), None)
+            elif isinstance(item, Unwritten):
+                parts.failed(item)
+            elif not isinstance(item, processes.Crashed):
+                finished[id(task)] += len(item)
                 yield item
+            elif len(left := task[1][finished.pop(id(task), 0) :]) == 1:
+                (path,) = Paths(left)
+                size, mtime, _, _ = stats(index.root, Paths(left), progress=False)
+                reason = crash_reason(item)
+                yield table_of_found([(path, 0, 0, "", VERDICTS[UNREADABLE], reason, int(size[0]), int(mtime[0]), -1)])
+            else:  # one of these files has ended it: alone it is known by name
+                tasks.extend((index.root, left.take(pa.array([i])), parts.begin) for i in range(len(left)))
 
 
-def _stat(index: Index) -> tuple[np.ndarray, np.ndarray]:
-    """int64 [n]: sizes and times of change now; -1 where there is no file."""
-    slow = f"still looking at {len(index)} files of {index.source}: does the storage answer?"
-    timer = threading.Timer(_SLOW, say, [slow])
-    timer.daemon = True
-    timer.start()
-    with ThreadPoolExecutor(_STAT_THREADS) as pool:
-        found = pool.map(lambda i: _state(index.full_path(i)), range(len(index)))
-        states = np.fromiter(found, np.dtype((np.int64, 2)), len(index))
-    timer.cancel()
-    return states[:, 0], states[:, 1]
+class _Parts:
+    """Where a check writes. Without a place, and once one cannot be written that is not required, it keeps nothing."""
 
-
-def _state(path: str) -> tuple[int, int]:
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        require_resources(error, shown(path))
-        return -1, -1
-    return status.st_size, status.st_mtime_ns
-
-
-class _Partial:
-    """Where a check writes. Without a file, and once one cannot be written that is not required, it keeps nothing."""
-
-    def __init__(self, path: str, file: IO[bytes] | None, required: bool) -> None:
-        self.path, self._file, self._required = path, file, required
+    def __init__(self, path: str, required: bool, is_kept: bool = True) -> None:
+        self.path, self._required = path, required
+        self.begin = f"{path}.partial" if is_kept else None
+        """What the names of parts begin with."""
 
     def read(self) -> pa.Table:
-        """What an interrupted check found, the newest first; a line that it did not finish is cut off.
+        """What interrupted checks have found; earlier versions had one part, the file of the lock."""
+        found = [read_part(part) for part in self._there()]
+        return pa.concat_tables([*found, FOUND.empty_table()])
 
-        A power failure may have left zeros in place of others.
-        """
-        found = []
-        with self._writing():
-            if self._file is not None:
-                self._file.seek(0)
-                text = self._file.read()
-                complete = text[: text.rfind(b"\n") + 1]
-                self._file.truncate(len(complete))
-                for line in reversed(complete.splitlines()):
-                    with contextlib.suppress(ValueError, RecursionError):
-                        found.append(json.loads(line))
-        try:
-            return _table(found)
-        except (ValueError, TypeError, pa.ArrowException):  # a line that no check has written
-            return _table(list(filter(_is_row, found)))
-
-    def add(self, result: tuple) -> None:
-        with self._writing():
-            if self._file is not None:
-                append(self._file, json.dumps(result).encode() + b"\n")
+    def failed(self, why: Unwritten) -> None:
+        """A part cannot be written."""
+        if self._required:
+            raise UserError(why.message)
+        if self.begin is not None:
+            say(f"{self.path} cannot be written ({why.strerror}): the result of the check is not kept")
+            self.begin = None
 
     def finish(self, table: pa.Table) -> None:
+        if self.begin is None:
+            return
         named = table.set_column(0, "path", Paths(table["path"]).for_table())
-        with self._writing():
-            if self._file is not None:
-                with replacing(self.path) as file:
-                    pq.write_table(named.replace_schema_metadata(_SCHEMA.metadata), file, compression="zstd")
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
         try:
-            yield
-        except (OSError, CannotWrite) as error:
-            if self._required:
-                raise (error if isinstance(error, CannotWrite) else CannotWrite(self.path, error)) from None
-            say(f"{self.path} cannot be written ({error.strerror}): the result of the check is not kept")
-            self._file = None
+            with replacing(self.path) as file:
+                pq.write_table(named.replace_schema_metadata(_SCHEMA.metadata), file, compression="zstd")
+        except CannotWrite as error:
+            self.failed(Unwritten(str(error), error.strerror))
+
+    def remove(self) -> None:
+        """The table has all that the parts had."""
+        for part in self._there() if self.begin is not None else ():
+            if _PART.search(part):
+                with contextlib.suppress(OSError):
+                    os.unlink(part)
+
+    def _there(self) -> list[str]:
+        names = glob.glob(f"{glob.escape(f'{self.path}.partial')}*")
+        return [name for name in sorted(names) if name == f"{self.path}.partial" or _PART.search(name)]
 
 
 @contextlib.contextmanager
-def _open_partial(path: str, required: bool = True, foreign: str | None = None) -> Iterator[_Partial]:
-    """The partial file beside the Parquet file at ``path`` or in the cache folder, locked; removed at a normal end.
+def _open_parts(path: str, required: bool = True, foreign: str | None = None) -> Iterator[_Parts]:
+    """The parts beside the Parquet file at ``path`` or in the cache folder, locked.
 
     foreign: why it cannot be at ``path``.
     """
     place = _writable(path, required, foreign)
     if place is None:
-        yield _Partial(path, None, required)
+        yield _Parts(path, required, is_kept=False)
         return
     with contextlib.ExitStack() as stack:
         try:
             said = required
             while True:
                 try:
-                    file = stack.enter_context(locked(f"{place}.partial", f"another check writes {place}: wait for it"))
+                    stack.enter_context(locked(f"{place}.partial", f"another check writes {place}: wait for it"))
                     break
                 except Busy:
                     if required:
@@ -266,13 +303,13 @@ def _open_partial(path: str, required: bool = True, foreign: str | None = None) 
                 time.sleep(_POLL)
         except OSError as error:
             raise CannotWrite(place, error, "set --index to another place") from None
-        yield _Partial(place, file, required)
+        yield _Parts(place, required)
 
 
 def _writable(path: str, required: bool, foreign: str | None) -> str | None:
     """``path``, or a place in the user's cache folder where nothing can be written beside it; None: nowhere."""
     reasons = [foreign] if foreign else []
-    for place in filter(None, (None if foreign else path, _in_cache(path))):
+    for place in filter(None, (None if foreign else path, mapped.in_cache(path))):
         try:
             if place != path:
                 os.makedirs(os.path.dirname(place), exist_ok=True)
@@ -293,16 +330,6 @@ def _writable(path: str, required: bool, foreign: str | None) -> str | None:
     return None
 
 
-def _in_cache(path: str) -> str | None:
-    """Where it goes if nothing can be written at ``path``; None: the user has no home."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    if not os.path.isabs(cache):
-        return None
-    return os.path.join(
-        cache, "mopro_fast", f"{hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:16]}.parquet"
-    )
-
-
 def _read(path: str, tell: bool = False) -> pa.Table:
     """An earlier result; empty if there is none that can be used. tell: say where that is for its version."""
     try:
@@ -317,19 +344,6 @@ def _read(path: str, tell: bool = False) -> pa.Table:
     except (OSError, pa.ArrowException, KeyError, ValueError) as error:
         require_resources(error, path)
     return _HELD.empty_table()
-
-
-def _table(found: list) -> pa.Table:
-    paths, *columns = zip(*found, strict=True) if found else [[]] * len(_FOUND)
-    arrays = [pa.array(c, f.type) for c, f in zip(columns, list(_FOUND)[1:], strict=True)]
-    return pa.table([Paths(paths).column, *arrays], schema=_FOUND)
-
-
-def _is_row(found: Any) -> bool:
-    try:
-        return len(_table([found])) == 1
-    except (ValueError, TypeError, pa.ArrowException):
-        return False
 
 
 def _rows_of(table: pa.Table, paths: Paths) -> np.ndarray:
@@ -384,13 +398,14 @@ def summary(index: Index, checked: Checked) -> str:
     shares = ", ".join(f"{n} {text}" for n, text in zip(counts, meaning, strict=True) if n)
     lines = [f"{len(index)} images: {shares} ({checked.read} read now); index: {checked.path}"]
     kinds: dict[tuple[int, str], list[int]] = {}
-    for i in np.flatnonzero(checked.verdict != OK):
-        kind = checked.reason[i] if checked.verdict[i] == CONVERTED else checked.reason[i].partition(": ")[0]
+    odd = np.flatnonzero(checked.verdict != OK)
+    for i, reason in zip(odd.tolist(), checked.reason.take(pa.array(odd)).to_pylist(), strict=True):
+        kind = reason if checked.verdict[i] == CONVERTED else reason.partition(": ")[0]
         kinds.setdefault((-int(checked.verdict[i]), kind), []).append(i)
     for (verdict, kind), rows in sorted(kinds.items(), key=lambda item: (item[0][0], -len(item[1]), item[0][1])):
         lines.append(f"  {len(rows):7d} {VERDICTS[-verdict]}: {kind}")
         for i in rows[:EXAMPLES]:
-            detail = checked.reason[i][len(kind) + 2 :]
+            detail = checked.why(i)[len(kind) + 2 :]
             lines.append(f"            {shown(index.paths[i])}{f': {detail}' if detail else ''}")
     return "\n".join(lines)
 

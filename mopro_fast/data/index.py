@@ -4,6 +4,7 @@ Everything that can be wrong with the input is found here, before training, and 
 """
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import os
@@ -11,20 +12,21 @@ import stat
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from mopro_fast.data import mapped
 from mopro_fast.data.class_folders import class_numbers, is_number, read_classes, subfolders
 from mopro_fast.data.decode import MAX_BYTES
 from mopro_fast.data.lists import Rows, read_list, text_lines
 from mopro_fast.data.paths import Paths, plain, shown
 from mopro_fast.data.shards import MANIFEST, STATE, ShardSet, is_pack, open_shards, read_manifest
+from mopro_fast.data.stats import Stats, stats
 from mopro_fast.distributed import say
 from mopro_fast.errors import UserError
-from mopro_fast.files import read_regular
+from mopro_fast.files import read_regular, sha256_of
 from mopro_fast.labels import NO_LABEL
 
 Split = Literal["train", "val"]
@@ -37,6 +39,9 @@ WEBVISION_LISTS = {
 WEBVISION_FOLDERS = {"train": "", "val": "val_images_256"}  # where the paths of those lists start
 _MOST_CLASSES = 1_000_000  # as --num-classes
 _NAMED = 3  # missing images named in the message
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+_LOOK_FOR = 120.0  # seconds that missing images are looked for
+FILE = ".mopro_fast_index.parquet"
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,12 +60,16 @@ class Checked:
     """int32 [n], of the upright image; 0 if unreadable."""
     height: np.ndarray
     """int32 [n]."""
-    reason: list[str]
-    """[n], "kind" or "kind: detail"; empty if OK."""
+    reason: pa.Array
+    """Strings [n], "kind" or "kind: detail"; empty if OK."""
     path: str
     """The Parquet file."""
     read: int
     """How many files had to be read this time."""
+
+    def why(self, row: int) -> str:
+        """The reason of one row."""
+        return self.reason[row].as_py()
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +89,11 @@ class Index:
     list_file: str | None = None
     """The list file, if the data is one."""
     shards: ShardSet | None = None
-    """Where the images lie if they are packed; else each is a file."""
-    in_shards: np.ndarray | None = None
-    """int64 [n]: rows of ``shards``."""
+    """Where the images lie if they are packed, row by row; else each is a file."""
+    made_of: dict[str, Any] | None = None
+    """Of lists: what tells their rows from those of other lists."""
+    stats: Stats | None = None
+    """What the file system said of the files, where missing ones were looked for."""
     checked: Checked | None = None
     """What `mopro-fast check` found, row by row."""
     left_out: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
@@ -93,9 +104,9 @@ class Index:
     def __len__(self) -> int:
         return len(self.labels)
 
-    @functools.cached_property
+    @property
     def ids(self) -> np.ndarray:
-        """int64 [n]: an image's stable id is its row number here."""
+        """int64 [n]: an image's stable id is its row number here. Made at each access, as ``usable`` is."""
         return np.arange(len(self))
 
     def digest(self) -> str:
@@ -107,25 +118,31 @@ class Index:
         sha = hashlib.sha256()
         for piece in self.paths.joined():
             sha.update(piece)
-        sha.update(b"\0" + self.labels.astype("<i8").tobytes())
+        sha.update(b"\0")
+        sha.update(np.ascontiguousarray(self.labels, "<i8"))
         return sha.hexdigest()
 
-    @functools.cached_property
+    @property
     def usable(self) -> np.ndarray:
-        """int64: the rows that loaders show."""
-        return np.delete(self.ids, np.union1d(self.left_out, self.held_out))
+        """int32 (int64 from 2³¹ rows on): the rows that loaders show."""
+        rows = np.arange(len(self), dtype=np.int32 if len(self) < 1 << 31 else np.int64)
+        if not len(self.left_out) and not len(self.held_out):
+            return rows
+        shown = np.ones(len(self), bool)
+        shown[self.left_out] = shown[self.held_out] = False
+        return rows[shown]
 
-    @functools.cached_property
+    @property
     def shard_of(self) -> np.ndarray:
-        """int64 [n]: the shard of each image."""
-        return self.shards.shard[self.in_shards]
+        """int32 [n]: the shard of each image."""
+        return self.shards.shard
 
     def take(self, rows: np.ndarray) -> "Index":
         """The index of these rows only, not checked."""
-        in_shards = None if self.in_shards is None else self.in_shards[rows]
-        own = {"paths": self.paths[rows], "labels": self.labels[rows], "in_shards": in_shards}
+        shards = None if self.shards is None else self.shards.take(rows)
+        own = {"paths": self.paths[rows], "labels": self.labels[rows], "shards": shards}
         none = np.empty(0, np.int64)
-        return dataclasses.replace(self, **own, checked=None, left_out=none, held_out=none)
+        return dataclasses.replace(self, **own, made_of=None, stats=None, checked=None, left_out=none, held_out=none)
 
     def rows_of(self, names: Paths) -> np.ndarray:
         """int64: the first row of each of these paths, also of absolute ones and such as ./a.jpg; -1: none."""
@@ -149,7 +166,7 @@ class Index:
     def read(self, i: int) -> bytes:
         """The whole encoded file. Raises OSError."""
         if self.shards is not None:
-            return self.shards.read(self.in_shards[i])
+            return self.shards.read(i)
         return read_regular(self.full_path(i), MAX_BYTES)[0]
 
 
@@ -191,13 +208,14 @@ def load_index(
         lists = [path for name in names if os.path.isfile(path := os.path.join(data, name))]
         if not lists:
             raise UserError(f"{data} has no {' and no '.join(names)}: unpack WebVision's info/ there")
-        root = os.path.join(data, WEBVISION_FOLDERS[split])
-        return _from_lists(lists, root, split, num_classes, keep_classes, missing)
-    if not os.path.isfile(data):
-        raise UserError(f"{data} is not a file: give the list file itself, or another --layout")
-    root = os.path.dirname(data) if root is None else os.fspath(root)
-    index = _from_lists([data], root, split, num_classes, keep_classes, missing)
-    return dataclasses.replace(index, list_file=data)
+        root, list_file = os.path.join(data, WEBVISION_FOLDERS[split]), None
+    else:
+        if not os.path.isfile(data):
+            raise UserError(f"{data} is not a file: give the list file itself, or another --layout")
+        root = os.path.dirname(data) if root is None else os.fspath(root)
+        lists, list_file = [data], data
+    index = _from_lists(lists, list_file, root, split, num_classes, keep_classes)
+    return index if missing else _none_missing(index)
 
 
 def recognise(data: str) -> str:
@@ -282,9 +300,7 @@ def _shards(
 ) -> Index:
     shards = open_shards(data, split)
     lowest = NO_LABEL if split == "train" else 0
-    index = Index(
-        data, shards.paths, shards.label, shards.classes, data, shards=shards, in_shards=np.arange(len(shards))
-    )
+    index = Index(data, shards.paths, shards.label, shards.classes, data, shards=shards)
     if classes is not None:
         index = with_numbers(index, classes, keep_classes)
     end = _MOST_CLASSES if num_classes is None or keep_classes is not None else num_classes
@@ -301,34 +317,62 @@ def _shards(
     return dataclasses.replace(index, classes=index.classes and index.classes[:keep_classes])
 
 
+def table_of(root: str, list_file: str | None) -> str:
+    """Where the table of a check lies: beside the list file, if the data is one, else where the paths start from."""
+    return f"{list_file}.index.parquet" if list_file else os.path.join(root, FILE)
+
+
 def _from_lists(
-    lists: list[str], root: str, split: Split, num_classes: int | None, keep_classes: int | None, missing: bool
+    lists: list[str], list_file: str | None, root: str, split: Split, num_classes: int | None, keep_classes: int | None
 ) -> Index:
+    source = " + ".join(lists)
+    lowest = NO_LABEL if split == "train" else 0
+    end = _MOST_CLASSES if num_classes is None or keep_classes is not None else num_classes
+    # 1. As a check has left the rows for all who come later; else from the lists.
+    made_of = _made_of(lists, keep_classes)
+    known = made_of and mapped.known(table_of(root, list_file), {"made_of": made_of})
+    if known and lowest <= known["label"].min(initial=lowest) <= known["label"].max(initial=lowest) < end:
+        return Index(root, Paths(known["path"]), known["label"], None, source, list_file, made_of=made_of)
     found = []
     for name in lists:
         rows = read_list(name, lambda path: os.path.lexists(os.path.join(root, path)))
-        lowest = NO_LABEL if split == "train" else 0
-        end = _MOST_CLASSES if num_classes is None or keep_classes is not None else num_classes
         bad = (rows.labels < lowest) | (rows.labels >= end)
         if bad.any():
             _refuse_label(name, rows, int(bad.argmax()), split, end)
         kept = slice(None) if keep_classes is None else np.flatnonzero(rows.labels < keep_classes)
         found.append((rows.paths[kept], rows.labels[kept]))
-    source = " + ".join(lists)
+        if rows.asked:  # which rows there are depends on more than the lists
+            made_of = None
     paths = Paths(pa.chunked_array([p.column for p, _ in found]))
     if not len(paths):
         why = f"no image with a label below --keep-classes {keep_classes}" if keep_classes else "no image"
         raise UserError(f"{source}: {why}: expected lines of the form: path label")
-    if not missing:
-        absent = absent_rows(root, paths)
-        if len(absent):
-            more = ", ..." if len(absent) > _NAMED else ""
-            raise UserError(
-                f"{source}: {len(absent)} of {len(paths)} images are missing under {root or '.'}: "
-                f"{', '.join(map(shown, paths[absent[:_NAMED]]))}{more}: put them there, remove their lines, or set "
-                "--root"
-            )
-    return Index(root, paths, np.concatenate([labels for _, labels in found]), None, source)
+    labels = np.concatenate([labels for _, labels in found])
+    return Index(root, paths, labels, None, source, list_file, made_of=made_of)
+
+
+def _made_of(lists: list[str], keep_classes: int | None) -> dict[str, Any] | None:
+    try:
+        return {"lists": [sha256_of(name) for name in lists], "keep_classes": keep_classes}
+    except OSError:  # reading it says why
+        return None
+
+
+def _none_missing(index: Index) -> Index:
+    """The index with what the file system says of the files. Raises a UserError where some are missing."""
+    found, root, paths = stats(index.root, index.paths, _LOOK_FOR), index.root, index.paths
+    for i in np.flatnonzero(found.error == errno.EACCES)[:1].tolist():
+        folder = os.path.dirname(index.full_path(i)) or "."
+        raise UserError(f"cannot read the folder {shown(folder)}: {os.strerror(errno.EACCES)}")
+    absent = np.flatnonzero(np.isin(found.error, _ABSENT))
+    if len(absent):
+        more = ", ..." if len(absent) > _NAMED else ""
+        raise UserError(
+            f"{index.source}: {len(absent)} of {len(paths)} images are missing under {root or '.'}: "
+            f"{', '.join(map(shown, paths[absent[:_NAMED]]))}{more}: put them there, remove their lines, or set "
+            "--root"
+        )
+    return dataclasses.replace(index, stats=found)
 
 
 def _refuse_label(name: str, rows: Rows, i: int, split: Split, end: int) -> None:
@@ -347,26 +391,6 @@ def _beginning_at_1(labels: np.ndarray, end: int) -> str | None:
             f"labels here begin at 1 and no label is 0: labels count from 0, so subtract 1 from each (0 to {end - 1})"
         )
     return None
-
-
-def absent_rows(root: str, paths: Paths) -> np.ndarray:
-    """int64: the images that are not there. One listing per folder: millions of stat calls would take too long."""
-    folders = pc.replace_substring_regex(paths.column, r"[^/]*\z", "").dictionary_encode()
-    bases = pc.replace_substring_regex(paths.column, r"(?s)^.*/", "")
-    order = np.argsort(folders.indices.to_numpy(), kind="stable")
-    ends = np.cumsum(np.bincount(folders.indices.to_numpy(), minlength=len(folders.dictionary)))
-    absent = [np.empty(0, np.int64)]
-    for folder, rows in zip(folders.dictionary.to_pylist(), np.split(order, ends[:-1]), strict=True):
-        place = os.path.join(os.fsencode(root), folder) or b"."
-        try:
-            present = set(os.listdir(place))
-        except (FileNotFoundError, NotADirectoryError):
-            present = set()
-        except OSError as error:
-            raise UserError(f"cannot read the folder {shown(os.fsdecode(place))}: {error.strerror}") from None
-        there = [name in present for name in bases.take(pa.array(rows)).to_pylist()]
-        absent.append(rows[~np.array(there)])
-    return np.sort(np.concatenate(absent))
 
 
 def class_root(data: str, split: Split) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 
 from mopro_fast.config import DataConfig, Settings
@@ -21,7 +22,7 @@ from mopro_fast.data.lists import read_list
 from mopro_fast.data.order import place_in_class
 from mopro_fast.data.paths import Paths, shown
 from mopro_fast.data.pipeline import EvalLoader, TrainLoader
-from mopro_fast.distributed import by_rank0, number, say, world
+from mopro_fast.distributed import number, say, world
 from mopro_fast.errors import UserError
 from mopro_fast.files import replacing
 
@@ -37,7 +38,8 @@ def load(c: Settings, begun: Index | None = None, resumed: bool = False) -> dict
     """
     d = c.data
     common = {"num_classes": d.num_classes, "keep_classes": d.keep_classes, "classes": begun and begun.classes}
-    train = load_index(d.path, "train", layout=d.layout, root=d.root, missing=resumed, **common)
+    missing = {"missing": resumed or d.trust_index}
+    train = load_index(d.path, "train", layout=d.layout, root=d.root, **missing, **common)
     require_rows(len(train), c.optim.batch_size, train.source)  # before the images are checked
     sets = {"train": train}
     common["classes"] = class_names(c, train)
@@ -66,26 +68,26 @@ def _validation(path: str, common: dict[str, Any], **options: Any) -> Index:
     return index
 
 
-def readable(index: Index, name: str, workers: int, left_out: np.ndarray | None = None) -> Index:
+def readable(index: Index, name: str, workers: int, left_out: np.ndarray | None = None, trust: bool = False) -> Index:
     """The index with what a check finds, and without the images that cannot be read; what is found is printed.
 
-    Rank 0 checks, the others wait. Shards were checked when they were packed. left_out: what a run left out when it
-    began, if it is going on: rows that broke since then stay, for the loader to replace.
+    For one rank, which tells the others. Shards were checked when they were packed. left_out: what a run left out when
+    it began, if it is going on: rows that broke since then stay, for the loader to replace. trust: see check.
     """
     if index.shards is not None:
         return index
-    checked = by_rank0(lambda: check(index, workers=workers, progress=True, required=False))
+    checked = check(index, workers=workers, progress=True, required=False, trust=trust)
     counts = np.bincount(checked.verdict, minlength=len(VERDICTS)).tolist()
     say(f"{name}: {len(index)} images: " + ", ".join(f"{n} {v}" for n, v in zip(counts, VERDICTS, strict=True) if n))
     if left_out is None:
         left_out = np.flatnonzero(checked.verdict == UNREADABLE)
     if len(left_out):
         say(f"{name}: {len(left_out)} of them are left out: {_by_kind(index, checked, left_out)}")
-    if large := sum(reason.startswith("large") for reason in checked.reason):
+    if large := pc.sum(pc.starts_with(checked.reason, "large")).as_py():
         say(f"{name}: {large} of them are large and made smaller each time; `mopro-fast pack` does it once and for all")
     if len(left_out) == len(index):
         raise UserError(f"{index.source}: none of its {len(index)} images can be read")
-    return dataclasses.replace(index, checked=checked, left_out=left_out)
+    return dataclasses.replace(index, checked=checked, left_out=left_out, stats=None)
 
 
 def hold_out(index: Index, data: DataConfig) -> tuple[Index, Index]:
@@ -174,7 +176,7 @@ def write_left_out(index: Index, path: Path) -> None:
     """A csv line, path and reason, for each image that the run does not show."""
     text = io.StringIO(newline="")
     csv.writer(text).writerow(("path", "reason"))
-    csv.writer(text).writerows((index.paths[i], index.checked.reason[i]) for i in index.left_out)
+    csv.writer(text).writerows((index.paths[i], index.checked.why(i)) for i in index.left_out)
     with replacing(path) as file:
         file.write(os.fsencode(text.getvalue()))
 
@@ -183,7 +185,7 @@ def _by_kind(index: Index, checked: Checked, rows: np.ndarray) -> str:
     """How many there are of each kind, with an example of it."""
     kinds: dict[str, list[int]] = {}
     for i in rows.tolist():
-        kinds.setdefault(checked.reason[i].partition(":")[0], []).append(i)
+        kinds.setdefault(checked.why(i).partition(":")[0], []).append(i)
     most = sorted(kinds.items(), key=lambda kind: -len(kind[1]))
     named = [f"{len(found)} {kind} (such as {shown(index.paths[found[0]])})" for kind, found in most[:_KINDS]]
     return ", ".join(named) + (", ..." if len(most) > _KINDS else "")

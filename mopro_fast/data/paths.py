@@ -12,6 +12,7 @@ from mopro_fast.console import escaped
 from mopro_fast.errors import first_line
 
 _PIECE = 1 << 20  # names joined at a time
+_EACH = pa.scalar(b"", pa.large_binary()), pa.scalar(b"\n", pa.large_binary())  # after each name
 
 
 class Paths:
@@ -30,8 +31,13 @@ class Paths:
 
     def __getitem__(self, rows):
         """A row's name, or the Paths of a slice, a mask or an array of rows."""
-        if isinstance(rows, slice) or (isinstance(rows, np.ndarray) and rows.dtype == bool):
-            rows = np.arange(len(self))[rows]
+        if isinstance(rows, slice):
+            first, end, step = rows.indices(len(self))
+            if step == 1:
+                return Paths(self.column.slice(first, max(0, end - first)))  # of the same memory
+            rows = np.arange(first, end, step)
+        elif isinstance(rows, np.ndarray) and rows.dtype == bool:
+            rows = np.flatnonzero(rows)
         if isinstance(rows, np.ndarray) and rows.ndim:
             return Paths(self.column.take(pa.array(rows)))
         return os.fsdecode(self.column[int(rows)].as_py())
@@ -58,10 +64,19 @@ class Paths:
         except pa.ArrowInvalid:
             return self.column if large else self.column.cast(pa.binary())
 
-    def joined(self) -> Iterator[bytes]:
+    def buffers(self) -> tuple[np.ndarray, pa.Buffer]:
+        """Where each name begins and the last one ends, int64 [n + 1], and the bytes that they are in."""
+        _, offsets, names = self.column.buffers()
+        if not len(self):
+            return np.zeros(1, np.int64), pa.py_buffer(b"")
+        return np.frombuffer(offsets, np.int64)[self.column.offset :][: len(self) + 1], names or pa.py_buffer(b"")
+
+    def joined(self) -> Iterator[memoryview]:
         """The names with a line feed between them, in pieces."""
         for first in range(0, len(self), _PIECE):
-            yield b"\n" * (first > 0) + b"\n".join(self.column[first : first + _PIECE].to_pylist())
+            ended = pc.binary_join_element_wise(self[first : first + _PIECE].column, *_EACH)
+            offsets, names = Paths(ended).buffers()
+            yield memoryview(names)[offsets[0] : offsets[-1] - (first + _PIECE >= len(self))]
 
 
 class Kind(NamedTuple):

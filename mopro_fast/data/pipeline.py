@@ -19,6 +19,7 @@ from mopro_fast.data.views import Cropper
 from mopro_fast.ops.colour import color_jitter
 from mopro_fast.transfer import to_device
 
+_SAMPLE = 1 << 16  # images of which a mean size is taken
 _EVAL_AHEAD = 2  # batches that an evaluation decodes ahead
 
 
@@ -68,13 +69,14 @@ class TrainLoader(TrainBatches):
         decoding, checked, shards = self._stream.depth, self.index.checked, self.index.shards
         parts = {f"{decoding if self._cropper is None else 2} batches of views": view * decoding}
         usable = self.index.usable
+        some = usable[:: max(1, len(usable) // _SAMPLE)]
         if checked is not None and self._cropper is not None:
-            pixels = np.mean(checked.width[usable].astype(np.int64) * checked.height[usable])
+            pixels = np.mean(checked.width[some].astype(np.int64) * checked.height[some])
             parts[f"{decoding} of whole images"] = decoding * self.batch_size * 3 * pixels
-        sizes = checked.size[usable] if checked is not None else shards and shards.size[self.index.in_shards]
+        sizes = checked.size if checked is not None else shards and shards.size
         if sizes is not None:
             files = (decoding + READ_AHEAD) * self.batch_size
-            parts[f"{decoding + READ_AHEAD} of files"] = files * sizes.mean()
+            parts[f"{decoding + READ_AHEAD} of files"] = files * sizes[some].mean()
         return "read and decoded ahead: " + ", ".join(f"{name} ({size / 1e6:.0f} MB)" for name, size in parts.items())
 
     def _batch(self, epoch: int, step: int) -> Batch:

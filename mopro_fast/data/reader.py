@@ -63,14 +63,18 @@ class Verified:
         self._room = _CLEANED_BYTES
         self._refusals: dict[int, str] = {}  # why a row is UNREADABLE or _REFUSED
         self._distrusted: set[int] = set()
-        n, checked, shards = len(index), index.checked, index.shards
-        self._verdict, self._crc = np.full(n, _UNKNOWN, np.uint8), np.full(n, -1, np.int64)
-        if checked is not None:
-            self._verdict, self._crc = checked.verdict.copy(), checked.crc32.copy()
-            self._refusals = {i: checked.reason[i] for i in np.flatnonzero(self._verdict == UNREADABLE).tolist()}
-        elif shards is not None and shards.crc32 is not None:  # pack has written only what DALI decodes
-            self._verdict[:], self._crc = OK, shards.crc32[index.in_shards].copy()
-        self._is_fixed = shards is not None and shards.crc32 is not None
+        self._changed: dict[int, tuple[int, int]] = {}  # by row, verdict and crc32 that are not what was known
+        self._is_fixed = index.shards is not None and index.shards.crc32 is not None
+
+    def _known(self, row: int) -> tuple[int, int]:
+        """-> verdict and crc32 of the bytes that were examined; the latter is -1 if there were none."""
+        if row in self._changed:
+            return self._changed[row]
+        if self.index.checked is not None:
+            return int(self.index.checked.verdict[row]), int(self.index.checked.crc32[row])
+        if self._is_fixed:  # pack has written only what DALI decodes
+            return OK, int(self.index.shards.crc32[row])
+        return _UNKNOWN, -1
 
     def read(self, row: int) -> tuple[bytes, int]:
         """-> the image's bytes and their verdict: OK, CONVERTED or TOLERANT. From any thread. Raises Broken."""
@@ -80,13 +84,13 @@ class Verified:
             raise Broken(error.strerror or str(error)) from None
         crc = zlib.crc32(data)
         with self._lock:
-            known, verdict = self._crc[row], int(self._verdict[row])
+            verdict, known = self._known(row)
         if crc != known and self._is_fixed:
             raise Broken("its bytes are not those that were packed: the same `mopro-fast pack` repairs them")
         if crc != known:
             verdict = self._examine(row, data, crc)
         if verdict in (UNREADABLE, _REFUSED):
-            raise Broken(self._refusals[row])
+            raise Broken(self._refusals.get(row) or self.index.checked.why(row))
         return data, verdict
 
     def read_clean(self, row: int) -> bytes:
@@ -106,12 +110,14 @@ class Verified:
 
     def distrust(self, row: int, reason: str) -> None:
         """DALI has refused what was read for this row: clean it from now on, or if it was clean, take it as broken."""
-        if self._verdict[row] == OK:
-            self._verdict[row] = CONVERTED
-            self._distrusted.add(row)
-        else:
-            self._refusals[row] = reason
-            self._verdict[row] = _REFUSED
+        with self._lock:
+            verdict, crc = self._known(row)
+            if verdict == OK:
+                self._changed[row] = CONVERTED, crc
+                self._distrusted.add(row)
+            else:
+                self._refusals[row] = reason
+                self._changed[row] = _REFUSED, crc
 
     def close(self) -> None:
         """End the processes; reading may go on."""
@@ -123,7 +129,7 @@ class Verified:
 
     def _examine(self, row: int, data: bytes, crc: int) -> int:
         """Judge bytes that are new or have changed, and remember it. An image that was whole must not be cut now."""
-        before = self._verdict[row]
+        before, _ = self._known(row)
         found, cleaned = self._judged(data)
         verdict, since = found.verdict, "" if before == _UNKNOWN else "changed since it was checked; "
         if verdict == TOLERANT and before in (OK, CONVERTED, _REFUSED):
@@ -133,7 +139,7 @@ class Verified:
         elif cleaned is not None:
             self._keep(row, crc, cleaned)
         with self._lock:
-            self._verdict[row], self._crc[row] = verdict, crc
+            self._changed[row] = verdict, crc
         return verdict
 
     def _judged(self, data: bytes, trusted: bool = True) -> tuple[Examined, bytes | None]:

@@ -8,6 +8,7 @@ checksums.
 """
 
 import contextlib
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -26,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from mopro_fast.console import Progress
-from mopro_fast.data import decode
+from mopro_fast.data import decode, mapped
 from mopro_fast.data import workers as processes
 from mopro_fast.data.decode import CANNOT_READ, OK, UNREADABLE, DecodeError
 from mopro_fast.data.paths import Paths, read_columns, shown
@@ -36,9 +37,9 @@ from mopro_fast.files import (
     misfit,
     open_descriptor,
     open_files,
-    open_regular,
     read_regular,
     replacing,
+    sha256_of,
     writing,
 )
 from mopro_fast.labels import NO_LABEL
@@ -65,8 +66,8 @@ _OF_RECORD = {
     "rows": [list],
     "skipped": [list],
 }
-_PIECE = 1 << 22  # bytes hashed at a time
 _MOST_TABLE = 1 << 34  # bytes
+_COLUMNS = ("shard", "offset", "size", "label", "id", "crc32")
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +106,15 @@ class ShardSet:
         if len(data) < size:
             raise OSError(f"{self.path(shard)} ends before image {self.id[i]} does")
         return data
+
+    def take(self, rows: np.ndarray) -> "ShardSet":
+        """These images alone, on the same open files."""
+        columns = {name: getattr(self, name) for name in _COLUMNS}
+        taken = {name: None if column is None else column[rows] for name, column in columns.items()}
+        return dataclasses.replace(self, paths=self.paths[rows], **taken)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": _Open()}  # for another process
 
     def path(self, shard: int) -> str:
         return os.path.join(self.folder, self.names[shard])
@@ -198,9 +208,22 @@ def open_shards(folder: str | os.PathLike, split: str = "train") -> ShardSet:
             if (size := os.path.getsize(path)) != shard["bytes"]:
                 raise UserError(f"{path} has {size} bytes, its manifest says {shard['bytes']}: {_AGAIN}")
         path = os.path.join(folder, listed["table"]["name"])
-        content, _ = read_regular(path, _MOST_TABLE)
+        made_of = {"split": hashlib.sha256(json.dumps([listed, manifest["classes"]]).encode()).hexdigest()}
+        made_of["table"] = mapped.state_of(path)
+        columns = mapped.known(path, made_of)
+        if columns is None:
+            columns = mapped.kept(path, _read_table(path, listed, manifest["classes"]), made_of)
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): {_AGAIN}") from None
+    paths = Paths(columns["path"])
+    columns = {name: columns.get(name) for name in _COLUMNS}
+    names = [shard["name"] for shard in listed["shards"]]
+    return ShardSet(folder, names, paths=paths, classes=manifest["classes"], **columns)
+
+
+def _read_table(path: str, listed: dict[str, Any], classes: list[str] | None) -> dict[str, mapped.Column]:
+    """The columns of a split's table. Raises an OSError; a UserError where they cannot be what was packed."""
+    content, _ = read_regular(path, _MOST_TABLE)
     if hashlib.sha256(content).hexdigest() != listed["table"]["sha256"]:
         raise UserError(f"{path} is not as it was made: {_AGAIN}")
     try:
@@ -213,18 +236,11 @@ def open_shards(folder: str | os.PathLike, split: str = "train") -> ShardSet:
             raise ValueError("images outside of the shards")
         if not _within(columns["id"], 1 << 62):
             raise ValueError("numbers of images below 0")
-        classes = manifest["classes"]
         if not _within(columns["label"] - NO_LABEL, 1 << 62 if classes is None else len(classes) - NO_LABEL):
             raise ValueError("labels outside of the classes")
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is damaged: {first_line(error)}: {_AGAIN}") from None
-    return ShardSet(
-        folder,
-        [shard["name"] for shard in listed["shards"]],
-        paths=paths,
-        classes=manifest["classes"],
-        **columns,
-    )
+    return {"path": paths.column, **columns, "shard": columns["shard"].astype(np.int32)}
 
 
 def _within(numbers: np.ndarray, ends: np.ndarray | int) -> bool:
@@ -251,18 +267,10 @@ def verify_pack(folder: str, workers: int) -> list[str]:
 def _verify(folder: str, name: str, expected: str) -> Iterator[str]:
     path = os.path.join(folder, name)
     try:
-        if _sha256(path) != expected:
+        if sha256_of(path) != expected:
             yield f"{path}: altered"
     except OSError as error:
         yield f"{path}: {error.strerror}"
-
-
-def _sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with open_regular(path) as file:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 class ShardJob(NamedTuple):
@@ -386,7 +394,7 @@ def _is_finished(job: ShardJob, source: str) -> bool:
             return False
         if any(str(row[-1]).startswith(f"{CANNOT_READ}: {processes.NO_ANSWER}") for row in record["skipped"]):
             return False  # the storage may be there again
-        if any(_sha256(os.path.join(job.out, file["name"])) != file["sha256"] for file in (record, record["index"])):
+        if any(sha256_of(os.path.join(job.out, file["name"])) != file["sha256"] for file in (record, record["index"])):
             return False
         index, _ = read_regular(os.path.join(job.out, record["index"]["name"]), MOST_TEXT)
         lines = index.decode().splitlines()[1:]

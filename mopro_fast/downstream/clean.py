@@ -24,7 +24,7 @@ from mopro_fast.checkpoints import capro
 from mopro_fast.checkpoints.formats import Weights, digest
 from mopro_fast.config import MoProConfig, capro_webvision
 from mopro_fast.console import say, tell
-from mopro_fast.data import anchors, inputs
+from mopro_fast.data import anchors
 from mopro_fast.data.index import Index, Layout, load_index
 from mopro_fast.downstream import capro_labels, image_map
 from mopro_fast.downstream.features import EncoderConfig, Frozen
@@ -117,16 +117,11 @@ def clean(o: Clean) -> dict[str, int]:
     frozen = Frozen(o.checkpoint, o.encoder, out)
     weights, options = frozen.weights, frozen.loader_options
     _fill_in(o, weights)
-    index = load_index(
-        o.data,
-        "train",
-        num_classes=weights.num_classes,
-        layout=o.layout,
-        root=o.root,
-        classes=weights.classes,
-        keep_classes=(weights.config or {}).get("data", {}).get("keep_classes"),
-    )
-    marks = _anchors(o, weights, index)
+    keep_classes = (weights.config or {}).get("data", {}).get("keep_classes")
+    common = {"num_classes": weights.num_classes, "keep_classes": keep_classes, "classes": weights.classes}
+    common |= {"layout": o.layout, "root": o.root, "missing": o.encoder.trust_index}
+    index = distributed.by_rank0(lambda: load_index(o.data, "train", **common))
+    marks = distributed.by_rank0(lambda: _anchors(o, weights, index))
     settings = {name: getattr(o, name) for name in ("alpha", "threshold", "temperature")}
     settings |= {"image_size": options["image_size"], "eval_resize": options["resize"]}
     settings |= {"batch_size": o.encoder.batch_size, "precision": o.encoder.precision, "device": frozen.device.type}
@@ -145,7 +140,7 @@ def clean(o: Clean) -> dict[str, int]:
                 distributed.say(f"{o.checkpoint} names no classes: those of {index.source} are taken, in this order")
             if distributed.world()[0] == 0:
                 write_json(out / "clean.json", {"settings": settings})
-            index = inputs.readable(index, "train", options["threads"])
+            index = frozen.readable(index, "train")
             size = o.encoder.batch_size
             ends = np.searchsorted(index.usable, range(_BATCHES * size, len(index), _BATCHES * size))
             groups = np.split(index.usable, ends)

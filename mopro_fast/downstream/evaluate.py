@@ -19,7 +19,7 @@ from mopro_fast.console import tell
 from mopro_fast.data.class_folders import class_numbers, is_number, read_classes
 from mopro_fast.data.index import Index, class_root, load_index, read_class_names, synsets, with_numbers
 from mopro_fast.data.paths import shown
-from mopro_fast.distributed import leave, say, world
+from mopro_fast.distributed import by_rank0, leave, say, world
 from mopro_fast.downstream.features import EncoderConfig, Frozen, folders
 from mopro_fast.errors import UserError
 from mopro_fast.files import write_json
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
 def evaluate(o: Eval, paths: dict[str, str]) -> int:
     """Write eval.json and print the table; -> 0."""
     options = {"num_classes": None, "root": o.root, "keep_classes": o.keep_classes}
-    indexes = {name: load_index(path, "val", **options) for name, path in paths.items()}
+    indexes = by_rank0(lambda: {name: load_index(path, "val", **options) for name, path in paths.items()})
     frozen = Frozen(o.checkpoint, o.encoder, Path(o.out) / "predictions")
     classes = frozen.weights.num_classes
     if classes is None:

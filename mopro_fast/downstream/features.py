@@ -39,6 +39,8 @@ class EncoderConfig:
     """Images per rank and step. Another one changes the last bits of the results."""
     threads: int = 0
     """Decoding threads per rank (0: this machine's cores divided by its ranks)."""
+    trust_index: bool = False
+    """Take the files as they were when they were checked, without looking at their sizes and times."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU of each local rank if there is one."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -103,6 +105,7 @@ class Frozen:
         self.encoder, self.weights = load_encoder(checkpoint, self.device)
         self.bf16 = config.precision == "bf16"
         self.folder = folder
+        self._trust_index = config.trust_index
         size = config.image_size or self.weights.image_size
         if size is None:
             raise UserError(f"{checkpoint} does not say at what size its images were seen: set --image-size")
@@ -115,6 +118,11 @@ class Frozen:
             "device": self.device,
             "threads": inputs.threads(DataConfig(threads=config.threads)),
         }
+
+    def readable(self, index: Index, name: str) -> Index:
+        """See inputs.readable. Collective: rank 0 looks."""
+        threads, trust = self.loader_options["threads"], self._trust_index
+        return distributed.by_rank0(lambda: inputs.readable(index, name, threads, trust=trust))
 
     def run(self, function: Callable[[Tensor], Any], images: Tensor) -> Any:
         """function(normalised images [N, 3, S, S]) for images uint8 [N, S, S, 3], in the precision asked for."""
@@ -136,7 +144,7 @@ class Frozen:
 
         meaning: tells functions apart.
         """
-        index = inputs.readable(index, name, self.loader_options["threads"])
+        index = self.readable(index, name)
         o = self.loader_options
         parts = [_VERSION, meaning, index.digest(), index.left_out.tolist(), self.bf16]
         parts += [o["image_size"], o["resize"], o["filter"]]

@@ -18,7 +18,7 @@ from mopro_fast.console import Progress, tell
 from mopro_fast.data.index import Index, load_index, val_layout
 from mopro_fast.data.lists import read_list
 from mopro_fast.data.paths import Paths
-from mopro_fast.distributed import leave, world
+from mopro_fast.distributed import by_rank0, leave, world
 from mopro_fast.downstream.done import Done
 from mopro_fast.downstream.features import EncoderConfig, Frozen, folders
 from mopro_fast.downstream.svm import MAX_ITER, train_and_score, unit
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> int:
 
 def lowshot(o: Lowshot) -> int:
     """Write lowshot.json and print the table; -> 0."""
-    task = load(o.data, o.val, o.root)
+    task = by_rank0(lambda: load(o.data, o.val, o.root))
     _require_enough(task, o.k)
     draws = draw(task.train_labels, o.k, o.runs, o.seed)
     drawn = np.unique(np.concatenate(list(draws.values())))  # no other training image is looked at

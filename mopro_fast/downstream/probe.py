@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from mopro_fast.console import Progress, tell
 from mopro_fast.data.index import Index, load_index, val_layout
 from mopro_fast.data.order import place_in_class
-from mopro_fast.distributed import gather_lists, leave, world
+from mopro_fast.distributed import by_rank0, gather_lists, leave, world
 from mopro_fast.downstream.done import Done
 from mopro_fast.downstream.features import EncoderConfig, Frozen, folders
 from mopro_fast.errors import UserError
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
 
 def probe(o: Probe) -> int:
     """Write probe.json and print the table; -> 0."""
-    sets = load(o)
+    sets = by_rank0(lambda: load(o))
     out = Path(o.out)
     folder = Path(o.features) if o.features else out / "features"
     frozen = Frozen(o.checkpoint, o.encoder, folder, filter="cubic", margin=1)

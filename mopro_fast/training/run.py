@@ -29,8 +29,8 @@ from mopro_fast.training.task import Task
 # rounding where another device or another SGD is chosen.
 # The data may move: its paths and labels are compared by digest; the anchors of CAPro with what a run begins with.
 FREE = {"data.path", "data.root", "data.val", "data.layout", "data.extra_val", "data.threads", "data.max_broken"}
-FREE |= {"data.holdout", "data.hw_decoder_load", "optim.sgd"}  # which images are held out is compared
-FREE |= {"capro.anchors"}
+FREE |= {"data.trust_index", "data.hw_decoder_load", "optim.sgd", "capro.anchors"}
+FREE |= {"data.holdout"}  # which images are held out is compared
 FREE |= {f"run.{name}" for name in ("out", "device", "log_every", "checkpoint_every", "keep")}
 FREE |= {f"run.{name}" for name in ("resume", "init", "tensorboard", "timeout", "cuda_graph", "compile", "recompute")}
 
@@ -74,7 +74,10 @@ class RunFolder:
         return writing(f"--out {self.path}", "name another folder")
 
     def sets(self, task: Task) -> dict[str, Index]:
-        """The training set, as it was when the run began, and the validation sets; all checked."""
+        """The training set, as it was when the run began, and the validation sets; all checked by rank 0."""
+        return distributed.by_rank0(lambda: self._sets(task))
+
+    def _sets(self, task: Task) -> dict[str, Index]:
         state, data = self.state, self.config.data
         noted = None if state is None else begun(self.path, state.data_digest, data.num_classes)
         sets = inputs.load(self.config, noted, resumed=state is not None)
@@ -92,7 +95,10 @@ class RunFolder:
                 require(holds, self.found, "left_out", state.left_out, f"rows below {len(sets['train'])}")
             left_out["train"] = state.left_out.numpy()
         workers = inputs.threads(data)
-        sets = {name: inputs.readable(index, name, workers, left_out.get(name)) for name, index in sets.items()}
+        sets = {
+            name: inputs.readable(index, name, workers, left_out.get(name), data.trust_index)
+            for name, index in sets.items()
+        }
         if data.holdout:
             sets["train"], sets["holdout"] = inputs.hold_out(sets["train"], data)
         held_out = sets["train"].held_out

@@ -17,7 +17,7 @@ from mopro_fast.data import inputs
 from mopro_fast.data.anchors import read_anchors, table_at
 from mopro_fast.data.batches import Batch
 from mopro_fast.data.index import Index
-from mopro_fast.distributed import gather_lists, gather_rows, say, world
+from mopro_fast.distributed import by_rank0, gather_lists, gather_rows, say, world
 from mopro_fast.errors import UserError
 from mopro_fast.models.build import build
 from mopro_fast.models.method import Method
@@ -79,7 +79,7 @@ class CAProTask(MoProTask):
 
     def shown(self, index: Index) -> tuple[Index, np.ndarray | None]:
         if path := self.config.capro.anchors:
-            self._anchors = read_anchors(path, index)
+            self._anchors = by_rank0(lambda: read_anchors(path, index))
             self.initial = self._anchors.digest
             rows = index.usable[self._anchors.mask[index.usable]]
             if not len(rows):

@@ -1,0 +1,120 @@
+"""Tables that are mapped into memory (Arrow's IPC format): all processes of a machine share one copy of the pages.
+
+Such a file lies beside a Parquet table, which cannot be mapped, and holds what a start needs of it. It is made again
+wherever it is missing, damaged or of another table: nothing is lost with it.
+"""
+
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+import zlib
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from mopro_fast.errors import CannotWrite
+from mopro_fast.files import Busy, open_regular, replacing
+
+SUFFIX = ".arrow"
+FEWEST = 1 << 16  # rows: fewer are read from their table as fast
+_MARK = b"mopro_fast.mapped"
+_VERSION = 1
+
+Column = np.ndarray | pa.Array
+
+
+def places(table: str) -> list[str]:
+    """Where the file of a Parquet table may lie: beside it, and where nothing can be written there."""
+    return [place.removesuffix(".parquet") + SUFFIX for place in (table, in_cache(table)) if place]
+
+
+def in_cache(path: str) -> str | None:
+    """A place in the user's cache folder for what cannot be written at ``path``; None: the user has no home."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    if not os.path.isabs(cache):
+        return None
+    digest = hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:16]
+    return os.path.join(cache, "mopro_fast", f"{digest}.parquet")
+
+
+def state_of(path: str) -> list[int] | None:
+    """What tells a file from another one of this name: its size and time of change; None: there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns]
+
+
+def kept(table: str, columns: dict[str, Column], about: dict[str, Any]) -> dict[str, Column]:
+    """The columns, mapped where there are enough to be written for a later start, and they can be."""
+    for path in places(table) if len(columns["label"]) >= FEWEST else ():
+        with contextlib.suppress(OSError):
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            if write(path, columns, about):
+                return read(path, about) or columns
+    return columns
+
+
+def known(table: str, about: dict[str, Any]) -> dict[str, Column] | None:
+    """The columns of a table, mapped; None where there are none of what ``about`` says."""
+    return next(filter(None, (read(path, about) for path in places(table))), None)
+
+
+def write(path: str, columns: dict[str, Column], about: dict[str, Any]) -> bool:
+    """Write columns of equal length and what they are of (JSON); -> False where that cannot be written.
+
+    Nothing but such a file is replaced.
+    """
+    if os.path.lexists(path) and not about_of(path):
+        return False
+    arrays = [pa.array(column) if isinstance(column, np.ndarray) else column for column in columns.values()]
+    batch = pa.record_batch(arrays, list(columns))
+    about = {**about, "version": _VERSION, "crc32": _crc32(batch)}
+    schema = batch.schema.with_metadata({_MARK: json.dumps(about)})
+    try:
+        with replacing(path) as file, pa.ipc.new_file(file, schema) as writer:
+            writer.write_batch(batch)
+    except Busy:  # another process writes the same
+        return True
+    except CannotWrite:
+        return False
+    return True
+
+
+def read(path: str, about: dict[str, Any]) -> dict[str, Column] | None:
+    """The columns, mapped and read-only; None where the file is not whole, or not of what ``about`` says."""
+    found = about_of(path)
+    if not found or {**found, **about} != found:
+        return None
+    with contextlib.suppress(OSError, ValueError, pa.ArrowException), open_regular(path) as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        batch = pa.ipc.open_file(pa.py_buffer(content)).get_batch(0)
+        if _crc32(batch) == found["crc32"]:
+            return {name: _taken(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+    return None
+
+
+def about_of(path: str) -> dict[str, Any]:
+    """What the columns of a file are of; empty where it is no such file."""
+    with contextlib.suppress(OSError, ValueError, RecursionError, TypeError, KeyError, pa.ArrowException):
+        with open_regular(path) as file:
+            found = json.loads((pa.ipc.open_file(file).schema.metadata or {})[_MARK])
+        if found["version"] == _VERSION and isinstance(found["crc32"], int):
+            return found
+    return {}
+
+
+def _crc32(batch: pa.RecordBatch) -> int:
+    crc = 0
+    for column in batch.columns:
+        for buffer in filter(None, column.buffers()):
+            crc = zlib.crc32(buffer, crc)
+    return crc
+
+
+def _taken(column: pa.Array) -> Column:
+    return column.to_numpy() if pa.types.is_primitive(column.type) else column
