@@ -17,7 +17,7 @@ from PIL import Image
 
 from mopro_fast import cli, files
 from mopro_fast.data import check as module
-from mopro_fast.data import decode
+from mopro_fast.data import decode, examine
 from mopro_fast.data.check import check, default_path, load_splits, summary
 from mopro_fast.data.decode import OK, TOLERANT, UNREADABLE, VERDICTS
 from mopro_fast.data.index import FILE
@@ -114,7 +114,7 @@ def test_what_check_returns(odd):
 
 def test_bytes_do_not_depend_on_the_workers(odd):
     index = load(odd)
-    module._CHUNK, chunk = 5, module._CHUNK
+    module._CHUNK, chunk = (5, 5), module._CHUNK
     try:
         for workers in (1, 4):
             check(index, workers=workers, progress=False, path=str(odd.parent / f"{workers}.parquet"))
@@ -180,18 +180,17 @@ def test_killed_twice_the_index_is_the_same(tmp_path):
     expected = tmp_path / "expected.parquet"
     assert command("check", folder.parent, "--index", expected, "--workers", 2).returncode == 0
     before = snapshot(tmp_path)
-    partial = tmp_path / "data" / f"{FILE}.partial"
-    for item in (50, 80):
-        killed = command("check", folder.parent, "--workers", 2, stop=("SIGKILL", item))
+    for _ in range(2):  # an item is what a task of 64 files has found, or that a worker is done
+        killed = command("check", folder.parent, "--workers", 2, stop=("SIGKILL", 3))
         assert killed.returncode == -signal.SIGKILL
-    assert partial.read_bytes().count(b"\n") >= 50 - 2 + 80 - 2  # two items say that a worker is done
-    with partial.open("a") as file:
+    parts = sorted((tmp_path / "data").glob(f"{FILE}.partial.*"), key=lambda part: part.stat().st_size)
+    assert sum(part.read_bytes().count(b"\n") for part in parts) >= 4 * 64
+    with parts[0].open("a") as file:
         file.write('["class/000.jpg", 1')  # as a line cut off by the end of the process
-    known = partial.read_bytes().count(b"\n")
-    content = partial.read_bytes()
+    content = parts[-1].read_bytes()
     lost = content.index(b"\n")
-    partial.write_bytes(bytes(lost) + content[lost:])  # a line as a power failure may leave it
-    known -= 1
+    parts[-1].write_bytes(bytes(lost) + content[lost:])  # a line as a power failure may leave it
+    known = sum(part.read_bytes().count(b"\n") for part in parts) - 1
     index = load(folder.parent)
     checked = check(index, workers=2, progress=False, forget=True)
     assert checked.read == len(index) - known
@@ -217,7 +216,7 @@ def test_killed_it_leaves_no_process(tmp_path):
                 pass
         return found
 
-    killed = command("check", tmp_path, "--workers", 2, stop=("SIGKILL", 20), MARK=mark)
+    killed = command("check", tmp_path, "--workers", 2, stop=("SIGKILL", 2), MARK=mark)
     assert killed.returncode == -signal.SIGKILL
     deadline = time.monotonic() + 60
     while processes() and time.monotonic() < deadline:
@@ -230,7 +229,7 @@ def test_interrupted_by_ctrl_c_it_says_so(tmp_path):
     (tmp_path / "class").mkdir()
     for i in range(300):
         (tmp_path / "class" / f"{i:03}.jpg").write_bytes(encoded(picture(200, 300, seed=i)))
-    ended = command("check", tmp_path, "--workers", 2, stop=("SIGINT", 100))
+    ended = command("check", tmp_path, "--workers", 2, stop=("SIGINT", 2))
     assert ended.returncode == 130 and "goes on where it stopped" in ended.stderr and "Traceback" not in ended.stderr
     assert check(load(tmp_path), workers=1, progress=False).read < 300
 
@@ -246,12 +245,17 @@ def test_an_index_of_another_version_is_read_again(odd, capsys):
     assert capsys.readouterr().err == f"{path} is of another version of mopro_fast: every image is read again\n"
 
 
-def dying_reader(root, paths):
-    """As examine_files, but two files are more than the process can bear."""
-    for path in paths:
-        if "deadly" in path:
-            os.kill(os.getpid(), signal.SIGSEGV)
-        yield from decode.examine_files(root, [path])
+def dying_reader(root, names, parts):
+    """As examine.examine, but some files are more than the process can bear."""
+
+    def deadly(root, paths):
+        for path in paths:
+            if "deadly" in path:
+                os.kill(os.getpid(), signal.SIGSEGV)
+            yield from decode.examine_files(root, [path])
+
+    examine.examine_files = deadly
+    yield from examine.examine(root, names, parts)
 
 
 @pytest.mark.medium
@@ -260,7 +264,7 @@ def test_a_file_that_kills_its_reader_is_named(tmp_path, monkeypatch):
     names = ["0.jpg", "1_deadly.jpg", "2_deadly.jpg", "3.jpg", "4.jpg", "5_deadly.jpg"]
     for name in names:
         (tmp_path / "class" / name).write_bytes(encoded(picture()))
-    monkeypatch.setattr(module, "examine_files", dying_reader)
+    monkeypatch.setattr(module, "examine", dying_reader)
     checked = check(load(tmp_path), workers=2, progress=False)
     assert [v == UNREADABLE for v in checked.verdict] == ["deadly" in name for name in names]
     assert checked.why(1) == "cannot be read: it ends the process that tries (signal 11)"
@@ -285,7 +289,7 @@ def refusing(prefix, really):
 
 
 def test_two_at_a_time(odd):
-    with module._open_partial(default_path(load(odd))), pytest.raises(UserError, match="another check"):
+    with module._open_parts(default_path(load(odd))), pytest.raises(UserError, match="another check"):
         check(load(odd), workers=1, progress=False)
 
 
@@ -293,7 +297,7 @@ def test_two_trainings_that_meet_in_a_check(odd, capsys):
     """The second waits for the first, and reads what that found."""
     index = load(odd)
     with ThreadPoolExecutor() as pool:
-        with module._open_partial(default_path(index)):
+        with module._open_parts(default_path(index)):
             second = pool.submit(check, index, workers=1, progress=False, required=False)
             time.sleep(3 * module._POLL)
             assert not second.done()
@@ -343,7 +347,7 @@ def test_two_at_a_time_that_have_nothing_to_write(tmp_path):
         (tmp_path / name).mkdir()
         Image.new("RGB", (20, 10)).save(tmp_path / name / "1.png")
     found = check(load(tmp_path), workers=1, progress=False)
-    with module._open_partial(default_path(load(tmp_path))):
+    with module._open_parts(default_path(load(tmp_path))):
         again = check(load(tmp_path), workers=1, progress=False)
     assert found.read == 2 and again.read == 0 and again.width.tolist() == [20, 20]
 

@@ -1,9 +1,7 @@
-import os
-
 import numpy as np
 import pytest
 
-from mopro_fast.data import index as index_module
+from mopro_fast.data import check as check_module
 from mopro_fast.data.index import load_index
 from mopro_fast.errors import UserError
 
@@ -113,14 +111,13 @@ def test_digest_is_of_paths_and_labels_alone(listed):
     assert one == two and len({one, other, order}) == 3
 
 
-def test_one_listing_per_folder(listed, monkeypatch):
-    touch(listed, *(f"many/{i}.jpg" for i in range(50)))
-    write_list(listed, "list.txt", *(f"many/{i}.jpg 0" for i in range(50)), "a.jpg 0")
-    calls = []
-    listdir = os.listdir
-    monkeypatch.setattr(index_module.os, "listdir", lambda folder: calls.append(folder) or listdir(folder))
-    load_index(listed / "list.txt", "train", num_classes=3)
-    assert len(calls) == 2
+def test_each_file_is_looked_at_once(listed, monkeypatch):
+    write_list(listed, "list.txt", "a.jpg 0", "dir/c.jpg 2")
+    index = load_index(listed / "list.txt", "train", num_classes=3)
+    monkeypatch.setattr(check_module, "stats", None)
+    for _ in range(2):
+        found = check_module.check(index, workers=1, progress=False)
+        assert found.size.tolist() == index.stats.size.tolist() == [1] * len(index)
 
 
 def test_no_such_data(tmp_path):

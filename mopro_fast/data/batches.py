@@ -109,7 +109,7 @@ class TrainBatches(Batches):
     def rows(self, epoch: int, step: int) -> np.ndarray:
         """int64 [N]: the index's rows that this rank shows at this step."""
         first = (step * self.world_size + self.rank) * self.batch_size
-        return self._order(epoch)[first : first + self.batch_size]
+        return self._order(epoch)[first : first + self.batch_size].astype(np.int64)
 
     def _others(self, epoch: int) -> Callable[[int], np.ndarray]:
         """order.substitutes for the rows of this epoch."""
@@ -137,4 +137,4 @@ class EvalBatches(Batches):
         if resize < size:
             raise UserError(f"cannot crop {size} px from a shorter side of {resize} px: raise --eval-resize")
         self.lost: list[Lost] = []
-        self._rows = self.index.usable[self.rank :: self.world_size]  # int64: those that this rank shows
+        self._rows = self.index.usable[self.rank :: self.world_size].astype(np.int64)  # that this rank shows

@@ -32,7 +32,7 @@ from mopro_fast.data.examine import table as table_of_found
 from mopro_fast.data.index import Checked, Index, load_index, synsets, table_of, val_layout
 from mopro_fast.data.paths import Paths, shown
 from mopro_fast.data.shards import is_pack, verify_pack
-from mopro_fast.data.stats import Stats, stats
+from mopro_fast.data.stats import stats
 from mopro_fast.distributed import say
 from mopro_fast.errors import CannotWrite, UserError, require_resources
 from mopro_fast.files import Busy, locked, open_regular, replacing
@@ -80,22 +80,20 @@ def check(
     with what is known than _BUDGET allows: a loader compares what it reads all the same. trust: compare none.
     """
     named = path is not None
-    foreign = _is_foreign(path or default_path(index), named)
+    path = path or default_path(index)
+    foreign = _is_foreign(path, named)
     if foreign and required:
         raise UserError(f"{foreign}: remove it, or set --index to another place")
-    path, files = path or default_path(index), index.stats
-    if files is None and not trust:
-        files = stats(index.root, index.paths, None if required else _BUDGET, progress)
-    if files is not None and files.looked < len(index):
-        say(
-            f"{files.looked} of {len(index)} files were compared with the last check in {_BUDGET:.0f} s, the others "
-            "are taken as they were: --trust-index compares none"
-        )
+    files = None if trust else _Files(index, None if required else _BUDGET, progress)
     # 1. If all is known nothing is locked or written: trainings that begin together need not wait for each other.
     for place in filter(None, (path, mapped.in_cache(path))):
         found = _known(path, place, index, forget)
-        if found is not None and _holds(found, files).all():
-            return _checked(found, place, 0)
+        if found is None or (files and not files.are(found["bytes"], found["mtime_ns"]).all()):
+            continue
+        again = np.flatnonzero(_failed(found["reason"]))
+        new = _read_files(index, again, workers, progress, _Parts(place, required=False, is_kept=False))
+        if _same_as(found, again, new, index.paths):
+            return _checked(found, place, len(again))
     with _open_parts(path, required, foreign) as parts:
         old = _read(parts.path, tell=True)
         if named and len(old) and not (_rows_of(old, index.paths) >= 0).any():
@@ -103,15 +101,16 @@ def check(
         known = pa.concat_tables([parts.read(), old.select(FOUND.names)])
         # 2. Read what is not known or has changed.
         rows = _rows_of(known, index.paths)
-        todo = np.flatnonzero(~_holds(_columns(known), files, rows))
-        new = []
-        with Progress("check", len(todo), "images", active=progress) as bar:
-            for found in _examine_all(index, todo, workers, parts):
-                new.append(found)
-                bar.update(len(found))
+        holds = rows >= 0
+        if holds.any():
+            holds &= ~_failed(known["reason"])[rows]
+            if files:
+                holds &= files.are(known["bytes"].to_numpy()[rows], known["mtime_ns"].to_numpy()[rows])
+        todo = np.flatnonzero(~holds)
+        new = _read_files(index, todo, workers, progress, parts)
         # 3. Write all, if anything is new.
-        if new:
-            known = pa.concat_tables([*new, known])
+        if len(new):
+            known = pa.concat_tables([new, known])
             rows = _rows_of(known, index.paths)
         table = known.take(rows).add_column(1, _HELD.field("label"), [index.labels])
         others = old.slice(0, 0)
@@ -136,16 +135,37 @@ def _known(path: str, place: str, index: Index, forget: bool) -> dict[str, mappe
     if forget or not len(old) or (rows < 0).any():
         return None
     table = old.take(rows)
-    return _columns(table) if np.array_equal(table["label"].to_numpy(), index.labels) else None
+    if not np.array_equal(table["label"].to_numpy(), index.labels):
+        return None
+    return mapped.kept(path, _columns(index, table), about | {"others": len(old), "made_of": index.made_of})
 
 
 def _kept(path: str, place: str, index: Index, table: pa.Table, others: int, read: int) -> Checked:
     """What a check has found, mapped from now on. place: of its table, which has so many ``others``."""
     about = {"digest": index.digest(), "table": mapped.state_of(place), "others": others, "made_of": index.made_of}
-    columns = {"path": index.paths.column, "label": index.labels} | _columns(table)
-    if about["table"] is not None:
-        columns = mapped.kept(path, columns, about)
-    return _checked(columns, place, read)
+    columns = _columns(index, table)
+    return _checked(columns if about["table"] is None else mapped.kept(path, columns, about), place, read)
+
+
+class _Files:
+    """The files of an index as they are now; looked at when that is first asked for."""
+
+    def __init__(self, index: Index, seconds: float | None, progress: bool) -> None:
+        self._index, self._seconds, self._progress, self._stats = index, seconds, progress, index.stats
+
+    def are(self, size: np.ndarray, mtime_ns: np.ndarray) -> np.ndarray:
+        """bool [n]: as they were, or not looked at for lack of time."""
+        if self._stats is None:
+            self._stats = stats(self._index.root, self._index.paths, self._seconds, self._progress)
+        s, n = self._stats, len(size)
+        if s.looked < n:
+            say(
+                f"{self._index.source}: {s.looked} of {n} files are compared with the last check, others not for lack "
+                "of time: these are taken as they were (--trust-index True compares none)"
+            )
+        same = (size == s.size) & (mtime_ns == s.mtime_ns)
+        same[s.looked :] = True
+        return same
 
 
 def _is_foreign(path: str, named: bool) -> str | None:
@@ -168,36 +188,27 @@ def _is_foreign(path: str, named: bool) -> str | None:
     return None
 
 
-def _holds(known: dict[str, mapped.Column], files: Stats | None, rows: np.ndarray | None = None) -> np.ndarray:
-    """bool [n]: what is known is of the files as they are now.
-
-    rows: int64 [n], of each file that of ``known`` (default: its own); -1: none. files: None: they are not compared.
-    """
-    retried = pc.starts_with(known["reason"], CANNOT_READ).to_numpy(zero_copy_only=False)
-    holds = ~retried  # permissions, network or memory may be better now
-    if rows is None:
-        return holds if files is None else holds & _same(known["bytes"], known["mtime_ns"], files)
-    present = rows >= 0
-    if not len(holds):
-        return present
-    if files is not None:
-        present &= _same(known["bytes"][rows], known["mtime_ns"][rows], files)
-    present[present] = holds[rows[present]]
-    return present
+def _failed(reason: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """bool [n]: a file that could not be read; permissions, network or memory may be better now."""
+    return pc.starts_with(reason, CANNOT_READ).to_numpy(zero_copy_only=False)
 
 
-def _same(size: np.ndarray, mtime_ns: np.ndarray, files: Stats) -> np.ndarray:
-    same = (size == files.size) & (mtime_ns == files.mtime_ns)
-    same[files.looked :] = True
-    return same
+def _columns(index: Index, table: pa.Table) -> dict[str, mapped.Column]:
+    """The columns that are mapped."""
+    verdict = pc.fill_null(pc.index_in(table["verdict"], value_set=pa.array(VERDICTS)), UNREADABLE)
+    numbers = {name: table[name].to_numpy() for name in ("bytes", "mtime_ns", "crc32", "width", "height")}
+    reason = table["reason"].cast(pa.large_string()).combine_chunks()
+    own = {"path": index.paths.column, "label": index.labels}
+    return own | numbers | {"verdict": verdict.to_numpy().astype(np.uint8), "reason": reason}
 
 
-def _columns(table: pa.Table) -> dict[str, mapped.Column]:
-    """Of FOUND, as they are mapped."""
-    verdict = pc.index_in(table["verdict"], value_set=pa.array(VERDICTS))
-    verdict = pc.fill_null(verdict, UNREADABLE).cast(pa.uint8())
-    columns = {name: table[name].to_numpy() for name in ("bytes", "mtime_ns", "crc32", "width", "height")}
-    return columns | {"verdict": verdict.to_numpy(), "reason": table["reason"].cast(pa.large_string()).combine_chunks()}
+def _same_as(known: dict[str, mapped.Column], rows: np.ndarray, new: pa.Table, paths: Paths) -> bool:
+    """Whether these rows have been read with the result that is known."""
+    new = new.take(_rows_of(new, paths[rows]))
+    verdicts = pa.array(VERDICTS).take(pa.array(known["verdict"][rows]))
+    same = new["reason"].equals(pa.chunked_array([known["reason"].take(pa.array(rows)).cast(pa.string())]))
+    numbers = (np.array_equal(new[name].to_numpy(), known[name][rows]) for name in ("bytes", "mtime_ns", "crc32"))
+    return same and new["verdict"].equals(pa.chunked_array([verdicts])) and all(numbers)
 
 
 def _checked(columns: dict[str, mapped.Column], path: str, read: int) -> Checked:
@@ -209,8 +220,17 @@ def default_path(index: Index) -> str:
     return table_of(index.root, index.list_file)
 
 
-def _examine_all(index: Index, rows: np.ndarray, workers: int, parts: "_Parts") -> Iterator[pa.Table]:
+def _read_files(index: Index, rows: np.ndarray, workers: int, progress: bool, parts: "_Parts") -> pa.Table:
     """The columns of FOUND for these rows of the index, in any order."""
+    new = [FOUND.empty_table()]
+    with Progress("check", len(rows), "images", active=progress) as bar:
+        for found in _examine_all(index, rows, workers, parts):
+            new.append(found)
+            bar.update(len(found))
+    return pa.concat_tables(new)
+
+
+def _examine_all(index: Index, rows: np.ndarray, workers: int, parts: "_Parts") -> Iterator[pa.Table]:
     fewest, most = _CHUNK
     each = min(most, max(fewest, len(rows) // (16 * workers)))
     names = [index.paths[rows[first : first + each]].column for first in range(0, len(rows), each)]
@@ -262,7 +282,8 @@ class _Parts:
         try:
             with replacing(self.path) as file:
                 pq.write_table(named.replace_schema_metadata(_SCHEMA.metadata), file, compression="zstd")
-        except CannotWrite as error:
+        except (CannotWrite, OSError) as error:
+            error = error if isinstance(error, CannotWrite) else CannotWrite(self.path, error)
             self.failed(Unwritten(str(error), error.strerror))
 
     def remove(self) -> None:
