@@ -17,7 +17,7 @@ from PIL import Image
 
 from mopro_fast import cli, files
 from mopro_fast.data import check as module
-from mopro_fast.data import decode, examine
+from mopro_fast.data import decode, examine, mapped
 from mopro_fast.data.check import check, default_path, load_splits, summary
 from mopro_fast.data.decode import OK, TOLERANT, UNREADABLE, VERDICTS
 from mopro_fast.data.index import FILE
@@ -49,6 +49,11 @@ def run(capsys):
         return stop.value.code or 0, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def mapped_however_few(monkeypatch):
+    monkeypatch.setattr(mapped, "FEWEST", 0)
 
 
 def load(data, split="train"):
@@ -96,7 +101,12 @@ def test_every_file_has_its_row(odd, run):
     ):
         assert text in out, out
     assert out.count("images/cut") <= module.EXAMPLES
-    assert sorted(p.name for p in odd.parent.iterdir()) == ["images", "list.txt", "list.txt.index.parquet"]
+    assert sorted(p.name for p in odd.parent.iterdir()) == [
+        "images",
+        "list.txt",
+        "list.txt.index.arrow",
+        "list.txt.index.parquet",
+    ]
 
 
 def test_what_check_returns(odd):
@@ -196,6 +206,7 @@ def test_killed_twice_the_index_is_the_same(tmp_path):
     assert checked.read == len(index) - known
     assert (tmp_path / "data" / FILE).read_bytes() == expected.read_bytes()
     (tmp_path / "data" / FILE).unlink()
+    Path(mapped.places(str(tmp_path / "data" / FILE))[0]).unlink()
     assert snapshot(tmp_path) == before  # nothing temporary is left
 
 
@@ -276,7 +287,7 @@ def test_a_place_that_cannot_be_written(odd, tmp_path, monkeypatch, capsys):
     checked = check(load(odd), workers=1, progress=False)
     assert checked.path.startswith(str(tmp_path / "cache" / "mopro_fast")) and checked.path in capsys.readouterr().err
     assert check(load(odd), workers=1, progress=False).read == 1
-    assert len(list((tmp_path / "cache" / "mopro_fast").iterdir())) == 1
+    assert len(list((tmp_path / "cache" / "mopro_fast").iterdir())) == 2  # the table, and what is mapped
 
 
 def refusing(prefix, really):
