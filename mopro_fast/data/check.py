@@ -420,7 +420,7 @@ def summary(index: Index, checked: Checked) -> str:
     lines = [f"{len(index)} images: {shares} ({checked.read} read now); index: {checked.path}"]
     kinds: dict[tuple[int, str], list[int]] = {}
     odd = np.flatnonzero(checked.verdict != OK)
-    for i, reason in zip(odd.tolist(), checked.reason.take(pa.array(odd)).to_pylist(), strict=True):
+    for i, reason in zip(odd.tolist(), checked.whys(odd), strict=True):
         kind = reason if checked.verdict[i] == CONVERTED else reason.partition(": ")[0]
         kinds.setdefault((-int(checked.verdict[i]), kind), []).append(i)
     for (verdict, kind), rows in sorted(kinds.items(), key=lambda item: (item[0][0], -len(item[1]), item[0][1])):

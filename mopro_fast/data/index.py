@@ -71,6 +71,10 @@ class Checked:
         """The reason of one row."""
         return self.reason[row].as_py()
 
+    def whys(self, rows: np.ndarray) -> list[str]:
+        """The reasons of some rows."""
+        return self.reason.take(pa.array(rows)).to_pylist()
+
 
 @dataclass(frozen=True, eq=False)
 class Index:

@@ -176,7 +176,7 @@ def write_left_out(index: Index, path: Path) -> None:
     """A csv line, path and reason, for each image that the run does not show."""
     text = io.StringIO(newline="")
     csv.writer(text).writerow(("path", "reason"))
-    csv.writer(text).writerows((index.paths[i], index.checked.why(i)) for i in index.left_out)
+    csv.writer(text).writerows(zip(index.paths[index.left_out], index.checked.whys(index.left_out), strict=True))
     with replacing(path) as file:
         file.write(os.fsencode(text.getvalue()))
 
@@ -184,8 +184,8 @@ def write_left_out(index: Index, path: Path) -> None:
 def _by_kind(index: Index, checked: Checked, rows: np.ndarray) -> str:
     """How many there are of each kind, with an example of it."""
     kinds: dict[str, list[int]] = {}
-    for i in rows.tolist():
-        kinds.setdefault(checked.why(i).partition(":")[0], []).append(i)
+    for i, why in zip(rows.tolist(), checked.whys(rows), strict=True):
+        kinds.setdefault(why.partition(":")[0], []).append(i)
     most = sorted(kinds.items(), key=lambda kind: -len(kind[1]))
     named = [f"{len(found)} {kind} (such as {shown(index.paths[found[0]])})" for kind, found in most[:_KINDS]]
     return ", ".join(named) + (", ..." if len(most) > _KINDS else "")
