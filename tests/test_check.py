@@ -17,7 +17,7 @@ from PIL import Image
 
 from mopro_fast import cli, files
 from mopro_fast.data import check as module
-from mopro_fast.data import decode, examine, mapped
+from mopro_fast.data import decode, examine, mapped, parts
 from mopro_fast.data.check import check, default_path, load_splits, summary
 from mopro_fast.data.decode import OK, TOLERANT, UNREADABLE, VERDICTS
 from mopro_fast.data.index import FILE
@@ -193,14 +193,14 @@ def test_killed_twice_the_index_is_the_same(tmp_path):
     for _ in range(2):  # an item is what a task of 64 files has found, or that a worker is done
         killed = command("check", folder.parent, "--workers", 2, stop=("SIGKILL", 3))
         assert killed.returncode == -signal.SIGKILL
-    parts = sorted((tmp_path / "data").glob(f"{FILE}.partial.*"), key=lambda part: part.stat().st_size)
-    assert sum(part.read_bytes().count(b"\n") for part in parts) >= 4 * 64
-    with parts[0].open("a") as file:
+    left = sorted((tmp_path / "data").glob(f"{FILE}.partial.*"), key=lambda part: part.stat().st_size)
+    assert sum(part.read_bytes().count(b"\n") for part in left) >= 4 * 64
+    with left[0].open("a") as file:
         file.write('["class/000.jpg", 1')  # as a line cut off by the end of the process
-    content = parts[-1].read_bytes()
+    content = left[-1].read_bytes()
     lost = content.index(b"\n")
-    parts[-1].write_bytes(bytes(lost) + content[lost:])  # a line as a power failure may leave it
-    known = sum(part.read_bytes().count(b"\n") for part in parts) - 1
+    left[-1].write_bytes(bytes(lost) + content[lost:])  # a line as a power failure may leave it
+    known = sum(part.read_bytes().count(b"\n") for part in left) - 1
     index = load(folder.parent)
     checked = check(index, workers=2, progress=False, forget=True)
     assert checked.read == len(index) - known
@@ -250,7 +250,7 @@ def test_an_index_of_another_version_is_read_again(odd, capsys):
     path = Path(check(index, workers=1, progress=False).path)
     content = path.read_bytes()
     old = pq.read_table(path).drop_columns("crc32")
-    pq.write_table(old.replace_schema_metadata({module._MARK: b"1"}), path)
+    pq.write_table(old.replace_schema_metadata({parts._MARK: b"1"}), path)
     capsys.readouterr()
     assert check(index, workers=1, progress=False).read == len(index) and path.read_bytes() == content
     assert capsys.readouterr().err == f"{path} is of another version of mopro_fast: every image is read again\n"
@@ -300,7 +300,7 @@ def refusing(prefix, really):
 
 
 def test_two_at_a_time(odd):
-    with module._open_parts(default_path(load(odd))), pytest.raises(UserError, match="another check"):
+    with parts.open_parts(default_path(load(odd))), pytest.raises(UserError, match="another check"):
         check(load(odd), workers=1, progress=False)
 
 
@@ -308,9 +308,9 @@ def test_two_trainings_that_meet_in_a_check(odd, capsys):
     """The second waits for the first, and reads what that found."""
     index = load(odd)
     with ThreadPoolExecutor() as pool:
-        with module._open_parts(default_path(index)):
+        with parts.open_parts(default_path(index)):
             second = pool.submit(check, index, workers=1, progress=False, required=False)
-            time.sleep(3 * module._POLL)
+            time.sleep(3 * parts._POLL)
             assert not second.done()
         found = second.result()
     assert "another process checks the same images: waiting" in capsys.readouterr().err
@@ -333,7 +333,7 @@ def test_training_does_without_an_index_that_cannot_be_kept(odd, monkeypatch, ca
 def test_training_leaves_a_file_alone_that_lies_where_the_index_would(odd, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     index = load(odd)
-    module.pq.write_table(pa.table({"mine": [1]}), default_path(index))
+    pq.write_table(pa.table({"mine": [1]}), default_path(index))
     before = Path(default_path(index)).read_bytes()
     found = check(index, workers=1, progress=False, required=False)
     assert found.path.startswith(str(tmp_path / "cache")) and Path(default_path(index)).read_bytes() == before
@@ -345,7 +345,7 @@ def test_an_index_that_cannot_be_written_any_more_is_let_go(odd, monkeypatch, ca
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.pq, "write_table", full)
+    monkeypatch.setattr(parts.pq, "write_table", full)
     found = check(load(odd), workers=1, progress=False, required=False)
     assert len(found.verdict) == found.read and not Path(default_path(load(odd))).exists()
     assert "No space left on device): the result of the check is not kept" in capsys.readouterr().err
@@ -358,7 +358,7 @@ def test_two_at_a_time_that_have_nothing_to_write(tmp_path):
         (tmp_path / name).mkdir()
         Image.new("RGB", (20, 10)).save(tmp_path / name / "1.png")
     found = check(load(tmp_path), workers=1, progress=False)
-    with module._open_parts(default_path(load(tmp_path))):
+    with parts.open_parts(default_path(load(tmp_path))):
         again = check(load(tmp_path), workers=1, progress=False)
     assert found.read == 2 and again.read == 0 and again.width.tolist() == [20, 20]
 

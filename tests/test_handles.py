@@ -12,7 +12,7 @@ from odd_images import encoded, picture
 from mopro_fast import cli
 from mopro_fast.checkpoints import state as checkpoints
 from mopro_fast.config import AugmentConfig
-from mopro_fast.data import cache, check, class_folders, pack, shards
+from mopro_fast.data import cache, class_folders, pack, parts, shards
 from mopro_fast.data.decode import examine_files
 from mopro_fast.data.index import load_index
 from mopro_fast.data.paths import Paths
@@ -71,8 +71,8 @@ WAYS = {
     "manifest": lambda _, folder: shards.read_manifest(folder / "pack"),
     "verifying": lambda _, folder: list(shards._verify(str(folder / "pack"), "train-000000.tar", "")),
     "folders": lambda _, folder: class_folders._looks_like_image(str(folder / "0.jpg")),
-    "index": lambda _, folder: check._read(str(folder / "pack/train.parquet")),
-    "foreign": lambda _, folder: check._is_foreign(str(folder / "pack/train.parquet"), True),
+    "index": lambda _, folder: parts.read_table(str(folder / "pack/train.parquet")),
+    "foreign": lambda _, folder: parts.is_foreign(str(folder / "pack/train.parquet"), True),
     "settings": lambda _, folder: json_object(folder / "pack/manifest.json"),
     "checkpoint": lambda _, folder: checkpoints.load(folder / "step_000000000.pt"),
 }

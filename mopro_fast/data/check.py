@@ -7,11 +7,7 @@ goes on.
 """
 
 import contextlib
-import errno
-import glob
 import os
-import re
-import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,46 +16,25 @@ from typing import Annotated, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import tyro
 
 from mopro_fast.console import Progress, escaped, tell
 from mopro_fast.data import mapped
 from mopro_fast.data import workers as processes
 from mopro_fast.data.decode import CANNOT_READ, CONVERTED, OK, UNREADABLE, VERDICTS, crash_reason
-from mopro_fast.data.examine import FOUND, Unwritten, examine, read_part
+from mopro_fast.data.examine import FOUND, Unwritten, examine
 from mopro_fast.data.examine import table as table_of_found
 from mopro_fast.data.index import Checked, Index, load_index, synsets, table_of, val_layout
+from mopro_fast.data.parts import HELD, Parts, is_foreign, open_parts, read_table
 from mopro_fast.data.paths import Paths, shown
 from mopro_fast.data.shards import is_pack, verify_pack
 from mopro_fast.data.stats import stats
 from mopro_fast.distributed import say
-from mopro_fast.errors import CannotWrite, UserError, require_resources
-from mopro_fast.files import Busy, locked, open_regular, replacing
+from mopro_fast.errors import UserError
 
 EXAMPLES = 3  # named per kind of fault
-_MARK = b"mopro_fast.check"
-_VERSION = b"2"  # of the verdicts' meaning: raise it, and everything is read again
 _CHUNK = 64, 1024  # files that a worker is given at a time: fewest, and most
-_POLL = 0.2  # seconds between two looks for another process's check
 _BUDGET = 120.0  # seconds that a training compares files with an earlier check
-_PART = re.compile(r"\.partial\.[0-9a-f]{8}$")
-_SCHEMA = pa.schema(
-    [
-        ("path", pa.string()),  # binary where a name is not UTF-8; in memory always large_binary
-        ("label", pa.int64()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("format", pa.string()),
-        ("verdict", pa.string()),
-        ("reason", pa.string()),
-        ("bytes", pa.int64()),
-        ("mtime_ns", pa.int64()),
-        ("crc32", pa.int64()),
-    ],
-    metadata={_MARK: _VERSION},
-)
-_HELD = FOUND.insert(1, _SCHEMA.field("label"))
 
 
 def check(
@@ -81,7 +56,7 @@ def check(
     """
     named = path is not None
     path = path or default_path(index)
-    foreign = _is_foreign(path, named)
+    foreign = is_foreign(path, named)
     if foreign and required:
         raise UserError(f"{foreign}: remove it, or set --index to another place")
     files = None if trust else _Files(index, None if required else _BUDGET, progress)
@@ -91,11 +66,11 @@ def check(
         if found is None or (files and not files.are(found["bytes"], found["mtime_ns"]).all()):
             continue
         again = np.flatnonzero(_failed(found["reason"]))
-        new = _read_files(index, again, workers, progress, _Parts(place, required=False, is_kept=False))
+        new = _read_files(index, again, workers, progress, Parts(place, required=False, is_kept=False))
         if _same_as(found, again, new, index.paths):
             return _checked(found, place, len(again))
-    with _open_parts(path, required, foreign) as parts:
-        old = _read(parts.path, tell=True)
+    with open_parts(path, required, foreign) as parts:
+        old = read_table(parts.path, tell=True)
         if named and len(old) and not (_rows_of(old, index.paths) >= 0).any():
             raise UserError(f"{path} is the index of other images: remove it, or name another --index")
         known = pa.concat_tables([parts.read(), old.select(FOUND.names)])
@@ -112,7 +87,7 @@ def check(
         if len(new):
             known = pa.concat_tables([new, known])
             rows = _rows_of(known, index.paths)
-        table = known.take(rows).add_column(1, _HELD.field("label"), [index.labels])
+        table = known.take(rows).add_column(1, HELD.field("label"), [index.labels])
         others = old.slice(0, 0)
         if len(old) and not forget:
             others = old.take(np.flatnonzero(_rows_of(table, Paths(old["path"])) < 0))
@@ -130,7 +105,7 @@ def _known(path: str, place: str, index: Index, forget: bool) -> dict[str, mappe
         return None
     if (found := mapped.known(path, about | {"others": 0} if forget else about)) is not None:
         return found
-    old = _read(place)
+    old = read_table(place)
     rows = _rows_of(old, index.paths)
     if forget or not len(old) or (rows < 0).any():
         return None
@@ -168,26 +143,6 @@ class _Files:
         return same
 
 
-def _is_foreign(path: str, named: bool) -> str | None:
-    """Why the index would replace something else, if it would. named: a damaged file may be anything."""
-    partial = f"{path}.partial"
-    for file in (path, partial):
-        if os.path.lexists(file) and not os.path.isfile(file):
-            return f"{file} is no file"
-    try:
-        ours = not os.path.isfile(path) or _MARK in (pq.read_schema(path).metadata or {})
-    except (OSError, pa.ArrowInvalid) as error:
-        require_resources(error, path)
-        ours = not named
-    if not ours:
-        return f"{path} is no index of `mopro-fast check`"
-    with contextlib.suppress(OSError), open_regular(partial) as file:
-        begun = file.read(1 << 12).lstrip(b"\0\n")  # a power failure may have left zeros
-        if begun and not begun.startswith(b'["'):
-            return f"{partial} is no unfinished check"
-    return None
-
-
 def _failed(reason: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """bool [n]: a file that could not be read; permissions, network or memory may be better now."""
     return pc.starts_with(reason, CANNOT_READ).to_numpy(zero_copy_only=False)
@@ -220,7 +175,7 @@ def default_path(index: Index) -> str:
     return table_of(index.root, index.list_file)
 
 
-def _read_files(index: Index, rows: np.ndarray, workers: int, progress: bool, parts: "_Parts") -> pa.Table:
+def _read_files(index: Index, rows: np.ndarray, workers: int, progress: bool, parts: Parts) -> pa.Table:
     """The columns of FOUND for these rows of the index, in any order."""
     new = [FOUND.empty_table()]
     with Progress("check", len(rows), "images", active=progress) as bar:
@@ -230,7 +185,7 @@ def _read_files(index: Index, rows: np.ndarray, workers: int, progress: bool, pa
     return pa.concat_tables(new)
 
 
-def _examine_all(index: Index, rows: np.ndarray, workers: int, parts: "_Parts") -> Iterator[pa.Table]:
+def _examine_all(index: Index, rows: np.ndarray, workers: int, parts: Parts) -> Iterator[pa.Table]:
     fewest, most = _CHUNK
     each = min(most, max(fewest, len(rows) // (16 * workers)))
     names = [index.paths[rows[first : first + each]].column for first in range(0, len(rows), each)]
@@ -252,119 +207,6 @@ def _examine_all(index: Index, rows: np.ndarray, workers: int, parts: "_Parts") 
                 yield table_of_found([(path, 0, 0, "", VERDICTS[UNREADABLE], reason, int(size[0]), int(mtime[0]), -1)])
             else:  # one of these files has ended it: alone it is known by name
                 tasks.extend((index.root, left.take(pa.array([i])), parts.begin) for i in range(len(left)))
-
-
-class _Parts:
-    """Where a check writes. Without a place, and once one cannot be written that is not required, it keeps nothing."""
-
-    def __init__(self, path: str, required: bool, is_kept: bool = True) -> None:
-        self.path, self._required = path, required
-        self.begin = f"{path}.partial" if is_kept else None
-        """What the names of parts begin with."""
-
-    def read(self) -> pa.Table:
-        """What interrupted checks have found; earlier versions had one part, the file of the lock."""
-        found = [read_part(part) for part in self._there()]
-        return pa.concat_tables([*found, FOUND.empty_table()])
-
-    def failed(self, why: Unwritten) -> None:
-        """A part cannot be written."""
-        if self._required:
-            raise UserError(why.message)
-        if self.begin is not None:
-            say(f"{self.path} cannot be written ({why.strerror}): the result of the check is not kept")
-            self.begin = None
-
-    def finish(self, table: pa.Table) -> None:
-        if self.begin is None:
-            return
-        named = table.set_column(0, "path", Paths(table["path"]).for_table())
-        try:
-            with replacing(self.path) as file:
-                pq.write_table(named.replace_schema_metadata(_SCHEMA.metadata), file, compression="zstd")
-        except (CannotWrite, OSError) as error:
-            error = error if isinstance(error, CannotWrite) else CannotWrite(self.path, error)
-            self.failed(Unwritten(str(error), error.strerror))
-
-    def remove(self) -> None:
-        """The table has all that the parts had."""
-        for part in self._there() if self.begin is not None else ():
-            if _PART.search(part):
-                with contextlib.suppress(OSError):
-                    os.unlink(part)
-
-    def _there(self) -> list[str]:
-        names = glob.glob(f"{glob.escape(f'{self.path}.partial')}*")
-        return [name for name in sorted(names) if name == f"{self.path}.partial" or _PART.search(name)]
-
-
-@contextlib.contextmanager
-def _open_parts(path: str, required: bool = True, foreign: str | None = None) -> Iterator[_Parts]:
-    """The parts beside the Parquet file at ``path`` or in the cache folder, locked.
-
-    foreign: why it cannot be at ``path``.
-    """
-    place = _writable(path, required, foreign)
-    if place is None:
-        yield _Parts(path, required, is_kept=False)
-        return
-    with contextlib.ExitStack() as stack:
-        try:
-            said = required
-            while True:
-                try:
-                    stack.enter_context(locked(f"{place}.partial", f"another check writes {place}: wait for it"))
-                    break
-                except Busy:
-                    if required:
-                        raise
-                if not said:
-                    say(f"another process checks the same images: waiting for {place}")
-                    said = True
-                time.sleep(_POLL)
-        except OSError as error:
-            raise CannotWrite(place, error, "set --index to another place") from None
-        yield _Parts(place, required)
-
-
-def _writable(path: str, required: bool, foreign: str | None) -> str | None:
-    """``path``, or a place in the user's cache folder where nothing can be written beside it; None: nowhere."""
-    reasons = [foreign] if foreign else []
-    for place in filter(None, (None if foreign else path, mapped.in_cache(path))):
-        try:
-            if place != path:
-                os.makedirs(os.path.dirname(place), exist_ok=True)
-            number = os.open(f"{place}.partial", os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o666)
-            with contextlib.suppress(OSError):
-                os.close(number)
-        except OSError as error:
-            if required and error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise CannotWrite(place, error, "set --index to another place") from None
-            reasons.append(f"{place} cannot be written ({error.strerror})")
-            continue
-        if reasons:
-            say(f"{reasons[0]}: the index is {place}")
-        return place
-    if required:
-        raise UserError(f"{', '.join(reasons)}: set --index to another place")
-    say(f"{', '.join(reasons)}: the result of the check is not kept")
-    return None
-
-
-def _read(path: str, tell: bool = False) -> pa.Table:
-    """An earlier result; empty if there is none that can be used. tell: say where that is for its version."""
-    try:
-        table = pq.read_table(path, memory_map=False)
-        known = pc.all(pc.is_in(table["verdict"], value_set=pa.array(VERDICTS))).as_py()
-        whole = not any(column.null_count for column in table.columns)
-        version = (table.schema.metadata or {}).get(_MARK)
-        if version == _VERSION and whole and known is not False:
-            return table.cast(_HELD)
-        if tell and version not in (None, _VERSION):
-            say(f"{path} is of another version of mopro_fast: every image is read again")
-    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-        require_resources(error, path)
-    return _HELD.empty_table()
 
 
 def _rows_of(table: pa.Table, paths: Paths) -> np.ndarray:
@@ -402,7 +244,7 @@ def main(argv: list[str]) -> int:
     readable, splits = 0, load_splits(options.data, options.layout, options.root)
     paths = {split: options.index and options.index + ("" if split == "train" else f".{split}") for split in splits}
     for path in filter(None, paths.values()):
-        if foreign := _is_foreign(path, named=True):  # before the first, which may take hours
+        if foreign := is_foreign(path, named=True):  # before the first, which may take hours
             raise UserError(f"{foreign}: remove it, or name another --index")
     for split, index in splits.items():
         path = paths[split]

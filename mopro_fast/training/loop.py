@@ -24,6 +24,7 @@ from mopro_fast.training.optim import sgd_class
 from mopro_fast.training.run import RunFolder
 from mopro_fast.training.step import TrainStep
 from mopro_fast.training.task import Task
+from mopro_fast.transfer import tensor_of
 
 
 class Trainer:
@@ -214,9 +215,9 @@ class Trainer:
             step=self.step,
             initial=self.task.initial,
             data_digest=self.index.digest(),
-            left_out=torch.from_numpy(self.index.left_out),
-            held_out=torch.from_numpy(self.index.held_out),
-            held_out_labels=torch.from_numpy(self.held_out_labels),
+            left_out=tensor_of(self.index.left_out),
+            held_out=tensor_of(self.index.held_out),
+            held_out_labels=tensor_of(self.held_out_labels),
             ranks=self.ranks,
             log_bytes=self.log.bytes,
             replaced=list(self.replaced.counts),
