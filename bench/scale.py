@@ -23,6 +23,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,7 +136,7 @@ class Data:
             shutil.rmtree(folder, ignore_errors=True)
             self.work.mkdir(parents=True)
             write = scale_data.write_raw if kind == "raw" else scale_data.write_pack
-            write(self.path.parent, size, self.classes, environment)
+            apart(write, self.path.parent, size, self.classes, environment)
             made.write_text(json.dumps({"size": size, "names": os.listdir(self.place)}))
         self.names = frozenset(json.loads(made.read_text())["names"])
 
@@ -152,7 +154,7 @@ class Data:
         known = self.work / "known"
         if self.path.is_file() and not known.exists():
             self.forget()
-            scale_data.write_known(self.place, self.size, self.classes, self.environment)
+            apart(scale_data.write_known, self.place, self.size, self.classes, self.environment)
             scale_data.command(self.environment, "check", str(self.path))  # this checkout may keep more than that file
             known.touch()
 
@@ -165,8 +167,7 @@ class Data:
         folder = self.work / "clean"
         if not (folder / "scored").is_file():
             folder.mkdir(exist_ok=True)
-            given = scale_data.labels(self.size, self.classes)
-            scale_data.write_scores(folder / "scores.npy", given, self.classes)
+            apart(scale_data.write_scores, folder / "scores.npy", self.size, self.classes)
             (folder / "scored").touch()
         return folder
 
@@ -273,6 +274,12 @@ def report(data: Data, tree: Tree, limit: float) -> dict:
     words = ["report", str(run), "--table", str(folder / "cleaned.parquet"), "--images", "0"]
     found = watched([command(tree, *words)], limit, data.terminal())
     return found if "failed" in found else found | {"sha256": digest(run / "report.html")}
+
+
+def apart(write: Callable, *arguments: object) -> None:
+    """In a process of its own, whose memory goes with it."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        pool.submit(write, *arguments).result()
 
 
 class Stage(NamedTuple):

@@ -72,10 +72,10 @@ def write_known(folder: Path, rows: int, classes: int, environment: dict, files:
 def write_pack(folder: Path, rows: int, classes: int, environment: dict, images: int = SHARD) -> Path:
     """-> the pack: a real one of one shard, which is then linked. ``rows`` are a multiple of ``images``."""
     write_images(folder / "packed", BROKEN - 1)
-    names = folder / "packed.txt"
-    names.write_text("".join(f"packed/{i % (BROKEN - 1):06d}.jpg 0\n" for i in range(images)))
+    listed = folder / "packed.txt"
+    listed.write_text("".join(f"packed/{i % (BROKEN - 1):06d}.jpg 0\n" for i in range(images)))
     out = folder / PACK
-    command(environment, "pack", str(names), str(out), "--size", "0", "--shard-images", str(images))
+    command(environment, "pack", str(listed), str(out), "--size", "0", "--shard-images", str(images))
     manifest, table = json.loads((out / "manifest.json").read_text()), pq.read_table(out / "train.parquet")
     (first,) = manifest["splits"]["train"]["shards"]
     shards, parts = [], []
@@ -85,7 +85,8 @@ def write_pack(folder: Path, rows: int, classes: int, environment: dict, images:
             os.link(out / f"train-000000{suffix}", out / f"{name}{suffix}")
         shards.append(first | {"name": f"{name}.tar", "index": first["index"] | {"name": f"{name}.idx"}})
         own = {"id": s * images + table["id"].to_numpy(), "label": label, "shard": np.full(images, s, np.int32)}
-        own["path"] = [f"s{s:05d}/{i:06d}.jpg" for i in range(images)]
+        names = np.arange(s * images, (s + 1) * images) * 2654435761 % (1 << 32)  # distinct, and as good as random
+        own["path"] = [f"s{s:05d}/{name:08x}.jpg" for name in names.tolist()]
         columns = [own.get(field.name, table[field.name]) for field in table.schema]
         parts.append(pa.table(columns, schema=table.schema))
     pq.write_table(pa.concat_tables(parts).combine_chunks(), out / "train.parquet", compression="zstd")
@@ -99,11 +100,12 @@ def write_pack(folder: Path, rows: int, classes: int, environment: dict, images:
     return out
 
 
-def write_scores(path: Path, given: np.ndarray, classes: int) -> None:
+def write_scores(path: Path, rows: int, classes: int) -> None:
     """float32 [n, 8], as `mopro-fast clean` scores images: the label after cleaning (-1: removed), the best, scores."""
-    numbers = np.lib.format.open_memmap(path, "w+", np.float32, (len(given), 8))
+    given = labels(rows, classes)
+    numbers = np.lib.format.open_memmap(path, "w+", np.float32, (rows, 8))
     rng = np.random.default_rng(0)
-    for first in range(0, len(given), 1 << 20):
+    for first in range(0, rows, 1 << 20):
         part, own = numbers[first : first + (1 << 20)], given[first : first + (1 << 20)]
         best, fate = rng.integers(classes, size=len(own)), rng.random(len(own))
         part[:, 0] = np.where(fate < 0.2, -1, np.where(fate < 0.4, best, own))

@@ -521,15 +521,17 @@ def scale(result: dict) -> str:
     for lines in (times, memory):
         lines.insert(1, ["---"] * len(lines[0]))
         blocks.append("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
-    pairs = [(r, of[r["stage"], r["size"], "after"]) for r in rows if r["tree"] == "before" and "sha256" in r]
-    differ = {names[r["stage"]] for r, other in pairs if r["sha256"] != other.get("sha256")}
+    both = [(r, of.get((r["stage"], r["size"], "before"), {})) for r in rows if r["tree"] == "after"]
+    pairs = [(names[r["stage"]], r["sha256"] == other["sha256"]) for r, other in both if "sha256" in r.keys() & other]
+    differ = {name for name, same in pairs if not same}
     commits = [", ".join(dict.fromkeys(r["commit"] for r in rows if r["tree"] == t)) for t in ("before", "after")]
     note = (
         f"Before → after, commits {' → '.join(filter(None, commits))}, in turn, by `python bench/scale.py`. Raw: "
         f"{s['files']:,} small files under so many links that each row has a path of its own, as quick to look at as "
-        f"files can be; pack: shards of {s['shard']:,} images, links of one. Seconds: of the whole process, imports "
-        "included; of `clean` and `retrain` those of that part. The page cache is warm. The last column: × from the "
-        f"middle number of images to the largest, at most {SCALE_MOST:g}. Memory: the peak of the main process, or of "
+        f"files can be; pack: shards of {s['shard']:,} images, links of one; tables about either take less disk than "
+        "others of so many rows. Seconds: of the whole process, imports included; of `clean` and `retrain` those of "
+        "that part. The page cache is warm. The last column: × from the middle number of images to the largest, at "
+        f"most {SCALE_MOST:g}. Memory: the peak of the main process, or of "
         "the largest rank (in brackets what it had for itself at its first step); the machine: the sum of the PSS of "
         f"all processes, of {s['ranks']} ranks less that of {s['ranks']} processes which only import mopro_fast. "
     )
