@@ -5,7 +5,7 @@
 Measures this checkout and, stage by stage in turn, another one of the project (--before). Its data (scale_data.py) are
 made in FOLDER, in less than 6 GB, and removed once they are measured. Each stage runs in processes of its own, has a
 limit of time and of memory, and is written down when it ends: interrupted, the same command goes on, and --only
-measures some stages again after a commit. Rehearsal, in two minutes: --sizes 20000 --results FOLDER.
+measures some stages again after a commit. Rehearsal, in three minutes: --sizes 20000 --results FOLDER.
 """
 
 import argparse
