@@ -32,7 +32,7 @@ def conditions() -> dict:
         "triton": found["triton"],
         "extension": {name: extension[name] for name in ("usable", "nvcc", "archs") if name in extension},
         "mopro_fast": __version__,
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.date.today().isoformat(),
     }
 
@@ -44,9 +44,9 @@ def write(name: str, result: dict, folder: Path = RESULTS) -> Path:
     return path
 
 
-def _commit() -> str:
-    """Of this repository; where there is none, as in a copy of its files, what MOPRO_FAST_COMMIT says."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
+def commit(folder: Path = Path(__file__).parent) -> str:
+    """Of a repository, this one; where there is none, as in a copy of its files, what MOPRO_FAST_COMMIT says."""
+    git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude", "*"]
     return _first_line(git) or os.environ.get("MOPRO_FAST_COMMIT") or "unknown"
 
 

@@ -9,6 +9,7 @@ import argparse
 import json
 import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import figures
@@ -477,6 +478,89 @@ def _where(result: dict) -> str:
     return f"{c['gpu'] or c['cpu']}; PyTorch {c['torch']}; commit {c['commit']}."
 
 
+# stage of bench/scale.py: its row of the table
+SCALE = {
+    **{f"first-check-{n}": f"`check`, nothing known, {n} worker{'s' * (n > 1)}" for n in (1, 2, 4)},
+    "check": "`check`, nothing changed",
+    "raw-first": "raw files: from nothing to the first step",
+    "raw-fresh": "raw files, checked: first step of a new run",
+    "raw-resumed": "raw files: first step of a resumed run",
+    "pack-first": "pack: first step of the first run on it",
+    "pack-fresh": "pack: first step of a further run",
+    "pack-resumed": "pack: first step of a resumed run",
+    "pack-cold": "the same, no page of pack and run in the cache",
+    "ranks": "pack: first step of a new run of {ranks} ranks",
+    "clean": "`clean`: both tables, all images scored",
+    "labels": "`retrain`: the cleaned labels",
+    "order": "`retrain`: an epoch's order",
+    "report": "`report` of cleaned labels",
+}
+OF_MACHINE = dict.fromkeys(("first-check-1", "first-check-2", "first-check-4", "raw-first"), "pss_mb")
+OF_MACHINE |= {"ranks": "over_imports_mb"}
+SCALE_MOST = 7.5  # times as long, from the middle number of images to the largest
+
+
+def scale(result: dict) -> str:
+    """A table of seconds and one of memory, a column for each number of images; bench/scale.py."""
+    s, c, rows = result["settings"], result["conditions"], result["rows"]
+    of = {(r["stage"], r["size"], r["tree"]): r for r in rows}
+    sizes = sorted({r["size"] for r in rows})
+    names = {stage: SCALE[stage].format(**s) for stage in SCALE if any(r["stage"] == stage for r in rows)}
+    counts = [f"{size / 1e6:g} million" for size in sizes]
+    times, memory = [["seconds", *counts, "× at the end"]], [["GB", *counts]]
+    for stage, name in names.items():
+        last = [of.get((stage, size, "after"), {}).get("seconds") for size in sizes[-2:]]
+        growth = last[1] / last[0] if len(last) == 2 and None not in last else None
+        cells = ["–" if growth is None else f"{growth:.1f}" if growth <= SCALE_MOST else f"**{growth:.1f}**"]
+        times.append([name, *(_before_after(of, stage, size, _seconds) for size in sizes), *cells])
+        memory.append([name, *(_before_after(of, stage, size, _own_memory) for size in sizes)])
+        if kind := OF_MACHINE.get(stage):
+            cells = [_before_after(of, stage, size, lambda r, kind=kind: _short(r[kind] / 1e3)) for size in sizes]
+            memory.append([f"{name}: the machine", *cells])
+    blocks = []
+    for lines in (times, memory):
+        lines.insert(1, ["---"] * len(lines[0]))
+        blocks.append("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
+    both = [(r, of.get((r["stage"], r["size"], "before"), {})) for r in rows if r["tree"] == "after"]
+    pairs = [(names[r["stage"]], r["sha256"] == other["sha256"]) for r, other in both if "sha256" in r.keys() & other]
+    differ = {name for name, same in pairs if not same}
+    commits = [", ".join(dict.fromkeys(r["commit"] for r in rows if r["tree"] == t)) for t in ("before", "after")]
+    note = (
+        f"Before → after, commits {' → '.join(filter(None, commits))}, in turn, by `python bench/scale.py`. Raw: "
+        f"{s['files']:,} small files under so many links that each row has a path of its own, as quick to look at as "
+        f"files can be; pack: shards of {s['shard']:,} images, links of one; tables about either take less disk than "
+        "others of so many rows. Seconds: of the whole process, imports included; of `clean` and `retrain` those of "
+        "that part. The page cache is warm. The last column: × from the middle number of images to the largest, at "
+        f"most {SCALE_MOST:g}. Memory: the peak of the main process, or of "
+        "the largest rank (in brackets what it had for itself at its first step); the machine: the sum of the PSS of "
+        f"all processes, of {s['ranks']} ranks less that of {s['ranks']} processes which only import mopro_fast. "
+    )
+    if differ:
+        note += f"**Other bytes than before: {', '.join(sorted(differ))}.** "
+    elif pairs:
+        note += "What both wrote has the same bytes. "
+    return "\n\n".join([*blocks, f"{note}{c['cpu']}, {s['memory_gb']:g} GB, {s['file_system']}; PyTorch {c['torch']}."])
+
+
+def _before_after(of: dict, stage: str, size: int, value: Callable[[dict], str]) -> str:
+    found = [of[stage, size, tree] for tree in ("before", "after") if (stage, size, tree) in of]
+    return " → ".join(r.get("failed") or r.get("skipped") or value(r) for r in found) or "–"
+
+
+def _seconds(r: dict) -> str:
+    rate = f" ({r['size'] / r['seconds']:,.0f} images/s)" if r["stage"].startswith("first-check") else ""
+    return _short(r["seconds"]) + rate
+
+
+def _own_memory(r: dict) -> str:
+    return _short(r["peak_mb"] / 1e3) + (f" ({_short(r['rss_anon_mb'] / 1e3)})" if "rss_anon_mb" in r else "")
+
+
+def _short(value: float) -> str:
+    """Two digits, or all before the point."""
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
+
+
 def chain(result: dict) -> str:
     def percent(value: float | None) -> str:
         return "–" if value is None else f"{100 * value:.1f}"
@@ -523,6 +607,7 @@ TABLES = {
     "launches": ("launches", launches),
     "loader": ("loader", loader),
     "memory": ("memory", memory),
+    "scale": ("scale", scale),
     "scaling_bytes": ("scaling", scaling_bytes),
     "scaling_speed": ("scaling", scaling_speed),
     "scaling_assumptions": ("scaling", scaling_assumptions),
