@@ -8,10 +8,9 @@ for every image: the same bytes whatever the number of ranks and interruptions. 
 import contextlib
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -38,6 +37,7 @@ from mopro_fast.files import (
     read_regular,
     replacing,
     require_own,
+    write_items,
     write_json,
     writing,
 )
@@ -305,9 +305,9 @@ def _finish(
                 writer.write_table(pa.table([arrays[0], names, *arrays[1:]], schema=schema))
                 totals += np.bincount(verdict, minlength=len(DECISIONS))
         official.write(b'{"images": [')
-        _write_items(official, (index.paths[part][decided(part) != REMOVED].tolist() for part in parts))
+        write_items(official, (index.paths[part][decided(part) != REMOVED].tolist() for part in parts))
         official.write(b'], "labels": [')
-        _write_items(official, (label[label != REMOVED].tolist() for label in map(decided, parts)))
+        write_items(official, (label[label != REMOVED].tolist() for label in map(decided, parts)))
         official.write(b"]}")
     found = dict(zip(DECISIONS, totals.tolist(), strict=True))
     write_json(out / "clean.json", {"settings": settings, "totals": found})
@@ -320,11 +320,3 @@ def _type_of(names: Paths) -> pa.DataType:
     text = all(pa.types.is_string(piece.type) for piece in pieces)
     small, large = (pa.string(), pa.large_string()) if text else (pa.binary(), pa.large_binary())
     return large if names.column.nbytes >> 31 else small
-
-
-def _write_items(file: IO[bytes], pieces: Iterator[list]) -> None:
-    """The items of all pieces as json.dump writes those of a list."""
-    comma = ""
-    for piece in filter(None, pieces):
-        file.write((comma + json.dumps(piece)[1:-1]).encode())
-        comma = ", "

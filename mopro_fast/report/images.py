@@ -100,7 +100,7 @@ def read_table(path: Path) -> Labels:
     for name in ("path", "given", "label", "verdict"):
         if name not in table.schema.names:
             raise UserError(f"--table {path} has no column {name}: it is not the {TABLE} of `mopro-fast clean`")
-    pieces: tuple[list[np.ndarray], ...] = ([np.empty(0, np.int16)], [np.empty(0, np.int16)])
+    pieces = [[np.empty(0, np.int16)], [np.empty(0, np.int16)]]
     try:
         _paths(table.schema.empty_table()["path"])
         for batch in table.batches(["given", "label", "verdict"]):
@@ -113,7 +113,8 @@ def read_table(path: Path) -> Labels:
                 piece.append(narrow if (narrow == column).all() else column)
     except (pa.ArrowException, NotImplementedError) as error:
         raise UserError(f"--table {path}: its labels or verdicts are of another type: {error}") from None
-    return Labels(*map(np.concatenate, pieces), f"the table {path}", table)
+    given, new = (np.concatenate(pieces.pop(0)) for _ in range(2))
+    return Labels(given, new, f"the table {path}", table)
 
 
 def _paths(column: pa.ChunkedArray) -> Paths:
