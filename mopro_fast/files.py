@@ -16,7 +16,7 @@ import os
 import re
 import resource
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -353,6 +353,14 @@ def write_json(path: Path, value: Any) -> None:
         raise CannotWrite(path, error) from None
     with replacing(path) as file:
         file.write(json.dumps(value, indent=2).encode() + b"\n")
+
+
+def write_items(file: BinaryIO, pieces: Iterable[list]) -> None:
+    """The items of all pieces, as json.dump writes those of one list."""
+    comma = ""
+    for piece in filter(None, pieces):
+        file.write((comma + json.dumps(piece)[1:-1]).encode())
+        comma = ", "
 
 
 def open_files() -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import killed_run
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from mopro_fast.checkpoints.weights import load_encoder
+from mopro_fast.data.index import Index
+from mopro_fast.data.paths import Paths
 from mopro_fast.downstream import clean as module
 from mopro_fast.downstream import image_map
 from mopro_fast.downstream.clean import OFFICIAL, TABLE, Clean, clean
@@ -105,6 +108,27 @@ def test_the_official_file_is_what_json_dump_writes(whole):
     expected = {"images": [r["path"] for r in stay], "labels": [r["label"] for r in stay]}
     assert (whole / OFFICIAL).read_text() == json.dumps(expected)
     assert sorted(p.name for p in whole.iterdir()) == [MARKER, "clean.json", TABLE, OFFICIAL]
+
+
+@pytest.mark.parametrize("odd", [None, 0, 149], ids=["text", "first", "last"])
+def test_one_name_that_is_no_text_makes_all_binary(tmp_path, monkeypatch, odd):
+    """The bytes are those of the whole table at once, in groups, whatever the names."""
+    names = Paths([b"\xff" if i == odd else f'{i} "\u2028'.encode() for i in range(IMAGES)])
+    index = Index("", names, np.arange(IMAGES) % 5 - 1, None, "")
+    numbers = np.random.default_rng(0).integers(0, 4, (IMAGES, 8)).astype(np.float32)
+    numbers[5:100:7], numbers[::11, 0] = np.nan, -1
+    monkeypatch.setattr(module, "_NAMES", 40)
+    totals = module._finish(tmp_path, index, numbers, {"batch_size": BATCH}, [])
+    table = pq.read_table(tmp_path / TABLE)
+    assert table["path"].combine_chunks().equals(names.for_table())
+    assert table["path"].type == (pa.string() if odd is None else pa.binary())
+    pq.write_table(table, tmp_path / "whole.parquet", row_group_size=16 * BATCH, compression="zstd")
+    assert (tmp_path / TABLE).read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+    label = np.where(np.isnan(numbers[:, 0]), -1, numbers[:, 0]).astype(int)
+    assert table["label"].to_pylist() == label.tolist() and totals["unreadable"] == np.isnan(numbers[:, 1]).sum()
+    stay = np.flatnonzero(label >= 0)
+    expected = {"images": names[stay].tolist(), "labels": label[stay].tolist()}
+    assert (tmp_path / OFFICIAL).read_text() == json.dumps(expected)
 
 
 def interrupted(model: Path, data: Path, out: Path, after: int, **changes) -> None:

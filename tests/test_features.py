@@ -111,6 +111,17 @@ def test_interrupted_it_goes_on(tmp_path, index, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["x.npy"]
 
 
+def test_the_file_is_that_of_numpy_wherever_its_parts_begin(tmp_path, index, monkeypatch):
+    monkeypatch.setattr(image_map, "_SAVE_EVERY", 0)
+    monkeypatch.setattr(image_map, "_PIECE", 50)  # four rows
+    rows = np.delete(index.ids, [0, 4, 17, 18]).astype(np.int32)
+    compute(index, tmp_path / "x.npy", sums, 3, OPTIONS, [rows[i::4] for i in range(4)])
+    expected = np.full((30, 3), np.nan, np.float32)
+    expected[rows] = sums(pixels(index))[rows]
+    np.save(tmp_path / "y.npy", expected)
+    assert (tmp_path / "x.npy").read_bytes() == (tmp_path / "y.npy").read_bytes()
+
+
 def test_broken_images_are_left_out_and_named(tmp_path, folder, capsys):
     write_folders(tmp_path / "data", {"": 2})
     broken = tmp_path / "data" / "n02" / "1.png"

@@ -19,6 +19,7 @@ from PIL import Image
 
 from mopro_fast import cli
 from mopro_fast.config import recipe
+from mopro_fast.data.order import place_in_class
 from mopro_fast.downstream.retrain import Retrain
 from mopro_fast.errors import UserError
 from mopro_fast.labels import REMOVED, UNSEEN, by_class, relabellings, verdicts
@@ -131,6 +132,27 @@ def test_the_sample_fills_up_where_a_verdict_is_rare_and_keeps_to_the_classes_as
     assert len(rows) == 100 and (few[rows] == REMOVED).sum() == 3
     rows = figures.sample(given, new, 100, seed=0, only=np.array([3]))
     assert len(rows) == 100 and ((given[rows] == 3) | (new[rows] == 3)).all()
+
+
+@pytest.mark.parametrize("count", [0, 1, 30, 400, 5000])
+@pytest.mark.parametrize("only", [None, [3, 6]], ids=["all", "only"])
+def test_the_sample_is_that_of_sorting_all_images(labels, monkeypatch, count, only):
+    given, new = labels
+    given = np.where(given == 5, 31_000, given) * (given != 4)  # class 0 is large, and a class far from the others
+    verdict = verdicts(given, new)
+    if only is not None:
+        verdict[~(np.isin(given, only) | np.isin(new, only))] = -1
+    rng = np.random.default_rng(7)
+    wanted = [rng.permutation(np.flatnonzero(verdict == v)) for v in range(3)]
+    wanted = [rows[np.argsort(place_in_class(given[rows]), kind="stable")] for rows in wanted]
+    slots = [int(count * 0.15), count - int(count * 0.15) - int(count * 0.4), int(count * 0.4)]
+    taken = [rows[:n] for rows, n in zip(wanted, slots, strict=True)]
+    for v in (1, 2, 0):
+        taken[v] = wanted[v][: len(taken[v]) + count - sum(map(len, taken))]
+    monkeypatch.setattr(figures, "_ROWS", 97)
+    for kind in (np.int64, np.int16):
+        found = figures.sample(given.astype(kind), new.astype(np.int32), count, 7, only)
+        assert found.dtype == np.int64 and np.array_equal(found, np.sort(np.concatenate(taken)))
 
 
 def test_curves_are_bounded_and_keep_their_extremes():
@@ -445,14 +467,41 @@ def test_the_table_of_clean_replaces_the_labels_of_training(run, tmp_path):
     assert all("now" in card for card in collect(run, table=str(bare))["images"])  # the newest checkpoint scores them
 
 
+@pytest.mark.parametrize("label, kind", [(5, np.int16), (-40_000, np.int32), (40_000, np.int32)])
+def test_a_table_is_read_in_pieces_and_of_its_names_only_those_asked_for(tmp_path, monkeypatch, label, kind):
+    n = 1000
+    verdict = np.resize(["kept", "relabelled", "removed", "unreadable", None], n)
+    columns = {"given": np.arange(n) % 9 - 1, "verdict": verdict, "label": np.arange(n) % 7, "best": np.arange(n)}
+    columns["label"][600] = label  # kept
+    columns["path"] = [None if i == 8 else b"%d\xff" % i for i in range(n)]
+    columns["given"] = pa.array(columns["given"], mask=columns["given"] < 0)
+    columns["score_best"] = np.linspace(0, 1, n)
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet", row_group_size=64)
+    monkeypatch.setattr(images, "_ROWS", 100)
+    found = images.read_table(tmp_path / "t.parquet")
+    assert found.given.dtype == np.int16 and (found.given == np.arange(n) % 9 - 1).all()
+    new = [{"removed": REMOVED, "unreadable": UNSEEN, None: UNSEEN}.get(v, i % 7) for i, v in enumerate(verdict)]
+    new[600] = label
+    assert found.new.dtype == kind and found.new.tolist() == new
+    rows = np.array([0, 8, 63, 64, 600, 999])
+    paths, scores = found.table.rows(rows)
+    assert paths.tolist() == ["" if i == 8 else f"{i}\udcff" for i in rows]
+    assert scores == [{"score_best": columns["score_best"][i], "best": i} for i in rows]
+    assert found.table.rows(rows[:0])[1] == []
+
+
 def test_a_wrong_table_is_one_line(run, tmp_path):
     (tmp_path / "text").write_text("no table")
+    numbered = clean_table(run, tmp_path / "c")
+    pq.write_table(pq.read_table(numbered).set_column(1, "path", [range(49)]), numbered)
     for path, message in (
         (tmp_path / "none", "cannot read --table"),
         (tmp_path / "text", "cannot read --table"),
         (tmp_path, "cannot read --table .*cleaned.parquet"),
         (clean_table(run, tmp_path / "a", verdict=None), "no column verdict"),
         (clean_table(run, tmp_path / "b", label=["cat"] * 49), "another type"),
+        (numbered, "another type"),
+        (clean_table(run, tmp_path / "d", given=[1 << 31] * 49), "another type"),
     ):
         with pytest.raises(UserError, match=message) as error:
             collect(run, table=str(path))

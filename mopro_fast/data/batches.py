@@ -137,4 +137,8 @@ class EvalBatches(Batches):
         if resize < size:
             raise UserError(f"cannot crop {size} px from a shorter side of {resize} px: raise --eval-resize")
         self.lost: list[Lost] = []
-        self._rows = self.index.usable[self.rank :: self.world_size].astype(np.int64)  # that this rank shows
+
+    @property
+    def _rows(self) -> np.ndarray:
+        """Those that this rank shows."""
+        return self.index.usable[self.rank :: self.world_size]

@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import os
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 from mopro_fast.data.lists import text_lines
 from mopro_fast.data.paths import Paths, shown
 from mopro_fast.errors import UserError
-from mopro_fast.files import misfit, replacing
+from mopro_fast.files import misfit, replacing, write_items
 
 FOLDER, SAMPLES, ALL, CSV = "capro", "pseudo_label.json", "pseudo_label_all.json", "pseudo_label_all.csv"
 _SCORES = ("classifier", "auxiliary", "prototype", "score")
@@ -62,7 +63,7 @@ def write(table: Path, folder: Path, pathlist: str | None) -> None:
     where = None if pathlist is None else places(pathlist, Paths(pq.read_table(table, columns=["path"])["path"]))
     folder.mkdir(exist_ok=True)
     roots: dict[str, int] = {}
-    columns: dict[str, list[str]] = {name: [] for name in ("targets", "domains", "roots")}
+    columns = {"targets": array("i"), "domains": array("b"), "roots": array("i")}
     first, comma = True, ""
     with replacing(folder / SAMPLES) as samples, replacing(folder / ALL) as every, replacing(folder / CSV) as rows:
         text = io.TextIOWrapper(rows, "utf-8", "surrogateescape", newline="", write_through=True)
@@ -84,13 +85,16 @@ def write(table: Path, folder: Path, pathlist: str | None) -> None:
             if kept:
                 samples.write(f"{'' if first else ', '}{json.dumps([name, offset])}".encode())
                 first = False
-                for column, value in zip(columns.values(), ([row["label"]], anchor, number), strict=True):
-                    column.append(json.dumps(value))
+                for column, value in zip(columns.values(), (row["label"], anchor, number), strict=True):
+                    column.append(value)
         text.detach()
         every.write(b"]")
-        lists = "".join(f', "{name}": [{", ".join(values)}]' for name, values in columns.items())
+        for name, column in columns.items():
+            samples.write(f'], "{name}": ['.encode())
+            pieces = (column[first : first + _ROWS].tolist() for first in range(0, len(column), _ROWS))
+            write_items(samples, ([[label] for label in piece] if name == "targets" else piece for piece in pieces))
         index = {"root2index": roots, "index2root": {str(i): root for root, i in roots.items()}}
-        samples.write(f"]{lists}, {json.dumps(index)[1:]}".encode())
+        samples.write(f"], {json.dumps(index)[1:]}".encode())
 
 
 def _rows(table: Path) -> Iterator[dict[str, Any]]:

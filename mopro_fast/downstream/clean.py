@@ -26,6 +26,7 @@ from mopro_fast.config import MoProConfig, capro_webvision
 from mopro_fast.console import say, tell
 from mopro_fast.data import anchors
 from mopro_fast.data.index import Index, Layout, load_index
+from mopro_fast.data.paths import Paths
 from mopro_fast.downstream import capro_labels, image_map
 from mopro_fast.downstream.features import EncoderConfig, Frozen
 from mopro_fast.errors import UserError
@@ -36,6 +37,7 @@ from mopro_fast.files import (
     read_regular,
     replacing,
     require_own,
+    write_items,
     write_json,
     writing,
 )
@@ -60,6 +62,7 @@ _SCHEMA = pa.schema(
 _OF_CAPRO = [*(pa.field(name, pa.float32()) for name in OF_AUXILIARY), pa.field("anchor", pa.int8())]  # null: not known
 _NUMBERS = "clean-scores.npy"  # float32 [n, 8 or 10] while it works: the label after cleaning, the best class, scores
 _BATCHES = 16  # per group of rows in the table
+_NAMES = 1 << 16  # looked at together; less than 2 GiB of them
 _HINT = "choose another --out"
 
 
@@ -141,9 +144,9 @@ def clean(o: Clean) -> dict[str, int]:
             if distributed.world()[0] == 0:
                 write_json(out / "clean.json", {"settings": settings})
             index = frozen.readable(index, "train")
-            size = o.encoder.batch_size
-            ends = np.searchsorted(index.usable, range(_BATCHES * size, len(index), _BATCHES * size))
-            groups = np.split(index.usable, ends)
+            usable, size = index.usable, o.encoder.batch_size
+            ends = np.searchsorted(usable, np.arange(_BATCHES * size, len(index), _BATCHES * size, usable.dtype))
+            groups = np.split(usable, ends)
             batches = [rows[first : first + size] for rows in groups for first in range(0, len(rows), size)]
             own = [weights.state.get(name) for name in ("prototypes", LOG_SCALE, BIAS, capro.AUXILIARY)]
             own = [None if t is None else t.to(frozen.device) for t in own]
@@ -272,33 +275,43 @@ def _finish(
     out: Path, index: Index, numbers: np.ndarray, settings: dict[str, Any], more: list[pa.Array]
 ) -> dict[str, int]:
     """Write the table and the official file, a group of rows at a time; -> the totals. more: CAPro's last column."""
-    names = index.paths.for_table()
+    rows = _BATCHES * settings["batch_size"]
+    parts = [slice(first, first + rows) for first in range(0, len(index), rows)]
     schema = pa.schema([*_SCHEMA, *_OF_CAPRO]) if more else _SCHEMA
-    schema = schema.set(1, schema.field("path").with_type(names.type))
+    schema = schema.set(1, schema.field("path").with_type(_type_of(index.paths)))
     schema = schema.with_metadata({"mopro_fast.clean": json.dumps(settings)})
+    fields = [f for f in schema if f.name != "path"]
     totals = np.zeros(len(DECISIONS), np.int64)
-    labels: list[str] = []
+
+    def decided(part: slice, column: int = 0) -> np.ndarray:
+        """int32: labels after cleaning or, of column 1, the best classes; −1 where an image cannot be read."""
+        return np.nan_to_num(numbers[part, column], nan=REMOVED).astype(np.int32)
+
     with writing(out, _HINT), replacing(out / TABLE) as table, replacing(out / OFFICIAL) as official:
-        official.write(b'{"images": [')
         with pq.ParquetWriter(table, schema, compression="zstd") as writer:
-            rows = _BATCHES * settings["batch_size"]
-            for first in range(0, len(index), rows):
-                part = slice(first, first + rows)
-                paths, given, scores = index.paths[part], index.labels[part], numbers[part, 2:]
-                read = ~np.isnan(numbers[part, 1])
-                label, best = (np.where(read, column, REMOVED).astype(np.int32) for column in numbers[part, :2].T)
-                verdict = np.select([~read, label == REMOVED, label != given], [3, 2, 1], 0)  # of DECISIONS
-                columns = [index.ids[part], given, label, np.array(DECISIONS)[verdict], best, *scores.T]
+            for part in parts:
+                given, label, best = index.labels[part], decided(part), decided(part, 1)
+                verdict = np.select([best < 0, label == REMOVED, label != given], [3, 2, 1], 0)  # of DECISIONS
+                ids = np.arange(part.start, part.start + len(given))
+                columns = [ids, given, label, np.array(DECISIONS)[verdict], best, *numbers[part, 2:].T]
                 columns += [column[part] for column in more]
-                fields = [f for f in schema if f.name != "path"]
                 arrays = [pa.array(c, f.type, from_pandas=True) for c, f in zip(columns, fields, strict=True)]
-                writer.write_table(pa.table([arrays[0], names[part], *arrays[1:]], schema=schema))
+                names = index.paths[part].column.cast(schema.field("path").type)
+                writer.write_table(pa.table([arrays[0], names, *arrays[1:]], schema=schema))
                 totals += np.bincount(verdict, minlength=len(DECISIONS))
-                stay = label != REMOVED
-                if stay.any():
-                    official.write((", " * bool(labels) + json.dumps(paths[stay].tolist())[1:-1]).encode())
-                    labels.append(json.dumps(label[stay].tolist())[1:-1])
-        official.write(f'], "labels": [{", ".join(labels)}]}}'.encode())
+        official.write(b'{"images": [')
+        write_items(official, (index.paths[part][decided(part) != REMOVED].tolist() for part in parts))
+        official.write(b'], "labels": [')
+        write_items(official, (label[label != REMOVED].tolist() for label in map(decided, parts)))
+        official.write(b"]}")
     found = dict(zip(DECISIONS, totals.tolist(), strict=True))
     write_json(out / "clean.json", {"settings": settings, "totals": found})
     return found
+
+
+def _type_of(names: Paths) -> pa.DataType:
+    """As :meth:`Paths.for_table` has it, in pieces."""
+    pieces = (names[first : first + _NAMES].for_table() for first in range(0, len(names), _NAMES))
+    text = all(pa.types.is_string(piece.type) for piece in pieces)
+    small, large = (pa.string(), pa.large_string()) if text else (pa.binary(), pa.large_binary())
+    return large if names.column.nbytes >> 31 else small

@@ -149,6 +149,6 @@ class Frozen:
         parts = [_VERSION, meaning, index.digest(), index.left_out.tolist(), self.bf16]
         parts += [o["image_size"], o["resize"], o["filter"]]
         if index.checked is not None:
-            parts.append(hashlib.sha256(index.checked.size.tobytes()).hexdigest())
+            parts.append(hashlib.sha256(np.ascontiguousarray(index.checked.size)).hexdigest())
         path = self.folder / f"{name}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.npy"
         return compute(index, path, lambda images, _: self.run(function, images).float(), width, o)

@@ -29,6 +29,7 @@ from mopro_fast.errors import UserError, first_line
 
 _SAVE_EVERY = 60.0  # seconds of work that a kill may cost
 _PART = 1 << 28  # bytes at which a part is written before that
+_PIECE = 1 << 22  # bytes written at a time
 _NAMED = 3  # lost images named in the message
 
 _writing = functools.partial(files.writing, hint="make room there, or name another folder")
@@ -51,13 +52,13 @@ def compute(
     Returns it memory-mapped: float32 [n, width], NaN where an image cannot be read; such images are named. Finished
     parts lie beside it until it is whole. Raises UserError while another process computes it.
 
-    path: NAME-KEY.npy; NAME stands before the progress bar. batches: int64 rows of each (default: the usable ones,
+    path: NAME-KEY.npy; NAME stands before the progress bar. batches: rows of each (default: the usable ones,
     batch_size at a time). again: what the user should remove to have lost images tried again (default: path).
     """
     rank, ranks = world()
     if batches is None:
-        size = loader_options["batch_size"]
-        batches = [index.usable[first : first + size] for first in range(0, len(index.usable), size)]
+        rows, size = index.usable, loader_options["batch_size"]
+        batches = [rows[first : first + size] for first in range(0, len(rows), size)]
     with locked(path):
         missing = by_rank0(lambda: [] if path.is_file() else _missing(path, len(index), batches))
         mine = [batches[i] for i in missing[rank::ranks]]
@@ -163,8 +164,7 @@ def _missing(path: Path, rows: int, batches: list[np.ndarray]) -> list[int]:
     """The numbers of the batches that are not whole in the parts."""
     there = np.zeros(rows, bool)
     for part in _parts(path):
-        ids, _ = _read_part(part)
-        there[ids] = True
+        there[_read_part(part, "ids")] = True
     return [i for i, batch in enumerate(batches) if not there[batch].all()]
 
 
@@ -173,21 +173,22 @@ def _join(path: Path, rows: int, width: int) -> None:
     if not path.is_file():
         with _writing(path.parent), files.replacing(path) as file:
             np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (rows, width)})
-            start, unread = file.tell(), np.full(width, np.nan, np.float32)
-            for _ in range(rows):
-                file.write(unread)
+            start, each = file.tell(), 4 * width  # bytes of a row
+            unread = np.full((-(-_PIECE // each), width), np.nan, np.float32)
+            for first in range(0, rows, len(unread)):
+                file.write(unread[: rows - first])
             for part in _parts(path):
-                ids, values = _read_part(part)
+                ids, values = (_read_part(part, name) for name in ("ids", "values"))
                 runs = np.flatnonzero(np.diff(ids, prepend=-2) != 1)  # where ids do not follow one another
                 for first, some in zip(runs, np.split(values, runs[1:]), strict=True):
-                    file.seek(start + int(ids[first]) * unread.nbytes)
+                    file.seek(start + int(ids[first]) * each)
                     file.write(some)
     shutil.rmtree(_folder(path), ignore_errors=True)
 
 
-def _read_part(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _read_part(path: Path, name: str) -> np.ndarray:
     with _reading(path), files.open_regular(path) as file, np.load(file) as found:
-        return found["ids"], found["values"]
+        return found[name]
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import base64
 import itertools
 import math
+from bisect import bisect_left
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from mopro_fast.labels import SHOWN, left, verdicts
 SHARES = (0.15, 0.45, 0.4)  # of the sample
 POINTS = 300  # per curve
 CELLS = 128  # per side of the similarity map
+_ROWS = 1 << 18  # of the images at a time
 
 
 def thin(x: np.ndarray, y: np.ndarray, points: int = POINTS) -> dict[str, list]:
@@ -58,16 +60,50 @@ def sample(given: np.ndarray, new: np.ndarray, count: int, seed: int, only: np.n
     rng = np.random.default_rng(seed)
     verdict = verdicts(given, new)
     if only is not None:
-        verdict[~(np.isin(given, only) | np.isin(new, only))] = -1
-    wanted = [rng.permutation(np.flatnonzero(verdict == v)) for v in range(len(SHOWN))]
-    wanted = [rows[np.argsort(place_in_class(given[rows]), kind="stable")] for rows in wanted]
+        for part in _parts(len(verdict)):
+            verdict[part][~(np.isin(given[part], only) | np.isin(new[part], only))] = -1
+    wanted = []
+    for v in range(len(SHOWN)):
+        rows = np.empty(np.count_nonzero(verdict == v), np.int32)
+        end = 0
+        for part in _parts(len(verdict)):
+            found = np.flatnonzero(verdict[part] == v)
+            rows[end : end + len(found)] = found + part.start
+            end += len(found)
+        rng.shuffle(rows)
+        wanted.append(_in_turn(rows, given, count))
     slots = [int(count * share) for share in SHARES]
     slots[1] += count - sum(slots)
     taken = [rows[:n] for rows, n in zip(wanted, slots, strict=True)]
     for v in (1, 2, 0):
         room = count - sum(map(len, taken))
         taken[v] = wanted[v][: len(taken[v]) + room]
-    return np.sort(np.concatenate(taken))
+    return np.sort(np.concatenate(taken)).astype(np.int64)
+
+
+def _in_turn(rows: np.ndarray, given: np.ndarray, count: int) -> np.ndarray:
+    """The first ``count`` of these rows where the given classes take turns, each in its own order."""
+    lowest = int(given.min(initial=0))
+    sizes, seen = np.zeros((2, int(given.max(initial=0)) + 1 - lowest), np.int64)
+
+    def label(rows: np.ndarray) -> np.ndarray:
+        return given[rows].astype(np.int64) - lowest
+
+    for part in _parts(len(rows)):
+        sizes += np.bincount(label(rows[part]), minlength=len(sizes))
+    turns = bisect_left(range(len(rows)), min(count, len(rows)), key=lambda turns: np.minimum(sizes, turns).sum())
+    found, places = [rows[:0]], [np.empty(0, np.int64)]
+    for part in _parts(len(rows)):
+        early = rows[part][seen[label(rows[part])] < turns]
+        place = seen[label(early)] + place_in_class(label(early))
+        found.append(early[place < turns])
+        places.append(place[place < turns])
+        seen += np.bincount(label(early), minlength=len(seen))
+    return np.concatenate(found)[np.argsort(np.concatenate(places), kind="stable")][:count]
+
+
+def _parts(rows: int) -> list[slice]:
+    return [slice(first, first + _ROWS) for first in range(0, rows, _ROWS)]
 
 
 def similarity(prototypes: np.ndarray, cells: int = CELLS, pairs: int = 30) -> dict[str, Any]:

@@ -1,13 +1,18 @@
 """The images of the report: which labels they have, how they look small, and their scores."""
 
 import base64
+import contextlib
 import io
 import os
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from torch import Tensor
@@ -22,6 +27,7 @@ from mopro_fast.data.index import Index
 from mopro_fast.data.paths import Paths, shown
 from mopro_fast.downstream.clean import TABLE
 from mopro_fast.errors import UserError, first_line
+from mopro_fast.files import require_regular
 from mopro_fast.labels import REMOVED, SHOWN, UNSEEN
 from mopro_fast.models.build import build
 from mopro_fast.models.method import Method
@@ -29,6 +35,7 @@ from mopro_fast.ops.reference import decide, mixed_scores
 
 BATCH = 64
 JPEG_QUALITY = 80
+_ROWS = 1 << 18  # of a table at a time
 
 
 @dataclass
@@ -36,46 +43,82 @@ class Labels:
     """Given and corrected labels of all images."""
 
     given: np.ndarray
-    """int64 [n]; −1: none."""
+    """int16, int32 or int64 [n]; −1: none."""
     new: np.ndarray
-    """int64 [n]; −1 removed, −2 not shown."""
+    """int16, int32 or int64 [n]; −1 removed, −2 not shown."""
     source: str
     """Whose the corrections are, for the reader."""
-    paths: Paths
-    """[n], as given in the index or in the table."""
-    scores: dict[str, Any] = field(default_factory=dict)
-    """Columns [n] of the table: floats by name, and perhaps ``best``, the class of the highest score."""
+    table: "Table | None" = None
+    """Has the images' paths and perhaps their scores; None: the images are those of the index."""
 
-    def path(self, row: int) -> str:
-        return shown(self.paths[int(row)])
+
+class Table:
+    """The table that `mopro-fast clean` writes, or its folder. Its columns are read as they are asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path / TABLE if os.path.isdir(path) else path
+        with self._reading():
+            require_regular(self.path)
+            self._file = pq.ParquetFile(self.path)
+            self.schema = self._file.schema_arrow
+        names = [f.name for f in self.schema if pa.types.is_floating(f.type)]
+        self.scores = list(dict.fromkeys([*names, *({"best"} & {*self.schema.names})]))
+        """Columns: floats, and perhaps ``best``, the class of the highest score."""
+
+    def batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        """These columns, in pieces."""
+        with self._reading():
+            yield from self._file.iter_batches(_ROWS, columns=columns)
+
+    def rows(self, rows: np.ndarray) -> tuple[Paths, list[dict[str, Any]]]:
+        """The paths and the scores of these rows, which are sorted."""
+        sizes = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
+        ends = np.cumsum(sizes)
+        group = np.searchsorted(ends, rows, side="right")
+        columns = [name for name in self.schema.names if name in ("path", *self.scores)]
+        found = [self.schema.empty_table().select(columns)]
+        for i in np.unique(group):
+            with self._reading():
+                read = self._file.read_row_group(i, columns)
+            found.append(read.take(rows[group == i] - (ends[i] - sizes[i])))
+        table = pa.concat_tables(found)
+        return _paths(table["path"]), table.select(self.scores).to_pylist()
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, pa.ArrowException) as error:
+            why = first_line(error)
+            raise UserError(f"cannot read --table {self.path}: {why}; name the {TABLE} of `mopro-fast clean`") from None
 
 
 def read_table(path: Path) -> Labels:
-    """The table that `mopro-fast clean` writes, or its folder. Needed are path, given, label and verdict."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    path = path / TABLE if os.path.isdir(path) else path
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        why = first_line(error)
-        raise UserError(f"cannot read --table {path}: {why}; name the {TABLE} of `mopro-fast clean`") from None
+    """Of a table of `mopro-fast clean`, or its folder. Needed are path, given, label and verdict."""
+    table = Table(path)
+    path = table.path
     for name in ("path", "given", "label", "verdict"):
-        if name not in table.column_names:
+        if name not in table.schema.names:
             raise UserError(f"--table {path} has no column {name}: it is not the {TABLE} of `mopro-fast clean`")
+    pieces = [[np.empty(0, np.int16)], [np.empty(0, np.int16)]]
     try:
-        given, new = (table[name].cast(pa.int64()).fill_null(-1).to_numpy().copy() for name in ("given", "label"))
-        verdict = table["verdict"].cast(pa.string())
-        paths = Paths(table["path"].fill_null(b"" if pa.types.is_binary(table["path"].type) else ""))
+        _paths(table.schema.empty_table()["path"])
+        for batch in table.batches(["given", "label", "verdict"]):
+            given, new = (np.array(batch[n].cast(pa.int32()).fill_null(-1)) for n in ("given", "label"))
+            verdict = batch["verdict"].cast(pa.string())
+            new[np.array(pc.is_in(verdict, pa.array(SHOWN[2:])))] = REMOVED  # in Arrow: no Python string per image
+            new[~np.array(pc.is_in(verdict, pa.array(SHOWN)))] = UNSEEN  # the image could not be read
+            for piece, column in zip(pieces, (given, new), strict=True):
+                narrow = column.astype(np.int16)
+                piece.append(narrow if (narrow == column).all() else column)
     except (pa.ArrowException, NotImplementedError) as error:
         raise UserError(f"--table {path}: its labels or verdicts are of another type: {error}") from None
-    new[pc.is_in(verdict, pa.array(SHOWN[2:])).to_numpy()] = REMOVED  # in Arrow: no Python string per image
-    new[~pc.is_in(verdict, pa.array(SHOWN)).to_numpy()] = UNSEEN  # the image could not be read
-    floats = [f.name for f in table.schema if pa.types.is_floating(f.type)]
-    scores = {name: table[name] for name in (*floats, *({"best"} & {*table.column_names}))}
-    return Labels(given, new, f"the table {path}", paths, scores)
+    given, new = (np.concatenate(pieces.pop(0)) for _ in range(2))
+    return Labels(given, new, f"the table {path}", table)
+
+
+def _paths(column: pa.ChunkedArray) -> Paths:
+    return Paths(column.fill_null(b"" if pa.types.is_binary(column.type) else ""))
 
 
 def load_model(config: TrainConfig, state: RunState, device: str) -> Method:
@@ -114,20 +157,21 @@ def cards(
     def small(pixels: np.ndarray) -> tuple[str, np.ndarray | None]:
         return thumbnail(pixels, thumb), None if model is None else central_crop(pixels, resize, d.image_size)
 
-    names = labels.paths[rows]
+    names, of_table = (index.paths[rows], [{}] * len(rows)) if labels.table is None else labels.table.rows(rows)
     same = rows.max(initial=0) < len(index) and index.paths[rows].equals(names)
     at = rows if same else index.rows_of(names)
-    unread = {labels.path(row): "not in the training data" for row in rows[at < 0]}
-    rows, at = rows[at >= 0].tolist(), at[at >= 0]
+    paths, given, new = list(map(shown, names)), labels.given[rows].tolist(), labels.new[rows].tolist()
+    unread = {paths[i]: "not in the training data" for i in np.flatnonzero(at < 0)}
+    there = np.flatnonzero(at >= 0).tolist()
     found, crops = [], []
-    for row, result in zip(rows, decoded(index, at, inputs.threads(d), True, small), strict=True):
+    for i, result in zip(there, decoded(index, at[there], inputs.threads(d), True, small), strict=True):
         if isinstance(result, str):
-            unread[labels.path(row)] = result
+            unread[paths[i]] = result
             continue
-        card = {"path": labels.path(row), "given": int(labels.given[row]), "new": int(labels.new[row])}
+        card = {"path": paths[i], "given": given[i], "new": new[i]}
         found.append(card | {"jpeg": result[0], "scores": {}})
         if model is None:
-            found[-1] |= _of_table(labels, row)
+            found[-1] |= _of_table(of_table[i], new[i])
             continue
         crops.append(result[1])
         if len(crops) == BATCH:
@@ -161,12 +205,11 @@ def _score(
         card["scores"] = _finite(values | {"best": score})
 
 
-def _of_table(labels: Labels, row: int) -> dict[str, Any]:
+def _of_table(values: dict[str, Any], new: int) -> dict[str, Any]:
     """As _score does, from the table's columns; score_given and score_best under the names used there."""
-    values = {name: column[row].as_py() for name, column in labels.scores.items()}
-    best = values.pop("best", None)
-    renamed = {name.removeprefix("score_"): v for name, v in values.items()}
-    if best is not None and best == labels.new[row]:
+    best = values.get("best")
+    renamed = {name.removeprefix("score_"): v for name, v in values.items() if name != "best"}
+    if best is not None and best == new:
         renamed["new"] = renamed.get("best")
     return {"scores": _finite(renamed)} | ({} if best is None else {"best": int(best)})
 

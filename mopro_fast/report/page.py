@@ -103,7 +103,7 @@ def collect(options: Report) -> dict[str, Any]:
     }
     if labels is not None and run.index is not None:
         rows = figures.sample(labels.given, labels.new, options.images, options.seed, only)
-        model = None if labels.scores else _model(run, options.device)
+        model = None if labels.table and labels.table.scores else _model(run, options.device)
         shown = cards(labels, rows, run.index, model, run.config, options.thumb, options.device)
         contents |= dict(zip(("images", "unread"), shown, strict=True))
     return contents | {"missing": run.missing}
@@ -166,7 +166,7 @@ def _labels(run: Run, table: str | None) -> Labels | None:
     if len(new) != len(run.index):
         run.missing["the corrected labels"] = f"there are {len(new)} labels, but {len(run.index)} images"
         return None
-    return Labels(run.index.labels, new, source, run.index.paths)
+    return Labels(run.index.labels, new, source)
 
 
 def _class_numbers(wanted: Iterable[str], names: list[str] | None, classes: int) -> np.ndarray | None:
@@ -312,11 +312,10 @@ def _charts(run: Run) -> list[dict[str, Any]]:
 
 def _label_numbers(labels: Labels, classes: int) -> dict[str, Any]:
     verdict = verdicts(labels.given, labels.new)
-    counts = np.bincount(verdict[verdict >= 0], minlength=len(SHOWN)).tolist()
     return {
         "source": labels.source,
-        "counts": dict(zip(SHOWN, counts, strict=True)),
-        "unseen": int((verdict < 0).sum()),
+        "counts": {name: int(np.count_nonzero(verdict == v)) for v, name in enumerate(SHOWN)},
+        "unseen": int(np.count_nonzero(verdict < 0)),
         "unlabelled": int((labels.given < 0).sum()),
         "classes": {k: v.tolist() for k, v in by_class(labels.given, labels.new, classes).items()},
         "pairs": relabellings(labels.given, labels.new),

@@ -122,21 +122,23 @@ class Run:
 
     @cached_property
     def labels(self) -> tuple[np.ndarray, str] | None:
-        """int64 [images], −1 removed, −2 not shown; and whose labels they are."""
+        """int32 [images], −1 removed, −2 not shown; and whose labels they are."""
         if self.raw_config.get("method") == "ce":
             self.missing["the corrected labels"] = "plain cross-entropy corrects none"
             return None
         path = self.folder / "labels.pt"
         try:
             with open_regular(path) as file:
-                labels = torch.load(file, weights_only=True).numpy().astype(np.int64).reshape(-1)
+                labels = torch.load(file, weights_only=True).numpy().reshape(-1)
             if not UNSEEN <= labels.min(initial=0) <= labels.max(initial=0) < self.config.data.num_classes:
                 raise ValueError
-            return labels, "the last finished epoch of training"
+            return labels.astype(np.int32, copy=False), "the last finished epoch of training"
         except Exception as error:  # whatever a broken file makes the unpickler raise
             why = "no epoch is finished yet" if not os.path.exists(path) else f"cannot read labels.pt ({_why(error)})"
         if self.state is not None and bool((self.state.assigned != UNSEEN).any()):
-            return self.state.assigned.numpy().astype(np.int64), "the epoch in progress, as far as it was saved"
+            return self.state.assigned.numpy().astype(
+                np.int32, copy=False
+            ), "the epoch in progress, as far as it was saved"
         self.missing["the corrected labels"] = why
         return None
 
