@@ -16,6 +16,7 @@ from mopro_fast.data.batches import Batch, EvalBatches, TrainBatches
 from mopro_fast.data.reader import Reader
 from mopro_fast.data.stream import READ_AHEAD, Decoder, Job, Stream
 from mopro_fast.data.views import Cropper
+from mopro_fast.labels import pieces
 from mopro_fast.ops.colour import color_jitter
 from mopro_fast.transfer import to_device
 
@@ -67,14 +68,13 @@ class TrainLoader(TrainBatches):
         view = self.batch_size * (2 if self.two_views else 1) * self.image_size**2 * 3
         decoding, checked, shards = self._stream.depth, self.index.checked, self.index.shards
         parts = {f"{decoding if self._cropper is None else 2} batches of views": view * decoding}
-        usable = self.index.usable
+        rows = self.index.usable if checked is not None else self.index.in_shards
         if checked is not None and self._cropper is not None:
-            pixels = np.mean(checked.width[usable].astype(np.int64) * checked.height[usable])
+            pixels = _mean(lambda some: checked.width[some].astype(np.int64) * checked.height[some], rows)
             parts[f"{decoding} of whole images"] = decoding * self.batch_size * 3 * pixels
-        sizes = checked.size[usable] if checked is not None else shards and shards.size[self.index.in_shards]
-        if sizes is not None:
-            files = (decoding + READ_AHEAD) * self.batch_size
-            parts[f"{decoding + READ_AHEAD} of files"] = files * sizes.mean()
+        if rows is not None:
+            sizes, files = (checked or shards).size, (decoding + READ_AHEAD) * self.batch_size
+            parts[f"{decoding + READ_AHEAD} of files"] = files * _mean(lambda some: sizes[some], rows)
         return "read and decoded ahead: " + ", ".join(f"{name} ({size / 1e6:.0f} MB)" for name, size in parts.items())
 
     def _batch(self, epoch: int, step: int) -> Batch:
@@ -175,6 +175,11 @@ class EvalLoader(EvalBatches):
     def close(self) -> None:
         """Stop all threads and free DALI's memory. The loader starts again when iterated over."""
         self._stream.close()
+
+
+def _mean(numbers: Callable[[np.ndarray], np.ndarray], rows: np.ndarray) -> float:
+    """Of the whole numbers of these rows."""
+    return sum(int(numbers(rows[piece]).sum()) for piece in pieces(len(rows))) / len(rows)
 
 
 # Boxes in DALI's arithmetic, in float64, so that they equal augment.crop_boxes to the last pixel. Python constants
