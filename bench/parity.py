@@ -315,7 +315,7 @@ def sampling(folder: Path) -> list[dict]:
         official.webvision_dataset("", str(folder / "sizes.json"), None, "train").repeat()
     finally:
         official.random.shuffle = kept
-    ours = balancing_repeats(labels)[sizes.cumsum() - 1]
+    ours = balancing_repeats(labels, np.arange(len(labels)))[sizes.cumsum() - 1]
     differ = int((ours != np.array([weights[c] for c in range(1000)])).sum())
     return [row("sampling weights of classifier re-training", "classes that differ", differ, 0, 1000)]
 

@@ -28,6 +28,8 @@ _group_timeout = datetime.timedelta(minutes=30)  # of collectives: peers.py know
 _PATIENCE = 20.0  # seconds before ranks that do not come are spoken of
 _STEP = 10.0  # seconds that a signal waits for the end of a step at least
 
+_by_rank0 = False  # whether it is computing for the others
+
 T = TypeVar("T")
 
 
@@ -253,16 +255,21 @@ def by_rank0(compute: Callable[[], T]) -> T:
     """What rank 0 computes (something picklable), on every rank. The others wait for as long as it takes.
 
     Large arrays in it are shared by a machine's ranks (sharing.py). Where rank 0 raises an exception the others end.
+    Inside of ``compute`` it is rank 0's own call.
     """
-    if alone():
+    global _by_rank0
+    if alone() or _by_rank0:
         return compute()
     group = _patient_group()
     value = refused = None
     if world()[0] == 0:
+        _by_rank0 = True
         try:
             value = compute()
         except Exception as error:
             refused = error
+        finally:
+            _by_rank0 = False
     if from_rank0(refused is not None, group):
         if refused is None:
             sys.exit(2)  # rank 0 says why

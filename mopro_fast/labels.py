@@ -1,6 +1,6 @@
 """The names of what can be said of a label, and how many images of each class it is said of."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -10,30 +10,36 @@ REMOVED = -1  # in a record of decisions: kept out of the losses
 UNSEEN = -2  # in a record of decisions: not shown in this epoch
 DECISIONS = ("kept", "relabelled", "removed", "unreadable")  # what label correction says of an image
 SHOWN = DECISIONS[:3]  # of an image that was shown
+PIECE = 1 << 20
+
+
+def pieces(images: int) -> Iterator[slice]:
+    """A column of so many images in pieces of PIECE: what is computed of one at a time takes megabytes."""
+    return (slice(first, min(first + PIECE, images)) for first in range(0, images, PIECE))
 
 
 def verdicts(given: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """int8 [n]: index into SHOWN, −1 where the image was not shown."""
-    verdict = np.where(new == REMOVED, 2, np.where(new == given, 0, 1)).astype(np.int8)
-    return np.where(new == UNSEEN, np.int8(-1), verdict)
+    """int8 [n]: index into SHOWN, −1 where the image was not shown. given, new: int [n]."""
+    verdict = (new != given).astype(np.int8)
+    verdict[new == REMOVED] = 2
+    verdict[new == UNSEEN] = -1
+    return verdict
 
 
 def by_class(given: np.ndarray, new: np.ndarray, classes: int) -> dict[str, np.ndarray]:
     """Per given class, int64 [C]: images shown, relabelled and removed of them, and others' images relabelled to it.
 
-    The estimated noise rate is (relabelled + removed) / images.
+    The estimated noise rate is (relabelled + removed) / images. given, new: int [n].
     """
-    verdict = verdicts(given, new)
-
-    def count(labels: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        return np.bincount(labels[mask & (labels >= 0)], minlength=classes)
-
-    return {
-        "images": count(given, verdict >= 0),
-        "relabelled": count(given, verdict == 1),
-        "removed": count(given, verdict == 2),
-        "joined": count(new, verdict == 1),
-    }
+    width = max(classes, int(given.max(initial=-1)) + 1, int(new.max(initial=-1)) + 1)
+    found = {name: np.zeros(width, np.int64) for name in ("images", "relabelled", "removed", "joined")}
+    for piece in pieces(len(given)):
+        old, now = given[piece], new[piece]
+        verdict = verdicts(old, now)
+        masks = verdict >= 0, verdict == 1, verdict == 2, verdict == 1
+        for count, labels, mask in zip(found.values(), (old, old, old, now), masks, strict=True):
+            count += np.bincount(labels[mask & (labels >= 0)], minlength=width)
+    return found
 
 
 def left(of_class: Mapping[str, ArrayLike]) -> np.ndarray:
@@ -43,9 +49,13 @@ def left(of_class: Mapping[str, ArrayLike]) -> np.ndarray:
 
 
 def relabellings(given: np.ndarray, new: np.ndarray, most: int = 100) -> list[list[int]]:
-    """The most frequent [given, new, images]; given −1: no label was given."""
-    rows = verdicts(given, new) == 1
+    """The most frequent [given, new, images]; given −1: no label was given. given, new: int [n]."""
     width = int(new.max(initial=0)) + 1
-    keys, counts = np.unique((given[rows] + 1) * width + new[rows], return_counts=True)
+    dtype = np.int32 if (int(given.max(initial=0)) + 2) * width < 1 << 31 else np.int64
+    keys = [np.empty(0, dtype)]
+    for piece in pieces(len(given)):
+        rows = verdicts(given[piece], new[piece]) == 1
+        keys.append((given[piece][rows].astype(dtype) + 1) * width + new[piece][rows].astype(dtype))
+    keys, counts = np.unique(np.concatenate(keys), return_counts=True)
     order = np.argsort(-counts, kind="stable")[:most]
     return np.column_stack([keys[order] // width - 1, keys[order] % width, counts[order]]).tolist()

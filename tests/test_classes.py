@@ -162,11 +162,13 @@ def test_the_terminal_says_an_alarm_when_it_begins_and_the_log_every_time(given)
 def test_held_out_images_are_counted_by_the_class_that_they_would_become():
     model = small_model()
     given, trusted = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3]), torch.tensor([0, 2, 2, 1, 3, 1, 2, 0])
+    ids = torch.arange(1, 17, 2)
     new, kept = torch.tensor([0, 2, 2, 2, -1, 1, 2, 0]), torch.tensor([1, 1, 1, 1, 0, 1, 1, 1], dtype=torch.bool)
     score = torch.tensor([0.9, 0.9, 0.9, 0.9, 0.1, 0.1, 0.1, 0.9])
     model.correct = lambda *_: (new, kept, new.clamp(min=0), score)
     images = torch.zeros(8, 16, 16, 3, dtype=torch.uint8)
-    found = held_out(model, [(images, trusted, torch.arange(8))], torch.device("cpu"), False, given, trusted=True)
+    batches, known = [(images, trusted, ids)], torch.stack([ids, given])
+    found = held_out(model, batches, torch.device("cpu"), False, known, trusted=True)
     assert found["of_class"] == [[1, 0, 2, 0], [1, 0, 1, 0]]
     assert [found[n] for n in ("images", "relabelled", "removed", "sure")] == [8, 3 / 8, 1 / 8, 5 / 8]
     assert found["sure_right"] == 4 / 5

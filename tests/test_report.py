@@ -80,7 +80,8 @@ def copy_of(run: Path, folder: Path) -> Path:
 
 
 @pytest.fixture
-def labels():
+def labels(monkeypatch):
+    monkeypatch.setattr("mopro_fast.labels.PIECE", 1500)
     rng = np.random.default_rng(1)
     given, new = rng.integers(-1, 7, 4000), rng.integers(-2, 7, 4000)
     return given, np.where(rng.random(4000) < 0.5, given, new)

@@ -100,14 +100,14 @@ def test_repeats_are_those_of_the_official_list():
         sizes = Counter(labels.tolist())
         shares = {y: (1 / n) ** 0.5 for y, n in sizes.items()}
         expected = [10 * shares[y] / min(shares.values()) for y in labels.tolist()]
-        got = balancing_repeats(labels)
+        got = balancing_repeats(labels, np.arange(len(labels)))
         assert ((got == np.floor(expected)) | (np.abs(got - expected) < 1e-9)).all()
         assert got.min() == (10 if classes > 1 else got.max())
 
 
 def test_an_epoch_is_drawn_without_putting_back(data):
     index = load_index(data / "val.txt", "train", num_classes=4)
-    repeats = balancing_repeats(index.labels)
+    repeats = balancing_repeats(index.labels, index.ids)
     orders = np.stack([epoch_order(index, 0, epoch, 0, repeats) for epoch in range(2000)])
     assert orders.shape == (2000, len(index)) and (orders[7] == epoch_order(index, 0, 7, 0, repeats)).all()
     assert all((np.bincount(order, minlength=len(index)) <= repeats).all() for order in orders)
@@ -310,6 +310,16 @@ def test_an_image_that_is_listed_twice_has_the_label_of_each_row(tmp_path):
     c = Retrain(cleaned=str(tmp_path / "c.parquet"))
     index = load_index(tmp_path / "list.txt", "train", num_classes=2)
     assert with_cleaned_labels(c, index).labels.tolist() == [0, -1, 2]
+
+
+def test_a_table_in_the_order_of_the_images_is_read_in_pieces_without_looking_names_up(data, monkeypatch):
+    monkeypatch.setattr("mopro_fast.downstream.retrain._ROWS", 16)
+    index, c = load_index(data / "list.txt", "train", num_classes=4), Retrain(cleaned=str(data / "c.parquet"))
+    expected = with_cleaned_labels(Retrain(cleaned=str(data / "pseudo_label.json")), index).labels  # by name
+    monkeypatch.setattr("mopro_fast.data.paths.Paths.rows_of", None)
+    assert np.array_equal(with_cleaned_labels(c, index).labels, expected)
+    with pytest.raises(TypeError):  # another order, though at the end alone
+        with_cleaned_labels(c, index.take(np.r_[:72, 73, 72]))
 
 
 def test_refusals(data, model, whole, tmp_path):

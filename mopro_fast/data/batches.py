@@ -88,7 +88,7 @@ class TrainBatches(Batches):
             raise UserError(f"no image of {source} can be shown: name more images, or others")
         self.steps_per_epoch = -(-images // rows) if self.whole else images // rows
         self.lost: list[tuple[int, int, Lost]] = []
-        self._latest: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))  # an epoch and its order
+        self._latest: tuple[int, np.ndarray] = (-1, np.empty(0, np.int32))  # an epoch and its order
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The batches of steps [start_step, steps_per_epoch) of this epoch."""
@@ -100,16 +100,14 @@ class TrainBatches(Batches):
 
     def _order(self, epoch: int) -> np.ndarray:
         if self._latest[0] != epoch:
-            order = epoch_order(self.index, self.seed, epoch, self.shuffle_shards, self.repeats)
-            if self.whole:
-                order = np.resize(order, self.steps_per_epoch * self.batch_size * self.world_size)
-            self._latest = (epoch, order)
+            self._latest = (-1, np.empty(0, np.int32))  # its memory, before the next one takes as much
+            self._latest = (epoch, epoch_order(self.index, self.seed, epoch, self.shuffle_shards, self.repeats))
         return self._latest[1]
 
     def rows(self, epoch: int, step: int) -> np.ndarray:
         """int64 [N]: the index's rows that this rank shows at this step."""
-        first = (step * self.world_size + self.rank) * self.batch_size
-        return self._order(epoch)[first : first + self.batch_size].astype(np.int64)
+        first, order = (step * self.world_size + self.rank) * self.batch_size, self._order(epoch)
+        return order[np.arange(first, first + self.batch_size) % len(order)].astype(np.int64)
 
     def _others(self, epoch: int) -> Callable[[int], np.ndarray]:
         """order.substitutes for the rows of this epoch."""

@@ -96,7 +96,7 @@ class DeviceTrainLoader(TrainBatches):
 
     def _readable(self, epoch: int, step: int) -> np.ndarray:
         """The rows of :meth:`_rows`, those that are not there replaced."""
-        rows = self.rows(epoch, step).copy()
+        rows = self.rows(epoch, step)
         for i in np.flatnonzero(self._images[rows, 1] == 0):
             row = int(rows[i])
             others = self._others(epoch)(row)

@@ -19,12 +19,13 @@ from mopro_fast.data.class_folders import is_number
 from mopro_fast.data.decode import UNREADABLE, VERDICTS
 from mopro_fast.data.index import Checked, Index, load_index, synsets, val_layout
 from mopro_fast.data.lists import read_list
-from mopro_fast.data.order import place_in_class
+from mopro_fast.data.order import place_in_class, row_type
 from mopro_fast.data.paths import Paths, shown
 from mopro_fast.data.pipeline import EvalLoader, TrainLoader
 from mopro_fast.distributed import number, say, world
 from mopro_fast.errors import UserError
 from mopro_fast.files import replacing
+from mopro_fast.labels import pieces
 
 _HOLDOUT = 4  # word of the generator's seed; order.py and batches.py have 0 to 2, supervised.py 3
 _KINDS = 3  # of unreadable images that are printed; left_out.csv has all
@@ -96,24 +97,46 @@ def hold_out(index: Index, data: DataConfig) -> tuple[Index, Index]:
     A share takes the same images whatever ``--seed`` is, so that runs can be compared, and leaves each class one at
     least. Raises a UserError.
     """
-    holdout, labels, share = data.holdout, index.labels, data.held_out_share()
-    if share is None:
-        rows, trusted = _trusted(index, holdout, data.num_classes)
+    rows, trusted, rest = _held_out(index, data)
+    labels = index.labels
+    if trusted is not None:
         labels = labels.copy()
         labels[rows] = trusted
-    else:
-        order = np.random.default_rng(_HOLDOUT).permutation(len(index))
-        order = order[labels[order] >= 0]
-        of_class = labels[order]
-        sizes = np.bincount(of_class)
-        taken = np.minimum(np.rint(share * sizes), sizes - 1)
-        rows = np.sort(order[place_in_class(of_class) < taken[of_class]])
-    if not len(np.setdiff1d(rows, index.left_out)):
-        raise UserError(f"--holdout {holdout}: no labelled image of {index.source} is held out by it: name more")
-    if not len(np.setdiff1d(index.usable, rows)):
-        raise UserError(f"--holdout {holdout} holds out every image of {index.source}: none is left to train on")
-    rest = np.union1d(np.delete(index.ids, rows), index.left_out)
     return dataclasses.replace(index, held_out=rows), dataclasses.replace(index, labels=labels, left_out=rest)
+
+
+def _held_out(index: Index, data: DataConfig) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+    """-> int64: the rows that ``--holdout`` names, their labels if it is a list, and all rows that it does not show."""
+    holdout, trusted, share = data.holdout, None, data.held_out_share()
+    if share is None:
+        rows, trusted = _trusted(index, holdout, data.num_classes)
+    else:
+        rows = _share(index.labels, share)
+    judged = np.zeros(len(index), bool)
+    judged[rows] = True
+    judged[index.left_out] = False
+    if not judged.any():
+        raise UserError(f"--holdout {holdout}: no labelled image of {index.source} is held out by it: name more")
+    trained = np.ones(len(index), bool)
+    for others in (index.left_out, index.held_out, rows):
+        trained[others] = False
+    if not trained.any():
+        raise UserError(f"--holdout {holdout} holds out every image of {index.source}: none is left to train on")
+    return rows, trusted, np.flatnonzero(~judged)
+
+
+def _share(labels: np.ndarray, share: float) -> np.ndarray:
+    """int64, sorted: of each class this share, drawn at random. labels: int64 [n]."""
+    order = np.arange(len(labels), dtype=row_type(len(labels)))
+    np.random.default_rng(_HOLDOUT).shuffle(order)
+    of_class, sizes = np.empty(len(order), np.int32), np.zeros(int(labels.max(initial=-1)) + 1, np.int64)
+    for piece in pieces(len(order)):
+        of_class[piece] = part = labels[order[piece]]
+        sizes += np.bincount(part[part >= 0], minlength=len(sizes))
+    taken = np.append(np.minimum(np.rint(share * sizes), sizes - 1), 0)  # the last is of those without a label, −1
+    place = place_in_class(of_class)
+    rows = [order[piece][place[piece] < taken[of_class[piece]]] for piece in pieces(len(order))]
+    return np.sort(np.concatenate(rows)).astype(np.int64)
 
 
 def _trusted(index: Index, path: str, classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -131,9 +154,13 @@ def _trusted(index: Index, path: str, classes: int) -> tuple[np.ndarray, np.ndar
             raise UserError(f"{where} needs a label in [0, {classes})")
         if label_of.setdefault(row, label) != label:
             raise UserError(f"{where} has two labels, {label_of[row]} and {label}")
-    first = index.paths.rows_of(index.paths)
-    rows = np.flatnonzero(np.isin(first, list(label_of)))
-    return rows, np.array([label_of[row] for row in first[rows].tolist()], labels.dtype)
+    named, trusted = index.paths[np.array(list(label_of), np.int64)], np.array(list(label_of.values()), labels.dtype)
+    rows, found = [], []
+    for piece in pieces(len(index)):
+        own = named.rows_of(index.paths[piece])
+        rows.append(piece.start + np.flatnonzero(own >= 0))
+        found.append(trusted[own[own >= 0]])
+    return np.concatenate(rows), np.concatenate(found)
 
 
 def train_loader(

@@ -1,8 +1,15 @@
-"""The order of an epoch: a function of (seed, epoch) and the data, the same on every rank."""
+"""The order of an epoch: a function of (seed, epoch) and the data, the same on every rank.
+
+Time is linear in the images. Beside the order, 4 bytes an image, memory is what each function says and some megabytes.
+"""
+
+import functools
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from mopro_fast.data.index import Index
+from mopro_fast.labels import PIECE, pieces
 
 _ORDER, _SUBSTITUTE = 0, 2  # first words of the generators' seeds; batches.py has 1
 _CANDIDATES = 20
@@ -11,57 +18,133 @@ _CANDIDATES = 20
 def epoch_order(
     index: Index, seed: int, epoch: int, shuffle_shards: int, repeats: np.ndarray | None = None
 ) -> np.ndarray:
-    """int64 [usable rows]: a permutation of ``index.usable``; with repeats, of as many rows drawn from it.
+    """int32 [usable rows]: a permutation of ``index.usable``; with repeats, of as many rows drawn from it.
+
+    int64 from 2³¹ images on. Shards take another 4 bytes an image while they are mixed.
 
     Files: any permutation. Shards: their own order is shuffled, and rows mix with those of the ``shuffle_shards``
     shards that are open at the time (0: with all), so that what is read lies in a few files.
 
-    repeats: int64 [usable rows]; the rows are drawn, without putting back, from a list that has each this many times.
+    repeats: int [images]; the rows are drawn, without putting back, from a list that has each this many times, those
+    that are not usable no time.
     """
-    rows = index.usable
     rng = np.random.default_rng((_ORDER, seed, epoch))
-    order = rows[rng.permutation(len(rows)) if repeats is None else _drawn(rng, repeats)]
+    if repeats is not None:
+        order = _drawn(rng, repeats)
+    else:
+        left_out, dtype = len(index.left_out) + len(index.held_out), row_type(len(index))
+        order = index.usable.astype(dtype) if left_out else np.arange(len(index), dtype=dtype)
+        rng.shuffle(order)
     if index.shards is None or not shuffle_shards:
         return order
     shard = index.shard_of
-    place = rng.permutation(shard.max() + 1)
-    return order[np.argsort(place[shard[order]] // shuffle_shards, kind="stable")]
+    group = rng.permutation(shard.max() + 1) // shuffle_shards
+    sizes = np.zeros(group.max() + 1, np.int64)
+    for piece in pieces(len(order)):
+        sizes += np.bincount(group[shard[order[piece]]], minlength=len(sizes))
+    mixed, groups = np.empty_like(order), (group[shard[order[piece]]] for piece in pieces(len(order)))
+    for piece, places in zip(pieces(len(order)), _places(groups, sizes.cumsum() - sizes), strict=True):
+        mixed[places] = order[piece]
+    return mixed
 
 
-def balancing_repeats(labels: np.ndarray) -> np.ndarray:
-    """int64 [n]: how often each image is in the official list for classifier re-training.
+def balancing_repeats(labels: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """int32 [images]: how often each is in the official list for classifier re-training of these rows; 0: not there.
 
     Classes are drawn in proportion to the square root of their size; the largest one's images are there ten times.
+
+    labels: int [images]; those of the rows are 0 or more. rows: int [n].
     """
-    _, inverse, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-    shares = (1 / sizes) ** 0.5
+    sizes = np.zeros(int(labels.max(initial=-1)) + 1, np.int64)
+    for piece in pieces(len(rows)):
+        sizes += np.bincount(labels[rows[piece]], minlength=len(sizes))
+    shares = (1 / sizes[sizes > 0]) ** 0.5
     shares = shares / shares.sum()  # cancels, but for the last bits, which decide what is cut to which whole number
-    return (10 * shares / shares.min()).astype(np.int64)[inverse]
+    of_class = np.zeros(len(sizes), np.int32)
+    of_class[sizes > 0] = 10 * shares / shares.min(initial=1)
+    repeats = np.zeros(len(labels), np.int32)
+    for piece in pieces(len(rows)):
+        repeats[rows[piece]] = of_class[labels[rows[piece]]]
+    return repeats
 
 
 def _drawn(rng: np.random.Generator, repeats: np.ndarray) -> np.ndarray:
-    """int64 [n]: the first n of a shuffled list that has i repeats[i] times, without that list."""
-    ends = repeats.cumsum()
-    places = np.empty(0, np.int64)
-    while len(places) < len(ends):
-        places = np.concatenate([places, rng.integers(ends[-1], size=len(ends))])
-        places = places[np.sort(np.unique(places, return_index=True)[1])]  # a place drawn again is passed over
-    return np.searchsorted(ends, places[: len(ends)], side="right")
+    """int32 [n]: the first n of a shuffled list that has i repeats[i] times, without that list; n: how many it has.
+
+    Places of the list are drawn in rounds of n; one that was drawn before is passed over. Beside the result it takes 4
+    bytes an image, or 8 for a list of 2³¹, and a bit for each place.
+    """
+    images, total = np.count_nonzero(repeats), int(repeats.sum(dtype=np.int64))
+    ends = repeats.cumsum(dtype=row_type(total))
+    drawn, count = np.empty(images, row_type(len(repeats))), 0
+    before = np.zeros(total // 8 + 1, np.uint8)  # a bit for each place
+    while count < images:
+        for piece in pieces(images):
+            places = rng.integers(total, size=piece.stop - piece.start)
+            if count == images:
+                continue  # what is drawn after the order goes on after this round
+            places, turns = _sorted(places)
+            bits = np.left_shift(1, places & 7, dtype=np.uint8, casting="unsafe")
+            new = before[places >> 3] & bits == 0
+            new[1:] &= places[1:] != places[:-1]
+            places = places[new]
+            np.add.at(before, places >> 3, bits[new])
+            rows = np.full(len(turns), -1, drawn.dtype)  # by turn
+            rows[turns[new]] = np.searchsorted(ends, places.astype(ends.dtype), side="right")
+            rows = rows[rows >= 0][: images - count]
+            drawn[count : count + len(rows)] = rows
+            count += len(rows)
+    return drawn
 
 
 def substitutes(order: np.ndarray, shown: int, seed: int, epoch: int, row: int) -> np.ndarray:
     """int64 [20 to 40]: rows to show in place of ``row``, one after the other until one can be read.
 
     First those that the epoch leaves out, order[shown:], up to 20; these may be few, and broken as well: then any.
+    shown: how many rows the epoch shows; where it has more than the order, that begins again.
     """
     rng = np.random.default_rng((_SUBSTITUTE, seed, epoch, row))
     left_out = rng.permutation(order[shown:])[:_CANDIDATES]
-    return np.concatenate([left_out, order[rng.integers(len(order), size=_CANDIDATES)]])
+    places = rng.integers(max(shown, len(order)), size=_CANDIDATES)
+    return np.concatenate([left_out, order[places % len(order)]]).astype(np.int64)
 
 
 def place_in_class(labels: np.ndarray) -> np.ndarray:
-    """int64 [n]: how many of the same label come earlier."""
-    order = np.argsort(labels, kind="stable")
-    place = np.empty(len(labels), np.int64)
-    place[order] = np.arange(len(labels)) - np.searchsorted(labels[order], labels[order])
-    return place
+    """int32 [n], int64 from 2³¹ on: how many of the same label come earlier. labels: int [n]."""
+    parts = [labels[piece] for piece in pieces(len(labels))]
+    classes = functools.reduce(np.union1d, parts, labels[:0])
+    found = np.empty(len(labels), row_type(len(labels)))
+    numbers = (np.searchsorted(classes, part) for part in parts)
+    for piece, places in zip(pieces(len(labels)), _places(numbers, np.zeros(len(classes), np.int64)), strict=True):
+        found[piece] = places
+    return found
+
+
+def _places(parts: Iterable[np.ndarray], following: np.ndarray) -> Iterator[np.ndarray]:
+    """Of each part int64 [n]: where its members go if each group's lie together, in the order in which they come.
+
+    parts: int [n] each, n ≤ PIECE: the groups of the members. following: int64 [groups]: the place of each group's
+    next member; it moves on.
+    """
+    for part in parts:
+        groups, members = _sorted(part)
+        starts = np.flatnonzero(np.diff(groups, prepend=-1))  # groups are 0 or more
+        own, counts = groups[starts], np.diff(starts, append=len(groups))
+        places = np.empty(len(part), np.int64)
+        places[members] = np.arange(len(part)) + np.repeat(following[own] - starts, counts)
+        following[own] += counts
+        yield places
+
+
+def _sorted(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """-> the values, 0 or more, sorted, and where each was, equal ones in their order: int64 [n], n ≤ PIECE.
+
+    Sorting whole numbers is faster than finding their order.
+    """
+    keys = np.sort(values.astype(np.int64) * PIECE + np.arange(len(values)))
+    return keys // PIECE, keys % PIECE
+
+
+def row_type(most: int) -> type[np.signedinteger]:
+    """Of rows or places up to this number."""
+    return np.int32 if most < 1 << 31 else np.int64

@@ -12,6 +12,7 @@ from mopro_fast.console import escaped
 from mopro_fast.errors import first_line
 
 _PIECE = 1 << 20  # names joined at a time
+_FEW = 8  # a share of the rows that is looked for the other way round
 _EACH = pa.scalar(b"", pa.large_binary()), pa.scalar(b"\n", pa.large_binary())  # after each name
 
 
@@ -53,8 +54,14 @@ class Paths:
 
     def rows_of(self, names: "Paths") -> np.ndarray:
         """int64 [len(names)]: the first row of each of these names; -1: none."""
-        found = pc.fill_null(pc.index_in(names.column, value_set=self.column), -1)
-        return found.to_numpy(zero_copy_only=False).astype(np.int64)
+        if len(names) > len(self) // _FEW:
+            return _places(names.column, self.column)
+        # Looking every row up among the names takes no table of all rows.
+        own = _places(self.column, names.column)
+        rows = np.flatnonzero(own >= 0)[::-1]
+        first = np.full(len(names), -1)
+        first[own[rows]] = rows
+        return first[_places(names.column, names.column)] if len(names) else first
 
     def for_table(self) -> pa.Array:
         """As a column of a file for others: strings, or binary where a name is not UTF-8. Paths() takes both."""
@@ -77,6 +84,12 @@ class Paths:
             ended = pc.binary_join_element_wise(self[first : first + _PIECE].column, *_EACH)
             offsets, names = Paths(ended).buffers()
             yield memoryview(names)[offsets[0] : offsets[-1] - (first + _PIECE >= len(self))]
+
+
+def _places(values: pa.Array, of: pa.Array) -> np.ndarray:
+    """int64: where each value comes first; -1: nowhere."""
+    found = pc.fill_null(pc.index_in(values, value_set=of), -1)
+    return found.to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 class Kind(NamedTuple):

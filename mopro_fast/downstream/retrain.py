@@ -13,11 +13,12 @@ from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mopro_fast import distributed
 from mopro_fast.data.index import Index
-from mopro_fast.data.paths import Paths, read_columns, shown
+from mopro_fast.data.paths import TEXT, WHOLE, Paths, read_columns, shown
 from mopro_fast.downstream import capro_labels, supervised
 from mopro_fast.downstream.supervised import (
     OneView,
@@ -27,10 +28,11 @@ from mopro_fast.downstream.supervised import (
     SupervisedTask,
 )
 from mopro_fast.errors import UserError, first_line
-from mopro_fast.files import misfit, read_regular
+from mopro_fast.files import misfit, open_regular, read_regular
 from mopro_fast.labels import NO_LABEL
 
 _MOST = 1 << 32  # bytes of cleaned labels in JSON
+_ROWS = 1 << 18  # of a table read at a time
 
 
 @dataclass
@@ -97,35 +99,73 @@ def with_cleaned_labels(config: Retrain, index: Index) -> Index:
     path = path / "cleaned.parquet" if os.path.isdir(path) else path
     if not os.path.exists(path):
         raise UserError(f"no cleaned labels at {path}: name the --out of `mopro-fast clean`, or a file that it wrote")
-    paths, labels = _read(path, config.pathlist, index)
+    return dataclasses.replace(index, labels=distributed.by_rank0(lambda: _new_labels(path, config, index)))
+
+
+def _new_labels(path: Path, config: Retrain, index: Index) -> np.ndarray:
+    """int64 [images], −1 for those that were removed."""
+    new = _row_by_row(path, index)
+    if new is None:
+        new = _by_name(path, config.pathlist, index)
+    if new.max(initial=NO_LABEL) >= config.data.num_classes:
+        raise UserError(f"{path} has the label {new.max()}: set --num-classes to at least {new.max() + 1}")
+    if new.max(initial=NO_LABEL) < 0:
+        raise UserError(f"{path} keeps no image of {index.source}")
+    return new
+
+
+def _row_by_row(path: Path, index: Index) -> np.ndarray | None:
+    """int64 [images]: the labels of a table of the index's own images in their order; None of any other file.
+
+    What is wrong with another one :func:`_by_name` says, which takes hundreds of bytes an image.
+    """
+    try:
+        with open_regular(path) as file, pq.ParquetFile(file) as table:
+            schema, kinds = table.schema_arrow, {"path": TEXT, "label": WHOLE}
+            fits = [any(is_type(schema.field(name).type) for is_type in kind.types) for name, kind in kinds.items()]
+            if not all(fits) or _of_anchors(schema) or table.metadata.num_rows != len(index):
+                return None
+            labels, first = np.empty(len(index), np.int64), 0
+            for batch in table.iter_batches(_ROWS, columns=list(kinds)):
+                rows = slice(first, first := first + len(batch))
+                if batch["label"].null_count or not Paths(batch["path"]).equals(index.paths[rows]):
+                    return None
+                labels[rows] = batch["label"].cast(pa.int64()).to_numpy(zero_copy_only=False)
+            return labels if labels.min(initial=0) >= NO_LABEL else None
+    except (pa.ArrowException, OSError, ValueError, KeyError, NotImplementedError):
+        return None
+
+
+def _of_anchors(schema: pa.Schema) -> bool:
+    return b"mopro_fast.clean" not in (schema.metadata or {}) and "anchor" in schema.names
+
+
+def _by_name(path: Path, pathlist: str, index: Index) -> np.ndarray:
+    """int64 [images]: the labels of any file of cleaned labels, −1 also where it has none."""
+    paths, labels = _read(path, pathlist, index)
+    if paths.equals(index.paths):  # row by row: lists may name an image twice, with different labels
+        return labels
     rows = index.rows_of(paths)
     if (rows < 0).any():
         first = shown(paths[int((rows < 0).argmax())])
         raise UserError(f"{path} is of other data than {index.source}: it has {first}, which is not there")
     first = paths.rows_of(paths)
-    if not paths.equals(index.paths) and (labels != labels[first]).any():
+    if (labels != labels[first]).any():
         i = int((labels != labels[first]).argmax())
         raise UserError(
             f"{path} has two labels for {shown(paths[i])}, {labels[first[i]]} and {labels[i]}: give the table of all "
             "images, cleaned.parquet, or remove one"
         )
-    if path.suffix != ".json" and len(lacks := np.flatnonzero(paths.rows_of(index.paths) < 0)):
+    found = paths.rows_of(index.paths)
+    if path.suffix != ".json" and len(lacks := np.flatnonzero(found < 0)):
         distributed.say(
             f"{path} has no row for {len(lacks)} of {len(index)} images, such as {shown(index.paths[lacks[0]])}: they "
             "are not shown"
         )
-    if paths.equals(index.paths):  # row by row: lists may name an image twice, with different labels
-        new = labels
-    else:
-        found = paths.rows_of(index.paths)
-        new = np.full(len(index), NO_LABEL)
-        new[rows] = labels
-        new[found >= 0] = labels[found[found >= 0]]
-    if new.max(initial=NO_LABEL) >= config.data.num_classes:
-        raise UserError(f"{path} has the label {new.max()}: set --num-classes to at least {new.max() + 1}")
-    if new.max(initial=NO_LABEL) < 0:
-        raise UserError(f"{path} keeps no image of {index.source}")
-    return dataclasses.replace(index, labels=new)
+    new = np.full(len(index), NO_LABEL)
+    new[rows] = labels
+    new[found >= 0] = labels[found[found >= 0]]
+    return new
 
 
 def _read(path: Path, pathlist: str, index: Index) -> tuple[Paths, np.ndarray]:
@@ -141,9 +181,9 @@ def _read(path: Path, pathlist: str, index: Index) -> tuple[Paths, np.ndarray]:
                 paths, labels = Paths(found["images"]), found["labels"]
             labels = np.array(labels, np.int64)
         else:
-            paths, columns, about = read_columns(path, "label")
+            paths, columns, _ = read_columns(path, "label")
             labels = columns["label"]
-            if b"mopro_fast.clean" not in about and "anchor" in pq.read_schema(path).names:
+            if _of_anchors(pq.read_schema(path)):
                 raise ValueError("it is a table of anchors: give what `mopro-fast clean` wrote")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read the cleaned labels {path}: {first_line(error)}") from None

@@ -103,9 +103,14 @@ class SupervisedTask(Task):
         """The images with a label."""
         trained, own = self.weights.classes, index.classes
         self.other_classes = None not in (trained, own) and trained != own
-        left_out = np.union1d(index.left_out, np.flatnonzero(index.labels < 0))
-        index = dataclasses.replace(index, left_out=left_out)
-        return index, balancing_repeats(index.labels[index.usable]) if self.config.resample else None
+
+        def chosen() -> tuple[np.ndarray, np.ndarray | None]:
+            left_out = np.union1d(index.left_out, np.flatnonzero(index.labels < 0))
+            usable = dataclasses.replace(index, left_out=left_out).usable
+            return left_out, balancing_repeats(index.labels, usable) if self.config.resample else None
+
+        left_out, repeats = distributed.by_rank0(chosen)
+        return dataclasses.replace(index, left_out=left_out), repeats
 
     def build(self) -> Classifier:
         """The checkpoint's encoder, its classifier anew if asked for or if the classes are others."""

@@ -14,6 +14,7 @@ from mopro_fast.labels import by_class, left, relabellings
 from mopro_fast.models.method import Method
 from mopro_fast.training.evaluate import held_out
 from mopro_fast.training.log import RunLog
+from mopro_fast.transfer import to_device
 
 FEWEST = 50  # images that a class must have had for an alarm about it
 LOST, GROWN = 0.1, 2.0  # of the images that a class came with
@@ -137,7 +138,9 @@ class ClassWatch:
 
     def judge_held_out(self, model: Method, loader, device: torch.device, bf16: bool) -> dict:
         """evaluate.held_out, whose numbers of each class go into the table."""
-        found = held_out(model, loader, device, bf16, torch.from_numpy(self._index.labels).to(device), self._trusted)
+        rows = self._index.held_out
+        given = to_device(np.stack([rows, self._index.labels[rows]]), device)
+        found = held_out(model, loader, device, bf16, given, self._trusted)
         self._of_class = found.pop("of_class", None)
         return found
 

@@ -32,19 +32,22 @@ def held_out(
     as shares of them: relabelled, removed; sure (a score above its threshold). sure_right: of the sure ones, how many
     have the held-out label that it prefers (None without any).
 
-    given: int64 [images], the labels that the images came with, by id; these are what is corrected.
+    given: int64 [2, n], ids in rising order, of these images at least, and the labels that they came with; these are
+    what is corrected.
     trusted: the held-out labels are known to be right. Then of_class has two lists [C]: how many images would become
     each class, and how many of them rightly.
     """
     classes = model.encoder_q.classifier.out_features
     counts = torch.zeros(7 + 2 * classes, dtype=torch.int64, device=device)
     judges = model.judges()
+    known, labels_of = given
     for logits, q, labels, ids in _outputs(model.encoder_q, loader, device, bf16, embed=True):
         counts[:3] += _hits(logits, labels)
         if not judges:
             continue
-        new, kept, winner, score = model.correct(logits, q, given[ids])
-        changed = kept & (new != given[ids])
+        own = labels_of[torch.searchsorted(known, ids)]
+        new, kept, winner, score = model.correct(logits, q, own)
+        changed = kept & (new != own)
         sure = score >= model.threshold if model.inclusive else score > model.threshold
         counts[3:7] += torch.stack([mask.sum() for mask in (changed, ~kept, sure, sure & (winner == labels))])
         for i, mask in enumerate((changed, changed & (new == labels))):

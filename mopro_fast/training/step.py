@@ -190,19 +190,22 @@ class TrainStep:
 
     def end_epoch(self) -> tuple[Tensor, Tensor]:
         """-> :meth:`decisions` and :meth:`preferred` of the epoch; both begin anew. Collective."""
-        ended = self.decisions(), self.preferred()
+        assigned, winners = self.decisions(), self.preferred()
+        if assigned is self.assigned:
+            assigned = assigned.clone()
         self.assigned.fill_(UNSEEN)
         self.winners.zero_()
-        return ended
+        return assigned, winners
 
     def preferred(self) -> Tensor:
         """int64 [C, 2] on the CPU: ``winners`` of all ranks."""
         return gather_rows(self.winners[None]).sum(0).cpu()
 
     def decisions(self) -> Tensor:
-        """int32 [images] on the CPU: ``assigned`` of all ranks."""
-        merged = self.assigned.clone()
+        """int32 [images] on the CPU: ``assigned`` of all ranks; itself, where it is alone and there."""
+        merged = self.assigned
         if not distributed.alone():
+            merged = merged.clone()
             torch.distributed.all_reduce(merged, torch.distributed.ReduceOp.MAX)
         return merged.cpu()
 
