@@ -17,7 +17,7 @@ from mopro_fast.checkpoints.weights import load_encoder
 from mopro_fast.data.index import Index
 from mopro_fast.data.paths import Paths
 from mopro_fast.downstream import clean as module
-from mopro_fast.downstream import image_map
+from mopro_fast.downstream import features, image_map
 from mopro_fast.downstream.clean import OFFICIAL, TABLE, Clean, clean
 from mopro_fast.downstream.features import EncoderConfig
 from mopro_fast.errors import UserError
@@ -184,15 +184,15 @@ def test_two_at_a_time_are_refused(model, data, tmp_path):
 
 def test_images_that_break_after_the_check_are_named(whole, model, data, tmp_path, monkeypatch, capsys):
     shutil.copytree(data.parent, tmp_path / "data")
-    readable, broken = module.inputs.readable, (3, 80)
+    readable, broken = features.inputs.readable, (3, 80)
 
-    def then_broken(*args):
-        index = readable(*args)
+    def then_broken(*args, **options):
+        index = readable(*args, **options)
         for i in broken:
             (tmp_path / "data" / f"{i:03d} ü.png").write_bytes(b"broken now")
         return index
 
-    monkeypatch.setattr(module.inputs, "readable", then_broken)
+    monkeypatch.setattr(features.inputs, "readable", then_broken)
     clean(options(model, tmp_path / "data" / "list.txt", tmp_path / "out"))
     error = capsys.readouterr().err
     assert "2 images could not be read" in error and f"remove {tmp_path / 'out'}" in error

@@ -337,21 +337,20 @@ def _from_lists(
     known = made_of and mapped.known(table_of(root, list_file), {"made_of": made_of})
     if known and lowest <= known["label"].min(initial=lowest) <= known["label"].max(initial=lowest) < end:
         return Index(root, Paths(known["path"]), known["label"], None, source, list_file, made_of=made_of)
-    found = []
+    found, asked = [], []
     for name in lists:
-        rows = read_list(name, lambda path: os.path.lexists(os.path.join(root, path)))
+        rows = read_list(name, lambda path: asked.append(path) or os.path.lexists(os.path.join(root, path)))
         bad = (rows.labels < lowest) | (rows.labels >= end)
         if bad.any():
             _refuse_label(name, rows, int(bad.argmax()), split, end)
         kept = slice(None) if keep_classes is None else np.flatnonzero(rows.labels < keep_classes)
         found.append((rows.paths[kept], rows.labels[kept]))
-        if rows.asked:  # which rows there are depends on more than the lists
-            made_of = None
     paths = Paths(pa.chunked_array([p.column for p, _ in found]))
     if not len(paths):
         why = f"no image with a label below --keep-classes {keep_classes}" if keep_classes else "no image"
         raise UserError(f"{source}: {why}: expected lines of the form: path label")
     labels = np.concatenate([labels for _, labels in found])
+    made_of = None if asked else made_of  # else which rows there are depends on more than the lists
     return Index(root, paths, labels, None, source, list_file, made_of=made_of)
 
 

@@ -34,8 +34,6 @@ class Rows(NamedTuple):
     """int64 [n]."""
     lines: np.ndarray
     """int64 [n]: line numbers, from 1."""
-    asked: bool = False
-    """Whether what counts as a row depended on which images are there."""
 
 
 def read_list(name: str, exists: Callable[[str], bool], form: str = "path label") -> Rows:
@@ -65,7 +63,7 @@ def read_list(name: str, exists: Callable[[str], bool], form: str = "path label"
         say(f"{name}: comments: {len(comments)}, such as {text}")
     rows = pa.array(np.delete(np.arange(len(lines)), comments))
     labels = digits.take(rows).cast(pa.large_string()).cast(pa.int64()).to_numpy()
-    return Rows(Paths(paths.take(rows)), labels, numbers[rows.to_numpy()], bool(hashed or inner.any()))
+    return Rows(Paths(paths.take(rows)), labels, numbers[rows.to_numpy()])
 
 
 def read_names(name: str, row_of: Callable[[str], int | None], source: str) -> list[tuple[int, str, int]]:
