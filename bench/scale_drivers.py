@@ -6,6 +6,7 @@ Prints seconds, peak memory and a checksum of the result as a line of JSON; read
 """
 
 import hashlib
+import inspect
 import json
 import sys
 import time
@@ -41,7 +42,12 @@ def labels(index: Index, folder: Path) -> Callable[[], list[np.ndarray]]:
 def order(index: Index, _folder: Path) -> Callable[[], list[np.ndarray]]:
     from mopro_fast.data.order import balancing_repeats, epoch_order
 
-    return lambda: [epoch_order(index, 0, 0, 0, balancing_repeats(index.labels[index.usable]))]
+    def rows() -> list[np.ndarray]:
+        if len(inspect.signature(balancing_repeats).parameters) == 1:  # before it took the rows
+            return [epoch_order(index, 0, 0, 0, balancing_repeats(index.labels[index.usable]))]
+        return [epoch_order(index, 0, 0, 0, balancing_repeats(index.labels, index.usable))]
+
+    return rows
 
 
 def main() -> None:

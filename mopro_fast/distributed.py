@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from mopro_fast import console, peers, signals
+from mopro_fast import console, peers, sharing, signals
 from mopro_fast.errors import UserError, first_line
-from mopro_fast.sharing import shared
 from mopro_fast.transfer import to_device
 
 TIMEOUT = 600.0  # seconds; see start()
@@ -261,11 +260,11 @@ def by_rank0(compute: Callable[[], T]) -> T:
     if alone() or _by_rank0:
         return compute()
     group = _patient_group()
-    value = refused = None
+    packed = refused = None
     if world()[0] == 0:
         _by_rank0 = True
         try:
-            value = compute()
+            packed = sharing.pack(compute())
         except Exception as error:
             refused = error
         finally:
@@ -274,7 +273,7 @@ def by_rank0(compute: Callable[[], T]) -> T:
         if refused is None:
             sys.exit(2)  # rank 0 says why
         raise refused
-    value = shared(value, group)
+    value = sharing.unpack(packed, group)
     dist.destroy_process_group(group)
     return value
 

@@ -59,3 +59,8 @@ def relabellings(given: np.ndarray, new: np.ndarray, most: int = 100) -> list[li
     keys, counts = np.unique(np.concatenate(keys), return_counts=True)
     order = np.argsort(-counts, kind="stable")[:most]
     return np.column_stack([keys[order] // width - 1, keys[order] % width, counts[order]]).tolist()
+
+
+def row_type(rows: int) -> type[np.signedinteger]:
+    """Of row numbers below this count."""
+    return np.int32 if rows < 1 << 31 else np.int64

@@ -14,79 +14,104 @@ import socket
 import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from mopro_fast.errors import CannotWrite
+from mopro_fast.errors import UserError
 
 LEAST = 1 << 16  # bytes of a buffer that is shared; smaller ones are sent
 _ALIGNED = 64  # bytes, as Arrow wants its buffers
 _PIECE = 1 << 24  # bytes sent at a time
 
 
-def shared(value: Any, group: dist.ProcessGroup) -> Any:
-    """Rank 0's ``value`` (something picklable) on every rank; large arrays are read-only. Raises CannotWrite."""
-    rank, box = dist.get_rank(), [None]
-    if rank == 0:
-        buffers: list[pickle.PickleBuffer] = []
-        pickled = pickle.dumps(value, 5, buffer_callback=lambda b: b.raw().nbytes < LEAST or buffers.append(b))
-        sizes = [b.raw().nbytes for b in buffers]
-        box = [(pickled, sizes, _write(_with_name(buffers)) if buffers else None)]
-        del value, buffers
-    dist.broadcast_object_list(box, 0, group=group)
-    pickled, sizes, file = box[0]
-    if file is None:
-        return pickle.loads(pickled)
-    content = _mapped(*file)
-    # Machines on which it is not there get copies.
-    without: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(without, _machine() if content is None else None, group=group)
-    own = file[0] if rank == 0 else None
-    if any(without):
-        writes = content is None and without.index(_machine()) == rank
-        pieces = _pieces(content if rank == 0 else None, group)
-        copy = _write(pieces) if writes else None
-        deque(pieces, maxlen=0)  # a rank that writes nothing takes part
-        copies: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(copies, copy, group=group)
-        if content is None:
-            content = _mapped(*copies[without.index(_machine())])
-        own = copy[0] if writes else own
-    dist.barrier(group)
-    if own is not None:
-        os.unlink(own)
-    ends = np.cumsum([_ALIGNED, *(size + -size % _ALIGNED for size in sizes)]).tolist()
-    views = [memoryview(content)[first : first + size] for first, size in zip(ends, sizes, strict=False)]
-    return pickle.loads(pickled, buffers=views)
+class Packed(NamedTuple):
+    """Something that rank 0 has written for the others."""
+
+    pickled: bytes
+    sizes: list[int]
+    """Bytes of each large buffer."""
+    path: str | None
+    """The file of these; None: there are none."""
+    name: bytes
+    """What the file begins with."""
+    machine: str
 
 
-def _with_name(buffers: list[pickle.PickleBuffer]) -> Iterator[bytes | memoryview]:
-    """What the file holds: bytes that no other file begins with; the buffers."""
-    yield secrets.token_bytes(_ALIGNED)
-    for buffer in buffers:
-        yield buffer.raw()
-        yield bytes(-buffer.raw().nbytes % _ALIGNED)
+def pack(value: Any) -> Packed:
+    """On rank 0. value: something picklable. Raises a UserError where the file cannot be written."""
+    buffers: list[pickle.PickleBuffer] = []
+    pickled = pickle.dumps(value, 5, buffer_callback=lambda b: b.raw().nbytes < LEAST or buffers.append(b))
+    name, sizes = secrets.token_bytes(_ALIGNED), [b.raw().nbytes for b in buffers]
+    padded = (piece for b in buffers for piece in (b.raw(), bytes(-b.raw().nbytes % _ALIGNED)))
+    return Packed(pickled, sizes, _write(chain([name], padded)) if buffers else None, name, _machine())
 
 
-def _write(pieces: Iterable[bytes | memoryview]) -> tuple[str, bytes]:
-    """-> the path of a new file, and how it begins."""
-    folder, path, name = tempfile.gettempdir(), None, b""
+def unpack(packed: Packed | None, group: dist.ProcessGroup) -> Any:
+    """What rank 0 has packed, on every rank: large arrays are read-only. Others have None."""
+    rank, box = dist.get_rank(), [packed]
+    own = packed and packed.path
+    try:
+        dist.broadcast_object_list(box, 0, group=group)
+        packed = box[0]
+        if packed.path is None:
+            return pickle.loads(packed.pickled)
+        content = _mapped(packed.path, packed.name) if packed.machine == _machine() else None
+        # Machines on which the file is not there get copies.
+        without = _of_all(_machine() if content is None else None, group)
+        if any(without):
+            pieces = _pieces(content if rank == 0 else None, group)
+            written = None
+            if content is None and without.index(_machine()) == rank:
+                try:
+                    written = own = _write(pieces)
+                except UserError as error:
+                    written = error
+            deque(pieces, maxlen=0)  # a rank that writes nothing takes part
+            copies = _of_all(written, group)
+            for error in copies:
+                if isinstance(error, UserError):
+                    raise error
+            if content is None:
+                content = _mapped(copies[without.index(_machine())], packed.name)
+        if None in _of_all(content and True, group):
+            raise UserError(f"ranks cannot share {packed.path}: set TMPDIR to a folder of each machine's own")
+    finally:
+        if own is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(own)
+    ends = np.cumsum([_ALIGNED, *(size + -size % _ALIGNED for size in packed.sizes)]).tolist()
+    views = [memoryview(content)[first : first + size] for first, size in zip(ends, packed.sizes, strict=False)]
+    return pickle.loads(packed.pickled, buffers=views)
+
+
+def _of_all(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def _write(pieces: Iterable[bytes | memoryview]) -> str:
+    """-> the path of a new file. Raises a UserError."""
+    folder, path = tempfile.gettempdir(), None
     try:
         number, path = tempfile.mkstemp(prefix="mopro_fast-", dir=folder)
         with open(number, "wb") as file:
             for piece in pieces:
-                name = name or bytes(piece[:_ALIGNED])
                 file.write(piece)
+        return path
     except BaseException as error:
         if path is not None:
             os.unlink(path)
         if isinstance(error, OSError):
-            raise CannotWrite(path or folder, error, "set TMPDIR to another folder") from None
+            raise UserError(
+                f"cannot write {path or folder}, which ranks share: {error.strerror}: make room there, or set TMPDIR "
+                "to another folder"
+            ) from None
         raise
-    return path, name
 
 
 def _mapped(path: str, name: bytes) -> mmap.mmap | None:

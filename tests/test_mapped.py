@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from odd_images import encoded, picture
 
+from mopro_fast.config import DataConfig
 from mopro_fast.data import index as index_module
-from mopro_fast.data import mapped, shards
+from mopro_fast.data import inputs, mapped, shards
 from mopro_fast.data.check import check, load_splits
 from mopro_fast.data.index import load_index
 from mopro_fast.data.pack import Pack, pack
@@ -60,9 +61,18 @@ def test_a_damaged_file_is_not_taken(tmp_path):
     mapped.write(str(path), COLUMNS, {})
     content = path.read_bytes()
     at = content.index(COLUMNS["label"].tobytes())
-    for damaged in (content[:at] + b"\1" + content[at + 1 :], content[:-9], content[:at], b"", b"ARROW1\0\0"):
+    for damaged in (content[:at] + b"\1" + content[at + 1 :], content[:-9], content[:at], b""):
         path.write_bytes(damaged)
         assert mapped.read(str(path), {}) is None
+        assert mapped.write(str(path), COLUMNS, {}) and mapped.read(str(path), {}) is not None
+
+
+def test_one_of_another_version_is_made_again(tmp_path, monkeypatch):
+    path = str(tmp_path / "x.arrow")
+    with monkeypatch.context() as patch:
+        patch.setattr(mapped, "_VERSION", 0)
+        mapped.write(path, COLUMNS, {})
+    assert mapped.read(path, {}) is None and mapped.write(path, COLUMNS, {}) and mapped.read(path, {}) is not None
 
 
 def test_only_such_a_file_is_replaced(tmp_path):
@@ -94,6 +104,15 @@ def test_a_list_is_parsed_once(data, monkeypatch):
         load_index(data, "train", num_classes=2)
 
 
+def test_other_labels_are_not_those_of_the_list(data):
+    """Re-training and fine-tuning check the images with labels of their own."""
+    for labels in (np.full(12, -1), np.arange(12) % 2):
+        check(load(data).with_labels(labels), workers=1, progress=False)
+        assert load(data).labels.tolist() == [i % 3 for i in range(12)]
+    index, judged = inputs.hold_out(load(data), DataConfig(num_classes=3, holdout="0.5"))
+    assert index.made_of is not None and judged.made_of is None
+
+
 def test_a_part_of_the_classes_is_not_the_whole(data, monkeypatch):
     check(load(data), workers=1, progress=False)
     part = load_index(data, "train", num_classes=3, keep_classes=1, missing=True)
@@ -105,7 +124,8 @@ def test_a_part_of_the_classes_is_not_the_whole(data, monkeypatch):
 
 def test_what_depends_on_the_files_there_is_asked_again(data):
     data.write_text(data.read_text() + "#new.jpg 1\n")
-    check(load(data), workers=1, progress=False)
+    checked = check(load(data), workers=1, progress=False)
+    assert mapped.about_of(mapped.places(checked.path)[0])["made_of"] is None
     (data.parent / "#new.jpg").write_bytes(encoded(picture()))
     assert len(load(data)) == 13
 
@@ -124,8 +144,10 @@ def test_a_file_that_stays_lost_costs_no_new_table(data):
     checked = check(load(data), workers=1, progress=False)
     files = [Path(checked.path), Path(mapped.places(checked.path)[0])]
     before = [path.stat().st_mtime_ns for path in files]
+    left = Path(f"{checked.path}.partial.01234567")  # of a check that was ended before it removed that
+    left.write_text('["0.jpg", 1, 1, "JPEG", "unreadable", "", 1, 1, 1]\n')
     assert check(load(data), workers=1, progress=False).read == 1
-    assert [path.stat().st_mtime_ns for path in files] == before
+    assert [path.stat().st_mtime_ns for path in files] == before and not left.exists()
     (data.parent / "5.jpg").write_bytes(encoded(picture()))
     assert check(load(data), workers=1, progress=False).verdict[5] == 0
 
@@ -145,6 +167,7 @@ def test_class_folders_that_change(tmp_path):
     index = load_splits(str(tmp_path / "d"), "auto", None)["train"]
     found = check(index, workers=1, progress=False)
     assert found.read == 1 and found.width[0] == 7
+    assert mapped.read(mapped.places(found.path)[0], {"digest": index.digest()}) is not None
     assert check(index, workers=1, progress=False).read == 0
 
 

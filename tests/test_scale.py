@@ -1,8 +1,10 @@
 """bench/scale.py: its data are what they say they are, its processes end, and the table says what was found."""
 
 import contextlib
+import json
 import os
 import signal
+import subprocess
 import sys
 import time
 import zlib
@@ -64,7 +66,7 @@ def python(code: str) -> scale.Process:
     return scale.Process([sys.executable, "-c", code], HERE)
 
 
-TAKE = "x = bytearray(b'1') * (64 << 20); import time; time.sleep(0.5)"
+TAKE = "x = bytearray(b'1') * (64 << 20); import time; time.sleep(3)"  # longer than another one needs to start
 
 
 @pytest.mark.medium
@@ -72,6 +74,18 @@ def test_memory_is_the_peak_of_one_and_the_sum_of_all(tmp_path):
     child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {TAKE!r}])"
     found = scale.watched([python(TAKE), python(child)], 60, tmp_path / "log")
     assert found["seconds"] > 0.4 and 64 < found["peak_mb"] < 110 and 128 < found["pss_mb"] < 220
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("name", ["clean", "labels", "order"])
+def test_a_part_of_a_command_is_called_alone(name, tmp_path):
+    data = scale_data.write_raw(tmp_path / "raw", 300, 7, {}, files=100)
+    scale_data.write_scores(tmp_path / "scores.npy", 300, 7)
+    for part in dict.fromkeys(["clean", name]):  # what it writes is what others read
+        words = [sys.executable, scale.HERE / "scale_drivers.py", part, data, "7", tmp_path]
+        run = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=True, cwd=tmp_path)
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["seconds"] > 0 and found["peak_mb"] > 10 and len(found["sha256"]) == 64
 
 
 def test_a_process_ends_at_its_step_its_limit_or_its_error(tmp_path):

@@ -4,14 +4,18 @@ import os
 import tempfile
 from pathlib import Path
 
+import killed_run
 import numpy as np
 import pyarrow as pa
 import pytest
-from processes import on_ranks, statuses_of
+from odd_images import encoded, picture
+from processes import on_ranks
 
 from mopro_fast import sharing
 from mopro_fast.distributed import by_rank0
 from mopro_fast.errors import UserError
+from mopro_fast.training.loop import Trainer
+from mopro_fast.training.tasks import task_of
 
 MACHINE_OF = (0, 0, 1, 1)  # by rank
 
@@ -25,9 +29,10 @@ def work(rank: int, _ranks: int, folder: Path) -> None:
     """Machines are folders here: no rank can open a file of another machine."""
     own = folder / f"machine {MACHINE_OF[rank]}"
     own.mkdir(exist_ok=True)
+    sharing._PIECE = 100_000
     tempfile.tempdir, mapped = str(own), sharing._mapped
     sharing._machine = lambda: own.name
-    sharing._mapped = lambda path, name: mapped(path, name) if Path(path).parent == own else None
+    sharing._mapped = lambda path, name: mapped(path, name) if Path(path).parent == own else 1 / 0
     found, expected = by_rank0(lambda: value() if rank == 0 else 1 / 0), value()
     for name in ("rows", "few"):
         assert found[name].dtype == expected[name].dtype and np.array_equal(found[name], expected[name])
@@ -43,23 +48,57 @@ def test_every_rank_has_what_rank_0_has_and_a_machine_has_it_once(ranks, tmp_pat
     on_ranks(ranks, work, tmp_path)
 
 
-def fails(rank: int, _ranks: int) -> None:
-    def compute() -> None:
-        raise UserError("no such data")
+def fails(rank: int, _ranks: int, folder: Path, why: str) -> None:
+    """Rank 0 fails; writes down what each rank raises."""
+
+    def compute() -> np.ndarray:
+        if why == "computing":
+            raise UserError("no such data")
+        tempfile.tempdir = str(folder / "none")
+        return np.arange(100_000)
 
     try:
         by_rank0(compute)
-    except UserError as error:
-        raise SystemExit(7 if rank == 0 and str(error) == "no such data" else 1) from None
+    except BaseException as error:
+        (folder / str(rank)).write_text(f"{type(error).__name__} {error}")
 
 
-def test_where_rank_0_fails_the_others_end():
-    assert statuses_of(1, fails) == [7]
-    with pytest.raises(Exception, match=r"exit code 7|exit code 2"):
-        on_ranks(2, fails)
+@pytest.mark.parametrize("why", ["computing", "writing"])
+def test_where_rank_0_fails_the_others_end(why, tmp_path):
+    on_ranks(2, fails, tmp_path, why)
+    said = (tmp_path / "0").read_text()
+    assert (tmp_path / "1").read_text() == "SystemExit 2"
+    if why == "writing":
+        assert said.startswith("UserError cannot write") and said.endswith("or set TMPDIR to another folder")
+    else:
+        assert said == "UserError no such data"
 
 
-def test_no_room_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
-    with pytest.raises(UserError, match=r"cannot write .*none.*: set TMPDIR to another folder"):
-        sharing._write([b"x"])
+def no_copy(rank: int, _ranks: int, folder: Path) -> None:
+    """Rank 1 is on another machine, where nothing can be written."""
+    sharing._machine = lambda: str(rank)
+    tempfile.tempdir = str(folder if rank == 0 else folder / "none")
+    with pytest.raises(UserError, match=r"cannot write .*none, which ranks share"):
+        by_rank0(lambda: np.arange(100_000))
+    assert not os.listdir(folder)
+
+
+def test_where_a_machine_can_write_no_copy_all_say_so(tmp_path):
+    on_ranks(2, no_copy, tmp_path)
+
+
+def trains(_rank: int, _ranks: int, data: Path, out: Path) -> None:
+    """All arrays of the index are mapped, and so read-only."""
+    sharing.LEAST = 0
+    config = killed_run.config(data, out, epochs=2)
+    config.data.holdout = "0.2"
+    assert Trainer(task_of(config)).run() == 0
+
+
+def test_a_training_writes_into_nothing_that_is_shared(tmp_path):
+    for i in range(40):
+        path = tmp_path / f"data/{i % 4}/{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(picture(16, 16, seed=i)) if i != 7 else b"no image")
+    on_ranks(2, trains, tmp_path / "data", tmp_path / "out")
+    assert (tmp_path / "out/labels.pt").is_file() and not list(Path(tempfile.gettempdir()).glob("mopro_fast-*"))

@@ -34,6 +34,7 @@ from mopro_fast.errors import UserError
 
 EXAMPLES = 3  # named per kind of fault
 _CHUNK = 64, 1024  # files that a worker is given at a time: fewest, and most
+_TRIED = 256  # of the files that could not be read, before all of them are tried again without a record
 _BUDGET = 120.0  # seconds that a training compares files with an earlier check
 
 
@@ -66,8 +67,9 @@ def check(
         if found is None or (files and not files.are(found["bytes"], found["mtime_ns"]).all()):
             continue
         again = np.flatnonzero(_failed(found["reason"]))
-        new = _read_files(index, again, workers, progress, Parts(place, required=False, is_kept=False))
-        if _same_as(found, again, new, index.paths):
+        some = again[:: max(1, len(again) // _TRIED)]
+        if all(_is_unchanged(index, found, rows, workers, progress) for rows in (some, np.setdiff1d(again, some))):
+            Parts(place, required=False).remove_left()
             return _checked(found, place, len(again))
     with open_parts(path, required, foreign) as parts:
         old = read_table(parts.path, tell=True)
@@ -105,9 +107,9 @@ def _known(path: str, place: str, index: Index, forget: bool) -> dict[str, mappe
         return None
     if (found := mapped.known(path, about | {"others": 0} if forget else about)) is not None:
         return found
-    old = read_table(place)
+    old = HELD.empty_table() if forget else read_table(place)
     rows = _rows_of(old, index.paths)
-    if forget or not len(old) or (rows < 0).any():
+    if not len(old) or (rows < 0).any():
         return None
     table = old.take(rows)
     if not np.array_equal(table["label"].to_numpy(), index.labels):
@@ -127,13 +129,14 @@ class _Files:
 
     def __init__(self, index: Index, seconds: float | None, progress: bool) -> None:
         self._index, self._seconds, self._progress, self._stats = index, seconds, progress, index.stats
+        self._said = False
 
     def are(self, size: np.ndarray, mtime_ns: np.ndarray) -> np.ndarray:
         """bool [n]: as they were, or not looked at for lack of time."""
-        if self._stats is None:
-            self._stats = stats(self._index.root, self._index.paths, self._seconds, self._progress)
-        s, n = self._stats, len(size)
-        if s.looked < n:
+        s, n = self._stats or stats(self._index.root, self._index.paths, self._seconds, self._progress), len(size)
+        self._stats = s
+        if s.looked < n and not self._said:
+            self._said = True
             say(
                 f"{self._index.source}: {s.looked} of {n} files are compared with the last check, others not for lack "
                 "of time: these are taken as they were (--trust-index compares none)"
@@ -157,9 +160,14 @@ def _columns(index: Index, table: pa.Table) -> dict[str, mapped.Column]:
     return own | numbers | {"verdict": verdict.to_numpy().astype(np.uint8), "reason": reason}
 
 
-def _same_as(known: dict[str, mapped.Column], rows: np.ndarray, new: pa.Table, paths: Paths) -> bool:
-    """Whether these rows have been read with the result that is known."""
-    new = new.take(_rows_of(new, paths[rows]))
+def _is_unchanged(
+    index: Index, known: dict[str, mapped.Column], rows: np.ndarray, workers: int, progress: bool
+) -> bool:
+    """Whether these rows are read with the result that is known. Nothing is written."""
+    if not len(rows):
+        return True
+    new = _read_files(index, rows, workers, progress, Parts("", required=False, is_kept=False))
+    new = new.take(_rows_of(new, index.paths[rows]))
     verdicts = pa.array(VERDICTS).take(pa.array(known["verdict"][rows]))
     same = new["reason"].equals(pa.chunked_array([known["reason"].take(pa.array(rows)).cast(pa.string())]))
     numbers = (np.array_equal(new[name].to_numpy(), known[name][rows]) for name in ("bytes", "mtime_ns", "crc32"))

@@ -27,7 +27,7 @@ from mopro_fast.data.stats import Stats, stats
 from mopro_fast.distributed import say
 from mopro_fast.errors import UserError
 from mopro_fast.files import read_regular, sha256_of
-from mopro_fast.labels import NO_LABEL
+from mopro_fast.labels import NO_LABEL, row_type
 
 Split = Literal["train", "val"]
 Layout = Literal["auto", "webvision", "list", "folder", "shards"]
@@ -110,7 +110,7 @@ class Index:
 
     @property
     def ids(self) -> np.ndarray:
-        """int64 [n]: an image's stable id is its row number here. Made at each access, as ``usable`` is."""
+        """int64 [n]: an image's stable id is its row number here. Made at each access."""
         return np.arange(len(self))
 
     def digest(self) -> str:
@@ -126,10 +126,15 @@ class Index:
         sha.update(np.ascontiguousarray(self.labels, "<i8"))
         return sha.hexdigest()
 
+    @functools.cached_property
+    def shown(self) -> int:
+        """How many rows loaders show."""
+        return len(self) - len(np.union1d(self.left_out, self.held_out))
+
     @property
     def usable(self) -> np.ndarray:
-        """int32 (int64 from 2³¹ rows on): the rows that loaders show."""
-        rows = np.arange(len(self), dtype=np.int32 if len(self) < 1 << 31 else np.int64)
+        """int32 [shown] (int64 from 2³¹ rows on): the rows that loaders show. Made at each access."""
+        rows = np.arange(len(self), dtype=row_type(len(self)))
         if not len(self.left_out) and not len(self.held_out):
             return rows
         shown = np.ones(len(self), bool)
@@ -147,6 +152,10 @@ class Index:
         own = {"paths": self.paths[rows], "labels": self.labels[rows], "shards": shards}
         none = np.empty(0, np.int64)
         return dataclasses.replace(self, **own, made_of=None, stats=None, checked=None, left_out=none, held_out=none)
+
+    def with_labels(self, labels: np.ndarray) -> "Index":
+        """The index with other labels, int64 [n]; these are not what its lists say."""
+        return dataclasses.replace(self, labels=labels, made_of=None)
 
     def rows_of(self, names: Paths) -> np.ndarray:
         """int64: the first row of each of these paths, also of absolute ones and such as ./a.jpg; -1: none."""
@@ -284,7 +293,7 @@ def with_numbers(index: Index, classes: Sequence[str], keep_classes: int | None 
     if keep_classes is None:
         _require_known(used, numbers, classes, index.source)
     new = np.array([numbers.get(name, NO_LABEL - 1) for name in index.classes] + [NO_LABEL])
-    index = dataclasses.replace(index, labels=new[index.labels], classes=list(classes))
+    index = dataclasses.replace(index.with_labels(new[index.labels]), classes=list(classes))
     return index if keep_classes is None else index.take(np.flatnonzero(index.labels >= NO_LABEL))
 
 
@@ -366,7 +375,8 @@ def _none_missing(index: Index) -> Index:
     found, root, paths = stats(index.root, index.paths, _LOOK_FOR), index.root, index.paths
     for i in np.flatnonzero(found.error == errno.EACCES)[:1].tolist():
         folder = os.path.dirname(index.full_path(i)) or "."
-        raise UserError(f"cannot read the folder {shown(folder)}: {os.strerror(errno.EACCES)}")
+        if not os.access(folder, os.X_OK):  # else it is a link into another one: the image cannot be read
+            raise UserError(f"cannot read the folder {shown(folder)}: {os.strerror(errno.EACCES)}")
     absent = np.flatnonzero(np.isin(found.error, _ABSENT))
     if len(absent):
         more = ", ..." if len(absent) > _NAMED else ""

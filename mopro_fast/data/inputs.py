@@ -19,13 +19,13 @@ from mopro_fast.data.class_folders import is_number
 from mopro_fast.data.decode import UNREADABLE, VERDICTS
 from mopro_fast.data.index import Checked, Index, load_index, synsets, val_layout
 from mopro_fast.data.lists import read_list
-from mopro_fast.data.order import place_in_class, row_type
+from mopro_fast.data.order import place_in_class
 from mopro_fast.data.paths import Paths, shown
 from mopro_fast.data.pipeline import EvalLoader, TrainLoader
 from mopro_fast.distributed import number, say, world
 from mopro_fast.errors import UserError
 from mopro_fast.files import replacing
-from mopro_fast.labels import pieces
+from mopro_fast.labels import pieces, row_type
 
 _HOLDOUT = 4  # word of the generator's seed; order.py and batches.py have 0 to 2, supervised.py 3
 _KINDS = 3  # of unreadable images that are printed; left_out.csv has all
@@ -44,6 +44,7 @@ def load(c: Settings, begun: Index | None = None, resumed: bool = False) -> dict
     require_rows(len(train), c.optim.batch_size, train.source)  # before the images are checked
     sets = {"train": train}
     common["classes"] = class_names(c, train)
+    common["missing"] = d.trust_index
     if d.val:
         sets["val"] = _validation(d.val, common, root=d.root)
     elif layout := val_layout(d.path, d.layout):
@@ -102,7 +103,7 @@ def hold_out(index: Index, data: DataConfig) -> tuple[Index, Index]:
     if trusted is not None:
         labels = labels.copy()
         labels[rows] = trusted
-    return dataclasses.replace(index, held_out=rows), dataclasses.replace(index, labels=labels, left_out=rest)
+    return dataclasses.replace(index, held_out=rows), dataclasses.replace(index.with_labels(labels), left_out=rest)
 
 
 def _held_out(index: Index, data: DataConfig) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:

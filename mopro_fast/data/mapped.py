@@ -22,6 +22,7 @@ SUFFIX = ".arrow"
 FEWEST = 1 << 16  # rows: fewer are read from their table as fast
 _MARK = b"mopro_fast.mapped"
 _VERSION = 1
+_HEAD = 1 << 16  # bytes that begin with the names of the columns and the mark
 
 Column = np.ndarray | pa.Array
 
@@ -69,7 +70,7 @@ def write(path: str, columns: dict[str, Column], about: dict[str, Any]) -> bool:
 
     Nothing but such a file is replaced.
     """
-    if os.path.lexists(path) and not about_of(path):
+    if os.path.lexists(path) and not _is_ours(path):
         return False
     arrays = [pa.array(column) if isinstance(column, np.ndarray) else column for column in columns.values()]
     batch = pa.record_batch(arrays, list(columns))
@@ -108,8 +109,16 @@ def about_of(path: str) -> dict[str, Any]:
     return {}
 
 
+def _is_ours(path: str) -> bool:
+    """Also a file of another version, and one that was cut."""
+    with contextlib.suppress(OSError), open_regular(path) as file:
+        head = file.read(_HEAD)
+        return not head or _MARK in head
+    return False
+
+
 def _crc32(batch: pa.RecordBatch) -> int:
-    crc = 0
+    crc = zlib.crc32(batch.schema.remove_metadata().serialize(), len(batch))
     for column in batch.columns:
         for buffer in filter(None, column.buffers()):
             crc = zlib.crc32(buffer, crc)

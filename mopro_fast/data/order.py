@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from mopro_fast.data.index import Index
-from mopro_fast.labels import PIECE, pieces
+from mopro_fast.labels import PIECE, pieces, row_type
 
 _ORDER, _SUBSTITUTE = 0, 2  # first words of the generators' seeds; batches.py has 1
 _CANDIDATES = 20
@@ -32,8 +32,7 @@ def epoch_order(
     if repeats is not None:
         order = _drawn(rng, repeats)
     else:
-        left_out, dtype = len(index.left_out) + len(index.held_out), row_type(len(index))
-        order = index.usable.astype(dtype) if left_out else np.arange(len(index), dtype=dtype)
+        order = index.usable
         rng.shuffle(order)
     if index.shards is None or not shuffle_shards:
         return order
@@ -143,8 +142,3 @@ def _sorted(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     keys = np.sort(values.astype(np.int64) * PIECE + np.arange(len(values)))
     return keys // PIECE, keys % PIECE
-
-
-def row_type(most: int) -> type[np.signedinteger]:
-    """Of rows or places up to this number."""
-    return np.int32 if most < 1 << 31 else np.int64

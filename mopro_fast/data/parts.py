@@ -87,7 +87,7 @@ class Parts:
         """What the names of parts begin with."""
 
     def read(self) -> pa.Table:
-        """What interrupted checks have found; earlier versions had one part, the file of the lock."""
+        """What interrupted checks have found, the newest first; earlier versions had one part, the lock's file."""
         found = [read_part(part) for part in self._there()]
         return pa.concat_tables([*found, FOUND.empty_table()])
 
@@ -117,9 +117,16 @@ class Parts:
                 with contextlib.suppress(OSError):
                     os.unlink(part)
 
+    def remove_left(self) -> None:
+        """Parts of a check that was ended between its table and its end; not of one that is at work."""
+        if self._there():
+            with contextlib.suppress(OSError, Busy), locked(f"{self.path}.partial", ""):
+                self.remove()
+
     def _there(self) -> list[str]:
         names = glob.glob(f"{glob.escape(f'{self.path}.partial')}*")
-        return [name for name in sorted(names) if name == f"{self.path}.partial" or _PART.search(name)]
+        ours = [name for name in names if name == f"{self.path}.partial" or _PART.search(name)]
+        return sorted(ours, key=os.path.getmtime, reverse=True)
 
 
 @contextlib.contextmanager

@@ -68,6 +68,7 @@ def main(argv: list[str]) -> int:
 def evaluate(o: Eval, paths: dict[str, str]) -> int:
     """Write eval.json and print the table; -> 0."""
     options = {"num_classes": None, "root": o.root, "keep_classes": o.keep_classes}
+    options["missing"] = o.encoder.trust_index
     indexes = by_rank0(lambda: {name: load_index(path, "val", **options) for name, path in paths.items()})
     frozen = Frozen(o.checkpoint, o.encoder, Path(o.out) / "predictions")
     classes = frozen.weights.num_classes

@@ -1,6 +1,5 @@
 """``mopro-fast finetune CKPT --data DATA --out FOLDER --share 0.01``: all weights on a share of labelled data."""
 
-import dataclasses
 import os
 from dataclasses import dataclass, field
 
@@ -60,7 +59,7 @@ def with_share(config: Finetune, index: Index) -> Index:
         chosen = choose(index.labels, config.share, config.balanced, config.run.seed)
     labels = np.full(len(index), NO_LABEL)
     labels[chosen] = index.labels[chosen]
-    return dataclasses.replace(index, labels=labels)
+    return index.with_labels(labels)
 
 
 def choose(labels: np.ndarray, share: float, balanced: bool, seed: int) -> np.ndarray:

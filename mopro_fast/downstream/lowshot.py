@@ -84,7 +84,7 @@ def main(argv: list[str]) -> int:
 
 def lowshot(o: Lowshot) -> int:
     """Write lowshot.json and print the table; -> 0."""
-    task = by_rank0(lambda: load(o.data, o.val, o.root))
+    task = by_rank0(lambda: load(o.data, o.val, o.root, o.encoder.trust_index))
     _require_enough(task, o.k)
     draws = draw(task.train_labels, o.k, o.runs, o.seed)
     drawn = np.unique(np.concatenate(list(draws.values())))  # no other training image is looked at
@@ -112,8 +112,8 @@ def lowshot(o: Lowshot) -> int:
     return 0
 
 
-def load(data: str, val: str | None, root: str | None = None) -> Task:
-    """The images and labels of ``data`` in any of its layouts."""
+def load(data: str, val: str | None, root: str | None = None, missing: bool = False) -> Task:
+    """The images and labels of ``data`` in any of its layouts. missing: files of lists may be."""
     for folder in (os.path.join(data, "VOCdevkit", "VOC2007"), os.path.join(data, "VOC2007"), data):
         if os.path.isdir(os.path.join(folder, "ImageSets", "Main")):
             _require_own(data, val)
@@ -123,12 +123,12 @@ def load(data: str, val: str | None, root: str | None = None) -> Task:
         root = os.path.join(data, PLACES_IMAGES)
         lists = [os.path.join(data, PLACES_LISTS, f"{split}_places205.csv") for split in ("train", "val")]
         train = load_index(lists[0], "train", num_classes=205, layout="list", root=root, missing=True)
-        test = load_index(lists[1], "val", num_classes=205, layout="list", root=root)
+        test = load_index(lists[1], "val", num_classes=205, layout="list", root=root, missing=missing)
         return Task(train, test, train.labels, test.labels, [str(c) for c in range(205)])
     if val is None and not val_layout(data):
         raise UserError(f"{data} comes without images to test on: name them with --val")
-    train = load_index(data, "train", num_classes=None, root=root)
-    test = load_index(val or data, "val", num_classes=None, root=root, classes=train.classes)
+    train = load_index(data, "train", num_classes=None, root=root, missing=missing)
+    test = load_index(val or data, "val", num_classes=None, root=root, classes=train.classes, missing=missing)
     classes = train.classes or [str(c) for c in range(int(max(train.labels.max(), test.labels.max())) + 1)]
     return Task(train, test, train.labels, test.labels, classes)
 

@@ -127,7 +127,7 @@ def load(o: Probe) -> dict[str, Index]:
     classes: list[str] | None = None
 
     def listed(path: str, split: str, root: str | None = o.root) -> Index:
-        return load_index(path, split, num_classes=None, root=root, classes=classes)
+        return load_index(path, split, num_classes=None, root=root, classes=classes, missing=o.encoder.trust_index)
 
     lists = {name: os.path.join(o.data, REALM_LISTS, f"{name}.txt") for name in ("train", "val", "test")}
     if os.path.isfile(lists["train"]):

@@ -81,14 +81,14 @@ class CAProTask(MoProTask):
         if path := self.config.capro.anchors:
             self._anchors = by_rank0(lambda: read_anchors(path, index))
             self.initial = self._anchors.digest
-            rows = index.usable[self._anchors.mask[index.usable]]
-            if not len(rows):
+            others = by_rank0(lambda: np.union1d(index.left_out, np.flatnonzero(~self._anchors.mask)))
+            self._shown_anchors = dataclasses.replace(index, left_out=others)
+            if not self._shown_anchors.shown:
                 raise UserError(f"--anchors {path}: none of its images is shown: they are held out or cannot be read")
             if self.config.capro.row_weights and self._anchors.weights is None:
                 raise UserError(
                     f"--row-weights True: --anchors {path} has no column weight: add it, or leave the option out"
                 )
-            self._shown_anchors = dataclasses.replace(index, left_out=np.setdiff1d(np.arange(len(index)), rows))
         return index, None
 
     def begin_epoch(self, model: Method, epoch: int, device: torch.device, bf16: bool) -> None:
@@ -106,7 +106,7 @@ class CAProTask(MoProTask):
                     z = model.embed(batch.view_q, None if shifts is None else shifts[0])
                 # Each anchor once: neither those that fill the last batch nor another in the place of a broken one.
                 rows, shown = loader.rows(epoch, step), batch.ids.cpu().numpy()
-                real = np.arange(size) + (step * ranks + rank) * size < len(anchors.usable)
+                real = np.arange(size) + (step * ranks + rank) * size < anchors.shown
                 lost += rows[real & (rows != shown)].tolist()
                 use = to_device((real & (rows == shown))[:, None], device)
                 z = torch.cat([z, torch.ones_like(z[:, :1])], 1).double() * use
