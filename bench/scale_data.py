@@ -39,9 +39,7 @@ def write_images(folder: Path, count: int) -> None:
             pixels = rng.integers(256, size=(*rng.integers(8, 17, size=2), 3), dtype=np.uint8)
             Image.fromarray(pixels).save(data, "JPEG", quality=90)
         (folder / f"{i:06d}.jpg").write_bytes(data.getvalue())
-        os.utime(
-            folder / f"{i:06d}.jpg", (0, 1_600_000_000)
-        )  # what is known of them is the same whenever they are made
+        os.utime(folder / f"{i:06d}.jpg", (0, 1_600_000_000))  # the same whenever they are made
 
 
 def write_raw(folder: Path, rows: int, classes: int, _environment: dict, files: int = FILES) -> Path:

@@ -61,6 +61,5 @@ PYBIND11_MODULE(_files, m) {
   m.def("states", &states, py::arg("root"), py::arg("offsets").noconvert(), py::arg("names"),
         py::arg("size").noconvert(), py::arg("mtime_ns").noconvert(), py::arg("error").noconvert(),
         "Of file i its size and time of change (-1, -1: none) and why there are none: an errno, of a link to "
-        "nowhere "
-        "ENOLINK.");
+        "nowhere ENOLINK.");
 }

@@ -13,9 +13,10 @@ SHOWN = DECISIONS[:3]  # of an image that was shown
 PIECE = 1 << 20
 
 
-def pieces(images: int) -> Iterator[slice]:
-    """A column of so many images in pieces of PIECE: what is computed of one at a time takes megabytes."""
-    return (slice(first, min(first + PIECE, images)) for first in range(0, images, PIECE))
+def pieces(images: int, each: int | None = None) -> Iterator[slice]:
+    """A column of so many images in pieces (default: of PIECE): what is computed of one at a time takes megabytes."""
+    each = each or PIECE
+    return (slice(first, min(first + each, images)) for first in range(0, images, each))
 
 
 def verdicts(given: np.ndarray, new: np.ndarray) -> np.ndarray:

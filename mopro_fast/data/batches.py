@@ -138,5 +138,5 @@ class EvalBatches(Batches):
 
     @property
     def _rows(self) -> np.ndarray:
-        """Those that this rank shows."""
+        """int32 or int64: the index's rows that this rank shows."""
         return self.index.usable[self.rank :: self.world_size]

@@ -138,7 +138,7 @@ class EvalLoader(EvalBatches):
     hw_decoder_load: float = 0.65
     """Share of the JPEGs for a GPU's own decoder."""
     batches: list[np.ndarray] | None = None
-    """What this rank shows instead, rows of the index, at most batch_size each."""
+    """What this rank shows instead, int32 or int64 rows of the index, at most batch_size each."""
     filter: Literal["linear", "cubic"] = "linear"
     """Of resizing, antialiased."""
 

@@ -52,7 +52,7 @@ def compute(
     Returns it memory-mapped: float32 [n, width], NaN where an image cannot be read; such images are named. Finished
     parts lie beside it until it is whole. Raises UserError while another process computes it.
 
-    path: NAME-KEY.npy; NAME stands before the progress bar. batches: rows of each (default: the usable ones,
+    path: NAME-KEY.npy; NAME stands before the progress bar. batches: int [n] rows of each (default: the usable ones,
     batch_size at a time). again: what the user should remove to have lost images tried again (default: path).
     """
     rank, ranks = world()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mopro_fast.data.order import place_in_class
-from mopro_fast.labels import SHOWN, left, verdicts
+from mopro_fast.labels import SHOWN, left, pieces, verdicts
 
 SHARES = (0.15, 0.45, 0.4)  # of the sample
 POINTS = 300  # per curve
@@ -60,13 +60,13 @@ def sample(given: np.ndarray, new: np.ndarray, count: int, seed: int, only: np.n
     rng = np.random.default_rng(seed)
     verdict = verdicts(given, new)
     if only is not None:
-        for part in _parts(len(verdict)):
+        for part in pieces(len(verdict), _ROWS):
             verdict[part][~(np.isin(given[part], only) | np.isin(new[part], only))] = -1
     wanted = []
     for v in range(len(SHOWN)):
         rows = np.empty(np.count_nonzero(verdict == v), np.int32)
         end = 0
-        for part in _parts(len(verdict)):
+        for part in pieces(len(verdict), _ROWS):
             found = np.flatnonzero(verdict[part] == v)
             rows[end : end + len(found)] = found + part.start
             end += len(found)
@@ -89,21 +89,17 @@ def _in_turn(rows: np.ndarray, given: np.ndarray, count: int) -> np.ndarray:
     def label(rows: np.ndarray) -> np.ndarray:
         return given[rows].astype(np.int64) - lowest
 
-    for part in _parts(len(rows)):
+    for part in pieces(len(rows), _ROWS):
         sizes += np.bincount(label(rows[part]), minlength=len(sizes))
     turns = bisect_left(range(len(rows)), min(count, len(rows)), key=lambda turns: np.minimum(sizes, turns).sum())
     found, places = [rows[:0]], [np.empty(0, np.int64)]
-    for part in _parts(len(rows)):
+    for part in pieces(len(rows), _ROWS):
         early = rows[part][seen[label(rows[part])] < turns]
         place = seen[label(early)] + place_in_class(label(early))
         found.append(early[place < turns])
         places.append(place[place < turns])
         seen += np.bincount(label(early), minlength=len(seen))
     return np.concatenate(found)[np.argsort(np.concatenate(places), kind="stable")][:count]
-
-
-def _parts(rows: int) -> list[slice]:
-    return [slice(first, first + _ROWS) for first in range(0, rows, _ROWS)]
 
 
 def similarity(prototypes: np.ndarray, cells: int = CELLS, pairs: int = 30) -> dict[str, Any]:

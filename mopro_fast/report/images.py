@@ -113,7 +113,7 @@ def read_table(path: Path) -> Labels:
                 piece.append(narrow if (narrow == column).all() else column)
     except (pa.ArrowException, NotImplementedError) as error:
         raise UserError(f"--table {path}: its labels or verdicts are of another type: {error}") from None
-    given, new = (np.concatenate(pieces.pop(0)) for _ in range(2))
+    given, new = map(np.concatenate, pieces)
     return Labels(given, new, f"the table {path}", table)
 
 
