@@ -261,19 +261,23 @@ def by_rank0(compute: Callable[[], T]) -> T:
         return compute()
     group = _patient_group()
     packed = refused = None
-    if world()[0] == 0:
-        _by_rank0 = True
-        try:
-            packed = sharing.pack(compute())
-        except Exception as error:
-            refused = error
-        finally:
-            _by_rank0 = False
-    if from_rank0(refused is not None, group):
-        if refused is None:
-            sys.exit(2)  # rank 0 says why
-        raise refused
-    value = sharing.unpack(packed, group)
+    try:
+        if world()[0] == 0:
+            _by_rank0 = True
+            try:
+                packed = sharing.pack(compute())
+            except Exception as error:
+                refused = error
+            finally:
+                _by_rank0 = False
+        if from_rank0(refused is not None, group):
+            if refused is None:
+                sys.exit(2)  # rank 0 says why
+            raise refused
+        value = sharing.unpack(packed, group)
+    finally:
+        if packed is not None:
+            packed.remove()
     dist.destroy_process_group(group)
     return value
 

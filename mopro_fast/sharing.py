@@ -40,6 +40,12 @@ class Packed(NamedTuple):
     """What the file begins with."""
     machine: str
 
+    def remove(self) -> None:
+        """The file's name: who has mapped it keeps it."""
+        if self.path is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
+
 
 def pack(value: Any) -> Packed:
     """On rank 0. value: something picklable. Raises a UserError where the file cannot be written."""
@@ -52,8 +58,7 @@ def pack(value: Any) -> Packed:
 
 def unpack(packed: Packed | None, group: dist.ProcessGroup) -> Any:
     """What rank 0 has packed, on every rank: large arrays are read-only. Others have None."""
-    rank, box = dist.get_rank(), [packed]
-    own = packed and packed.path
+    rank, box, own = dist.get_rank(), [packed], None
     try:
         dist.broadcast_object_list(box, 0, group=group)
         packed = box[0]

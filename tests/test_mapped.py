@@ -67,6 +67,22 @@ def test_a_damaged_file_is_not_taken(tmp_path):
         assert mapped.write(str(path), COLUMNS, {}) and mapped.read(str(path), {}) is not None
 
 
+def test_no_flipped_bit_is_taken(tmp_path):
+    path = tmp_path / "x.arrow"
+    columns = COLUMNS | {"reason": pa.array(["", "odd"] * 20, pa.large_string())}
+    mapped.write(str(path), columns, {"of": 1})
+    content, rng = path.read_bytes(), np.random.default_rng(0)
+    for at, bit in zip(
+        rng.integers(len(content), size=2000).tolist(), rng.integers(8, size=2000).tolist(), strict=True
+    ):
+        flipped = bytearray(content)
+        flipped[at] ^= 1 << bit
+        path.write_bytes(flipped)
+        found = mapped.read(str(path), {"of": 1})
+        assert found is None or (found.keys() == columns.keys() and np.array_equal(found["label"], columns["label"]))
+        assert found is None or all(found[name].equals(columns[name]) for name in ("path", "reason"))
+
+
 def test_one_of_another_version_is_made_again(tmp_path, monkeypatch):
     path = str(tmp_path / "x.arrow")
     with monkeypatch.context() as patch:

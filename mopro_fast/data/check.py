@@ -139,7 +139,7 @@ class _Files:
             self._said = True
             say(
                 f"{self._index.source}: {s.looked} of {n} files are compared with the last check, others not for lack "
-                "of time: these are taken as they were (--trust-index compares none)"
+                "of time: these are taken as they were (--trust-index True compares none)"
             )
         same = (size == s.size) & (mtime_ns == s.mtime_ns)
         same[s.looked :] = True

@@ -94,7 +94,8 @@ def read(path: str, about: dict[str, Any]) -> dict[str, Column] | None:
     with contextlib.suppress(OSError, ValueError, pa.ArrowException), open_regular(path) as file:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         batch = pa.ipc.open_file(pa.py_buffer(content)).get_batch(0)
-        if _crc32(batch) == found["crc32"]:
+        batch.validate(full=True)
+        if _crc32(batch) == found["crc32"] and not any(column.null_count for column in batch.columns):
             return {name: _taken(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
     return None
 

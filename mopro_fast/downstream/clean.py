@@ -96,7 +96,8 @@ class Clean:
 
 
 def main(argv: list[str]) -> int:
-    o = tyro.cli(Clean, args=argv, prog="mopro-fast clean", config=(tyro.conf.OmitArgPrefixes,))
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)
+    o = tyro.cli(Clean, args=argv, prog="mopro-fast clean", config=config)
     if not o.data or not o.out:
         raise UserError("mopro-fast clean CKPT needs --data and --out")
     totals = clean(o)
