@@ -91,9 +91,8 @@ def read(path: str, about: dict[str, Any]) -> dict[str, Column] | None:
     found = about_of(path)
     if not found or {**found, **about} != found:
         return None
-    with contextlib.suppress(OSError, ValueError, pa.ArrowException), open_regular(path) as file:
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        batch = pa.ipc.open_file(pa.py_buffer(content)).get_batch(0)
+    with contextlib.suppress(OSError, ValueError, pa.ArrowException):
+        batch = _mapped(path).get_batch(0)
         batch.validate(full=True)
         if _crc32(batch) == found["crc32"] and not any(column.null_count for column in batch.columns):
             return {name: _taken(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
@@ -103,11 +102,15 @@ def read(path: str, about: dict[str, Any]) -> dict[str, Column] | None:
 def about_of(path: str) -> dict[str, Any]:
     """What the columns of a file are of; empty where it is no such file."""
     with contextlib.suppress(OSError, ValueError, RecursionError, TypeError, KeyError, pa.ArrowException):
-        with open_regular(path) as file:
-            found = json.loads((pa.ipc.open_file(file).schema.metadata or {})[_MARK])
+        found = json.loads((_mapped(path).schema.metadata or {})[_MARK])
         if found["version"] == _VERSION and isinstance(found["crc32"], int):
             return found
     return {}
+
+
+def _mapped(path: str) -> pa.ipc.RecordBatchFileReader:
+    with open_regular(path) as file:
+        return pa.ipc.open_file(pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
 
 
 def _is_ours(path: str) -> bool:
