@@ -76,10 +76,10 @@ class TrainBatches(Batches):
     repeats: np.ndarray | None = None
     whole: bool = False
     """An epoch shows every usable row (once, without ``repeats``), however few there are: its first rows, again, fill
-    the last batch. Row i of N at a step is a fill-in unless (step · world_size + rank) · N + i < index.shown."""
+    the last batch. Row i of N at a step is a fill-in unless (step · world_size + rank) · N + i < index.num_usable."""
 
     def __post_init__(self) -> None:
-        images, rows = self.index.shown, self.batch_size * self.world_size
+        images, rows = self.index.num_usable, self.batch_size * self.world_size
         held_out = f" without the {len(self.index.held_out)} of --holdout" if len(self.index.held_out) else ""
         source = self.index.source + held_out
         if not self.whole:

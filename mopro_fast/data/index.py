@@ -127,13 +127,13 @@ class Index:
         return sha.hexdigest()
 
     @functools.cached_property
-    def shown(self) -> int:
+    def num_usable(self) -> int:
         """How many rows loaders show."""
         return len(self) - len(np.union1d(self.left_out, self.held_out))
 
     @property
     def usable(self) -> np.ndarray:
-        """int32 [shown] (int64 from 2³¹ rows on): the rows that loaders show. Made at each access."""
+        """int32 [num_usable] (int64 from 2³¹ rows on): the rows that loaders show. Made at each access."""
         rows = np.arange(len(self), dtype=row_type(len(self)))
         if not len(self.left_out) and not len(self.held_out):
             return rows

@@ -136,9 +136,8 @@ class Run:
         except Exception as error:  # whatever a broken file makes the unpickler raise
             why = "no epoch is finished yet" if not os.path.exists(path) else f"cannot read labels.pt ({_why(error)})"
         if self.state is not None and bool((self.state.assigned != UNSEEN).any()):
-            return self.state.assigned.numpy().astype(
-                np.int32, copy=False
-            ), "the epoch in progress, as far as it was saved"
+            labels = self.state.assigned.numpy().astype(np.int32, copy=False)
+            return labels, "the epoch in progress, as far as it was saved"
         self.missing["the corrected labels"] = why
         return None
 

@@ -90,7 +90,7 @@ class Trainer:
             self.replaced.counts = list(state.replaced)
         self.folder.state = None  # its tensors' memory
         self.resources = (self.loader, *self.eval_loaders.values(), self.train_step, self.log, self.folder)
-        self.log.say(f"{shown.shown} of {len(self.index)} images are shown, {self.steps} steps per epoch")
+        self.log.say(f"{shown.num_usable} of {len(self.index)} images are shown, {self.steps} steps per epoch")
 
     @property
     def global_step(self) -> int:

@@ -83,7 +83,7 @@ class CAProTask(MoProTask):
             self.initial = self._anchors.digest
             others = by_rank0(lambda: np.union1d(index.left_out, np.flatnonzero(~self._anchors.mask)))
             self._shown_anchors = dataclasses.replace(index, left_out=others)
-            if not self._shown_anchors.shown:
+            if not self._shown_anchors.num_usable:
                 raise UserError(f"--anchors {path}: none of its images is shown: they are held out or cannot be read")
             if self.config.capro.row_weights and self._anchors.weights is None:
                 raise UserError(
@@ -106,7 +106,7 @@ class CAProTask(MoProTask):
                     z = model.embed(batch.view_q, None if shifts is None else shifts[0])
                 # Each anchor once: neither those that fill the last batch nor another in the place of a broken one.
                 rows, shown = loader.rows(epoch, step), batch.ids.cpu().numpy()
-                real = np.arange(size) + (step * ranks + rank) * size < anchors.shown
+                real = np.arange(size) + (step * ranks + rank) * size < anchors.num_usable
                 lost += rows[real & (rows != shown)].tolist()
                 use = to_device((real & (rows == shown))[:, None], device)
                 z = torch.cat([z, torch.ones_like(z[:, :1])], 1).double() * use
