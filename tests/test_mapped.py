@@ -91,6 +91,20 @@ def test_one_of_another_version_is_made_again(tmp_path, monkeypatch):
     assert mapped.read(path, {}) is None and mapped.write(path, COLUMNS, {}) and mapped.read(path, {}) is not None
 
 
+def test_what_another_machine_may_replace_is_read(tmp_path, monkeypatch):
+    mounts, path = tmp_path / "mountinfo", str(tmp_path / "x.arrow")
+    mounts.write_text(
+        "25 1 254:0 / / rw,relatime shared:1 - ext4 /dev/root rw\n90 25 0:45 / /data\\040set rw - nfs4 a:/b rw\n"
+    )
+    assert [mapped._is_remote(os.makedev(*n), str(mounts)) for n in ((254, 0), (0, 45), (0, 4))] == [False, True, False]
+    mapped.write(path, COLUMNS, {})
+    for remote in (False, True):
+        monkeypatch.setattr(mapped, "_is_remote", lambda _, remote=remote: remote)
+        found = mapped.read(path, {})
+        assert (path in Path("/proc/self/maps").read_text()) is not remote and len(found["label"]) == 40
+        del found
+
+
 def test_only_such_a_file_is_replaced(tmp_path):
     path = tmp_path / "x.arrow"
     path.write_text("mine")

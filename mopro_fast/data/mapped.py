@@ -22,6 +22,7 @@ SUFFIX = ".arrow"
 FEWEST = 1 << 16  # rows: fewer are read from their table as fast
 _MARK = b"mopro_fast.mapped"
 _VERSION = 1
+_REMOTE = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "gluster", "fuse", "9p", "afs", "orangefs")
 _HEAD = 1 << 16  # bytes that begin with the names of the columns and the mark
 
 Column = np.ndarray | pa.Array
@@ -87,12 +88,15 @@ def write(path: str, columns: dict[str, Column], about: dict[str, Any]) -> bool:
 
 
 def read(path: str, about: dict[str, Any]) -> dict[str, Column] | None:
-    """The columns, mapped and read-only; None where the file is not whole, or not of what ``about`` says."""
+    """The columns, mapped and read-only; None where the file is not whole, or not of what ``about`` says.
+
+    From a network file system they are read, not mapped.
+    """
     found = about_of(path)
     if not found or {**found, **about} != found:
         return None
     with contextlib.suppress(OSError, ValueError, pa.ArrowException):
-        batch = _mapped(path).get_batch(0)
+        batch = _mapped(path, whole=True).get_batch(0)
         batch.validate(full=True)
         if _crc32(batch) == found["crc32"] and not any(column.null_count for column in batch.columns):
             return {name: _taken(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
@@ -108,9 +112,22 @@ def about_of(path: str) -> dict[str, Any]:
     return {}
 
 
-def _mapped(path: str) -> pa.ipc.RecordBatchFileReader:
+def _mapped(path: str, whole: bool = False) -> pa.ipc.RecordBatchFileReader:
+    """whole: all of it will be used."""
     with open_regular(path) as file:
-        return pa.ipc.open_file(pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
+        # Where another machine may replace the file, its pages are gone then, and with them who looks at them.
+        here = not (whole and _is_remote(os.fstat(file.fileno()).st_dev))
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if here else file.read()
+        return pa.ipc.open_file(pa.py_buffer(content))
+
+
+def _is_remote(device: int, mounts: str = "/proc/self/mountinfo") -> bool:
+    """Whether other machines write to this file system, too."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with contextlib.suppress(OSError), open(mounts) as lines:
+        kinds = [line.partition(" - ")[2] for line in lines if line.split()[2] == number]
+        return any(kind.startswith(_REMOTE) for kind in kinds)
+    return False
 
 
 def _is_ours(path: str) -> bool:
