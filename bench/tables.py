@@ -529,11 +529,12 @@ def scale(result: dict) -> str:
         f"Before → after, commits {' → '.join(filter(None, commits))}, in turn, by `python bench/scale.py`. Raw: "
         f"{s['files']:,} small files under so many links that each row has a path of its own, as quick to look at as "
         f"files can be; pack: shards of {s['shard']:,} images, links of one; tables about either take less disk than "
-        "others of so many rows. Seconds: of the whole process, imports included; of `clean` and `retrain` those of "
-        "that part. The page cache is warm. The last column: × from the middle number of images to the largest, at "
-        f"most {SCALE_MOST:g}. Memory: the peak of the main process, or of "
-        "the largest rank (in brackets what it had for itself at its first step); the machine: the sum of the PSS of "
-        f"all processes, of {s['ranks']} ranks less that of {s['ranks']} processes which only import mopro_fast. "
+        "others of so many rows. Without an arrow: the earlier code was not run. Seconds: of the whole process, "
+        "imports included; of `clean` and `retrain` those of that part, of `retrain` the median of three calls. The "
+        "page cache is warm. The last column: × from the middle number of images to the largest, at most "
+        f"{SCALE_MOST:g}. Memory: the peak of the main process, or of the largest rank (in brackets what it had for "
+        "itself at its first step); the machine: the sum of the PSS of all processes, of "
+        f"{s['ranks']} ranks less that of {s['ranks']} processes which only import mopro_fast. "
     )
     if differ:
         note += f"**Other bytes than before: {', '.join(sorted(differ))}.** "
