@@ -24,22 +24,7 @@ _MARK = b"mopro_fast.check"
 _VERSION = b"2"  # of the verdicts' meaning: raise it, and everything is read again
 _POLL = 0.2  # seconds between two looks for another process's check
 _PART = re.compile(r"\.partial\.[0-9a-f]{8}$")
-_SCHEMA = pa.schema(
-    [
-        ("path", pa.string()),  # binary where a name is not UTF-8; in memory always large_binary
-        ("label", pa.int64()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("format", pa.string()),
-        ("verdict", pa.string()),
-        ("reason", pa.string()),
-        ("bytes", pa.int64()),
-        ("mtime_ns", pa.int64()),
-        ("crc32", pa.int64()),
-    ],
-    metadata={_MARK: _VERSION},
-)
-HELD = FOUND.insert(1, _SCHEMA.field("label"))
+HELD = FOUND.insert(1, pa.field("label", pa.int64()))  # in the file a path is text, unless one is not UTF-8
 
 
 def is_foreign(path: str, named: bool) -> str | None:
@@ -105,7 +90,7 @@ class Parts:
         named = table.set_column(0, "path", Paths(table["path"]).for_table())
         try:
             with replacing(self.path) as file:
-                pq.write_table(named.replace_schema_metadata(_SCHEMA.metadata), file, compression="zstd")
+                pq.write_table(named.replace_schema_metadata({_MARK: _VERSION}), file, compression="zstd")
         except (CannotWrite, OSError) as error:
             error = error if isinstance(error, CannotWrite) else CannotWrite(self.path, error)
             self.failed(Unwritten(str(error), error.strerror))
