@@ -98,7 +98,8 @@ def with_cleaned_labels(config: Retrain, index: Index) -> Index:
     path = path / "cleaned.parquet" if os.path.isdir(path) else path
     if not os.path.exists(path):
         raise UserError(f"no cleaned labels at {path}: name the --out of `mopro-fast clean`, or a file that it wrote")
-    return index.with_labels(distributed.by_rank0(lambda: _new_labels(path, config, index)))
+    labels = distributed.by_rank0(lambda: _new_labels(path, config, index))
+    return index.with_labels(labels)
 
 
 def _new_labels(path: Path, config: Retrain, index: Index) -> np.ndarray:
