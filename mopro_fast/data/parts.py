@@ -111,7 +111,8 @@ class Parts:
     def _there(self) -> list[str]:
         names = glob.glob(f"{glob.escape(f'{self.path}.partial')}*")
         ours = [name for name in names if name == f"{self.path}.partial" or _PART.search(name)]
-        return sorted(ours, key=os.path.getmtime, reverse=True)
+        changed = {name: mapped.state_of(name) for name in ours}  # None: its check has just removed it
+        return sorted(filter(changed.get, ours), key=lambda name: changed[name][1], reverse=True)
 
 
 @contextlib.contextmanager
