@@ -71,20 +71,20 @@ def _drawn(rng: np.random.Generator, repeats: np.ndarray) -> np.ndarray:
     """int32 [n]: the first n of a shuffled list that has i repeats[i] times, without that list; n: how many it has.
 
     Places of the list are drawn in rounds of n; one that was drawn before is passed over. A bit for each place says
-    whether another image begins there; whose place it is follows from their count. Beside the result it takes 4 bytes
-    an image, or 8 of 2³¹, and 2.5 bits a place.
+    whether another image begins there; whose place it is follows from their count. Beside the result it takes 2.5 bits
+    a place, and 8 bytes an image that is not in the list.
     """
-    listed = np.arange(len(repeats), dtype=row_type(len(repeats)))[repeats > 0]
     total = int(repeats.sum(dtype=np.int64))
     begins, before = np.zeros((2, total // 64 + 1), np.uint64)  # a bit for each place
     end = 0
-    for piece in pieces(len(listed)):
-        times = repeats[listed[piece]]
-        ends = times.cumsum(dtype=np.int64) + end
-        np.add.at(begins, *_bits(ends - times))
+    for piece in pieces(len(repeats)):
+        ends = end + repeats[piece].cumsum(dtype=np.int64)
+        np.add.at(begins, *_bits((ends - repeats[piece])[repeats[piece] > 0]))
         end = ends[-1]
-    begun = np.bitwise_count(begins).cumsum(dtype=listed.dtype)  # up to the end of each word
-    drawn, count = np.empty_like(listed), 0
+    begun = np.bitwise_count(begins).cumsum(dtype=row_type(len(repeats)))  # up to the end of each word
+    absent = np.flatnonzero(repeats == 0)
+    drawn, count = np.empty(len(repeats) - len(absent), begun.dtype), 0
+    absent -= np.arange(len(absent))  # how many in the list come earlier
     while count < len(drawn):
         for piece in pieces(len(drawn)):
             places = rng.integers(total, size=piece.stop - piece.start)
@@ -98,7 +98,8 @@ def _drawn(rng: np.random.Generator, repeats: np.ndarray) -> np.ndarray:
             np.add.at(before, words, bits)
             after = begins[words] & -(bits << 1)  # those that begin later in the word
             rows = np.full(len(turns), -1, drawn.dtype)  # by turn
-            rows[turns[new]] = listed[begun[words] - np.bitwise_count(after) - 1]
+            own = begun[words] - 1 - np.bitwise_count(after)
+            rows[turns[new]] = own + np.searchsorted(absent, own, side="right")
             rows = rows[rows >= 0][: len(drawn) - count]
             drawn[count : count + len(rows)] = rows
             count += len(rows)
