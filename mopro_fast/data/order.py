@@ -82,9 +82,9 @@ def _drawn(rng: np.random.Generator, repeats: np.ndarray) -> np.ndarray:
         np.add.at(begins, *_bits((ends - repeats[piece])[repeats[piece] > 0]))
         end = ends[-1]
     begun = np.bitwise_count(begins).cumsum(dtype=row_type(len(repeats)))  # up to the end of each word
-    absent = np.flatnonzero(repeats == 0)
+    absent = np.flatnonzero(repeats == 0).astype(begun.dtype)
     drawn, count = np.empty(len(repeats) - len(absent), begun.dtype), 0
-    absent -= np.arange(len(absent))  # how many in the list come earlier
+    absent -= np.arange(len(absent), dtype=absent.dtype)  # how many in the list come earlier
     while count < len(drawn):
         for piece in pieces(len(drawn)):
             places = rng.integers(total, size=piece.stop - piece.start)
