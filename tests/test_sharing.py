@@ -8,6 +8,7 @@ import killed_run
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch.distributed as dist
 from odd_images import encoded, picture
 from processes import on_ranks
 
@@ -38,6 +39,7 @@ def work(rank: int, _ranks: int, folder: Path) -> None:
         assert found[name].dtype == expected[name].dtype and np.array_equal(found[name], expected[name])
     assert found["names"].equals(expected["names"]) and found["part"].equals(expected["part"])
     assert found["none"] is None and not found["rows"].flags.writeable
+    dist.barrier()  # rank 0 removes the file after the others have it
     maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(own) in line]
     assert len(maps) == 1 and "(deleted)" in maps[0] and not os.listdir(own)
     assert by_rank0(lambda: "small") == "small" and by_rank0(lambda: np.arange(5)).tolist() == [0, 1, 2, 3, 4]
@@ -80,6 +82,7 @@ def no_copy(rank: int, _ranks: int, folder: Path) -> None:
     tempfile.tempdir = str(folder if rank == 0 else folder / "none")
     with pytest.raises(UserError, match=r"cannot write .*none, which ranks share"):
         by_rank0(lambda: np.arange(100_000))
+    dist.barrier()
     assert not os.listdir(folder)
 
 

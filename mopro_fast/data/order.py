@@ -71,8 +71,8 @@ def _drawn(rng: np.random.Generator, repeats: np.ndarray) -> np.ndarray:
     """int32 [n]: the first n of a shuffled list that has i repeats[i] times, without that list; n: how many it has.
 
     Places of the list are drawn in rounds of n; one that was drawn before is passed over. A bit for each place says
-    whether another image begins there; whose place it is follows from their count. Beside the result it takes 2.5 bits
-    a place, and 8 bytes an image that is not in the list.
+    whether an image begins there; the count of these bits up to a place is the number of the image that has it. Beside
+    the result it takes 2.5 bits a place, and at most 12 bytes an image that is not in the list.
     """
     total = int(repeats.sum(dtype=np.int64))
     begins, before = np.zeros((2, total // 64 + 1), np.uint64)  # a bit for each place
@@ -81,10 +81,10 @@ def _drawn(rng: np.random.Generator, repeats: np.ndarray) -> np.ndarray:
         ends = end + repeats[piece].cumsum(dtype=np.int64)
         np.add.at(begins, *_bits((ends - repeats[piece])[repeats[piece] > 0]))
         end = ends[-1]
-    begun = np.bitwise_count(begins).cumsum(dtype=row_type(len(repeats)))  # up to the end of each word
+    begun = np.bitwise_count(begins).cumsum(dtype=row_type(len(repeats)))  # images, up to the end of each word
     absent = np.flatnonzero(repeats == 0).astype(begun.dtype)
     drawn, count = np.empty(len(repeats) - len(absent), begun.dtype), 0
-    absent -= np.arange(len(absent), dtype=absent.dtype)  # how many in the list come earlier
+    absent -= np.arange(len(absent), dtype=absent.dtype)  # how many images of the list come before each
     while count < len(drawn):
         for piece in pieces(len(drawn)):
             places = rng.integers(total, size=piece.stop - piece.start)
@@ -96,9 +96,9 @@ def _drawn(rng: np.random.Generator, repeats: np.ndarray) -> np.ndarray:
             new[1:] &= places[1:] != places[:-1]
             words, bits = words[new], bits[new]
             np.add.at(before, words, bits)
-            after = begins[words] & -(bits << 1)  # those that begin later in the word
+            after = begins[words] & -(bits << 1)  # images that begin later in the word
             rows = np.full(len(turns), -1, drawn.dtype)  # by turn
-            own = begun[words] - 1 - np.bitwise_count(after)
+            own = begun[words] - 1 - np.bitwise_count(after)  # numbers among the images of the list
             rows[turns[new]] = own + np.searchsorted(absent, own, side="right")
             rows = rows[rows >= 0][: len(drawn) - count]
             drawn[count : count + len(rows)] = rows
@@ -107,7 +107,7 @@ def _drawn(rng: np.random.Generator, repeats: np.ndarray) -> np.ndarray:
 
 
 def _bits(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """-> of each place the word of 64 that has it, int64 [n], and its bit there, uint64 [n]."""
+    """-> the number of each place's word of 64 bits, int64 [n], and the place's bit in it, uint64 [n]."""
     return places >> 6, np.left_shift(1, places & 63, dtype=np.uint64, casting="unsafe")
 
 
