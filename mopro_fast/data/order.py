@@ -1,6 +1,6 @@
 """The order of an epoch: a function of (seed, epoch) and the data, the same on every rank.
 
-Time is linear in the images. Beside the order, 4 bytes an image, memory is what each function says and some megabytes.
+Time is linear in the images. Beside the order, 4 bytes an image, memory is what each function says and at most 100 MB.
 """
 
 import functools
