@@ -78,8 +78,9 @@ def _drawn(rng: np.random.Generator, repeats: np.ndarray) -> np.ndarray:
     begins, before = np.zeros((2, total // 64 + 1), np.uint64)  # a bit for each place
     end = 0
     for piece in pieces(len(repeats)):
-        ends = end + repeats[piece].cumsum(dtype=np.int64)
-        np.add.at(begins, *_bits((ends - repeats[piece])[repeats[piece] > 0]))
+        times = repeats[piece]
+        ends = end + times.cumsum(dtype=np.int64)
+        np.add.at(begins, *_bits((ends - times)[times > 0]))
         end = ends[-1]
     begun = np.bitwise_count(begins).cumsum(dtype=row_type(len(repeats)))  # images, up to the end of each word
     absent = np.flatnonzero(repeats == 0).astype(begun.dtype)
