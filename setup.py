@@ -54,7 +54,10 @@ class CMakeBuild(build_ext):
         if not has_cxx:
             self.nvcc, reason = None, "no C++ compiler found: looked at CXX, and for c++, g++ and clang++."
             what_to_do = f"Install one. {WHAT_TO_DO}"
-            print("mopro_fast: building without _views and _files: views on a CPU and checks of files take longer.", file=sys.stderr)
+            print(
+                "mopro_fast: without _views and _files the views on a CPU and checks take longer.",
+                file=sys.stderr,
+            )
         info = Path(self.build_lib, INFO)
         info.parent.mkdir(parents=True, exist_ok=True)
         if self.nvcc is None:
