@@ -19,6 +19,7 @@ COMMANDS = {  # name: module of this package, help
     "pack": ("data.pack", "write the images into shards that train fast: mopro-fast pack DATA OUT"),
     "bench": ("benchmark.command", "time a training step here: ours, the official code's, plain training"),
     "report": ("report.page", "one HTML page about a run: curves, corrected labels, images, prototypes"),
+    "text": ("text.command", "the anchors of CAPro from the texts beside the images: text read, embed, match"),
     "clean": (
         "downstream.clean",
         "correct or remove every training label: mopro-fast clean CKPT --data PATH --out FOLDER",

@@ -1,0 +1,1 @@
+"""From the texts beside web images to the anchors of CAPro."""

@@ -1,0 +1,88 @@
+"""What `mopro-fast text` keeps in its folder: texts, embeddings, anchors; each step's files say what they came from."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from mopro_fast import files
+from mopro_fast.data.index import Index, load_index
+from mopro_fast.data.paths import TEXT, WHOLE, Paths, read_table
+from mopro_fast.errors import UserError, first_line
+
+OWNER = "text"  # of the folder, for files.own_folder
+TEXTS, EMBEDDINGS, CLASSES, ABOUT = "texts.parquet", "embeddings.npy", "classes.npy", "text.json"
+HINT = "choose another folder"
+_KEY = b"mopro_fast.text"
+_SHAPE = {"data": str, "layout": str, "root": (str, None), "keep_classes": (int, None), "digest": str}
+
+
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """The texts of a data set's images, in the order of its lists."""
+
+    paths: Paths
+    """[n]."""
+    labels: np.ndarray
+    """int64 [n], the web labels; -1: none."""
+    text: pa.ChunkedArray
+    """Strings [n], cleaned."""
+    about: dict[str, Any]
+    """data, layout, root, keep_classes: the arguments of load_index; digest: the index's."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def index(self, data: str | None = None) -> Index:
+        """The images themselves. data: where they lie now, if they moved. Raises a UserError."""
+        a = self.about
+        options = {"layout": a["layout"], "root": a["root"], "keep_classes": a["keep_classes"]}
+        if data is not None:
+            options |= {"root": None}
+        index = load_index(data or a["data"], "train", num_classes=None, **options)
+        if index.digest() != a["digest"]:
+            raise UserError(
+                f"{index.source} is not the data that the texts were read for: run `mopro-fast text read` again"
+            )
+        return index
+
+
+def write_texts(folder: Path, index: Index, text: pa.Array, about: dict[str, Any]) -> None:
+    """texts.parquet. text: strings [n], cleaned. about: data, layout, root and keep_classes, as read."""
+    columns = {
+        "id": pa.array(index.ids),
+        "path": index.paths.for_table(),
+        "label": pa.array(index.labels, pa.int64()),
+        "text": text,
+        "empty": pc.equal(text, ""),
+    }
+    about = {**about, "digest": index.digest()}
+    table = pa.table(columns).replace_schema_metadata({_KEY: json.dumps(about).encode()})
+    with files.replacing(folder / TEXTS) as file:
+        pq.write_table(table, file)
+
+
+def read_texts(folder: Path) -> Texts:
+    """Raises a UserError."""
+    file = folder / TEXTS
+    if not file.is_file():
+        raise UserError(f"no {file}: run `mopro-fast text read DATA … --out {folder}` first")
+    try:
+        files.require_regular(file)
+        columns, about = read_table(file, {"path": TEXT, "label": WHOLE}, {})
+        text = pq.read_table(file, columns=["text"], memory_map=False)["text"]
+        about = json.loads(about.get(_KEY, b"null"))
+        if wrong := files.misfit(about, _SHAPE):
+            raise ValueError(wrong)
+        if text.null_count or not (pa.types.is_string(text.type) or pa.types.is_large_string(text.type)):
+            raise ValueError("text is not text everywhere")
+    except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
+        raise UserError(
+            f"cannot read {file} ({first_line(error)}): run `mopro-fast text read` again, into another folder"
+        ) from None
+    return Texts(columns["path"], columns["label"], text, about)
