@@ -17,7 +17,7 @@ from mopro_fast.checkpoints.weights import load_encoder
 from mopro_fast.data.index import Index
 from mopro_fast.data.paths import Paths
 from mopro_fast.downstream import clean as module
-from mopro_fast.downstream import features, image_map
+from mopro_fast.downstream import features, row_map
 from mopro_fast.downstream.clean import OFFICIAL, TABLE, Clean, clean
 from mopro_fast.downstream.features import EncoderConfig
 from mopro_fast.errors import UserError
@@ -133,7 +133,7 @@ def test_one_name_that_is_no_text_makes_all_binary(tmp_path, monkeypatch, odd):
 
 def interrupted(model: Path, data: Path, out: Path, after: int, **changes) -> None:
     """Stop as by Ctrl-C while a part is written; a part is a batch."""
-    write, written = image_map._write_part, []
+    write, written = row_map._write_part, []
 
     def stop(*args):
         if len(written) == after:
@@ -142,8 +142,8 @@ def interrupted(model: Path, data: Path, out: Path, after: int, **changes) -> No
         write(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(image_map, "_SAVE_EVERY", 0)
-        patch.setattr(image_map, "_write_part", stop)
+        patch.setattr(row_map, "_SAVE_EVERY", 0)
+        patch.setattr(row_map, "_write_part", stop)
         with pytest.raises(KeyboardInterrupt):
             clean(options(model, data, out, **changes))
 

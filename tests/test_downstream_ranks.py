@@ -14,7 +14,7 @@ from mopro_fast.checkpoints import state as checkpoint
 from mopro_fast.checkpoints.weights import load_weights
 from mopro_fast.data.index import load_index
 from mopro_fast.downstream import clean as cleaning
-from mopro_fast.downstream import image_map, probe
+from mopro_fast.downstream import probe, row_map
 from mopro_fast.downstream.clean import OFFICIAL, TABLE, Clean, clean
 from mopro_fast.downstream.features import EncoderConfig, Frozen
 from mopro_fast.downstream.retrain import Retrain, RetrainTask
@@ -37,15 +37,15 @@ def folder(tmp_path_factory) -> Path:
     (folder / "data" / "train" / BROKEN).write_bytes(b"no image")
 
     with pytest.MonkeyPatch.context() as patch:
-        write, written = image_map._write_part, []
+        write, written = row_map._write_part, []
 
         def dies(*args) -> None:
             if len(written) == 16:
                 raise KeyboardInterrupt
             written.append(write(*args))
 
-        patch.setattr(image_map, "_SAVE_EVERY", 0)  # a part is a batch
-        patch.setattr(image_map, "_write_part", dies)
+        patch.setattr(row_map, "_SAVE_EVERY", 0)  # a part is a batch
+        patch.setattr(row_map, "_write_part", dies)
         with pytest.raises(KeyboardInterrupt):
             clean(options(folder, folder / "begun"))
     for ranks in (2, 1):

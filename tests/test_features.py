@@ -11,7 +11,7 @@ from PIL import Image
 from mopro_fast import ops
 from mopro_fast.data.index import load_index
 from mopro_fast.data.pipeline import EvalLoader
-from mopro_fast.downstream import image_map
+from mopro_fast.downstream import image_map, row_map
 from mopro_fast.downstream.features import EncoderConfig, Frozen
 from mopro_fast.downstream.image_map import compute
 from mopro_fast.errors import UserError
@@ -89,7 +89,7 @@ def test_what_is_there_is_not_computed_again(folder, index, monkeypatch):
 
 
 def test_interrupted_it_goes_on(tmp_path, index, monkeypatch):
-    monkeypatch.setattr(image_map, "_SAVE_EVERY", 0)
+    monkeypatch.setattr(row_map, "_SAVE_EVERY", 0)
     path, shown = tmp_path / "x.npy", []
 
     def step(images, _labels):
@@ -112,8 +112,8 @@ def test_interrupted_it_goes_on(tmp_path, index, monkeypatch):
 
 
 def test_the_file_is_that_of_numpy_wherever_its_parts_begin(tmp_path, index, monkeypatch):
-    monkeypatch.setattr(image_map, "_SAVE_EVERY", 0)
-    monkeypatch.setattr(image_map, "_PIECE", 50)  # four rows
+    monkeypatch.setattr(row_map, "_SAVE_EVERY", 0)
+    monkeypatch.setattr(row_map, "_PIECE", 50)  # four rows
     rows = np.delete(index.ids, [0, 4, 17, 18]).astype(np.int32)
     compute(index, tmp_path / "x.npy", sums, 3, OPTIONS, [rows[i::4] for i in range(4)])
     expected = np.full((30, 3), np.nan, np.float32)
@@ -145,7 +145,7 @@ def test_the_shorter_side_before_the_crop(folder, tmp_path, margin, changes, res
 
 
 def test_two_at_a_time_are_refused(tmp_path, index):
-    with image_map.locked(tmp_path / "x.npy"), pytest.raises(UserError, match=r"another process computes .*x\.npy"):
+    with row_map.locked(tmp_path / "x.npy"), pytest.raises(UserError, match=r"another process computes .*x\.npy"):
         compute(index, tmp_path / "x.npy", sums, 3, OPTIONS)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mopro_fast.downstream.image_map import in_order
+from mopro_fast.downstream.row_map import in_order
 from mopro_fast.models.resnet import ResNet
 
 CPU = torch.device("cpu")

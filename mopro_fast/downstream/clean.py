@@ -27,7 +27,7 @@ from mopro_fast.console import say, tell
 from mopro_fast.data import anchors
 from mopro_fast.data.index import Index, Layout, load_index
 from mopro_fast.data.paths import Paths
-from mopro_fast.downstream import capro_labels, image_map
+from mopro_fast.downstream import capro_labels, image_map, row_map
 from mopro_fast.downstream.features import EncoderConfig, Frozen
 from mopro_fast.errors import UserError
 from mopro_fast.files import (
@@ -246,7 +246,7 @@ def _finished(out: Path, settings: dict[str, Any]) -> dict[str, int] | None:
             changed = [name for name, value in settings.items() if found["settings"].get(name) != value]
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             raise UserError(f"{state} cannot be read: remove it, or choose another --out") from None
-        if changed and ((out / TABLE).exists() or image_map.begun(out / _NUMBERS)):
+        if changed and ((out / TABLE).exists() or row_map.begun(out / _NUMBERS)):
             raise UserError(f"{out} holds another cleaning, with other {changed[0]}: choose another --out")
         if "totals" in found and (out / TABLE).is_file():
             say(f"{out} is finished")

@@ -5,36 +5,22 @@ result has the same bytes whatever the number of ranks and interruptions.
 """
 
 import contextlib
-import functools
-import hashlib
-import shutil
-import time
-import zipfile
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mopro_fast import files
-from mopro_fast.console import Progress, say
+from mopro_fast.console import say
 from mopro_fast.data.index import Index
 from mopro_fast.data.pipeline import EvalLoader
-from mopro_fast.distributed import by_rank0, gather_lists, world
-from mopro_fast.errors import UserError, first_line
+from mopro_fast.distributed import gather_lists, world
+from mopro_fast.downstream import row_map
 
-_SAVE_EVERY = 60.0  # seconds of work that a kill may cost
-_PART = 1 << 28  # bytes at which a part is written before that
-_PIECE = 1 << 22  # bytes written at a time
 _NAMED = 3  # lost images named in the message
 
-_writing = functools.partial(files.writing, hint="make room there, or name another folder")
-
-T = TypeVar("T")
 Step = Callable[[Tensor, Tensor], Tensor]  # images uint8 [N, S, S, 3], labels int64 [N] -> [N, width]
 
 
@@ -55,153 +41,26 @@ def compute(
     path: NAME-KEY.npy; NAME stands before the progress bar. batches: int [n] rows of each (default: the usable ones,
     batch_size at a time). again: what the user should remove to have lost images tried again (default: path).
     """
-    rank, ranks = world()
     if batches is None:
         rows, size = index.usable, loader_options["batch_size"]
         batches = [rows[first : first + size] for first in range(0, len(rows), size)]
-    with locked(path):
-        missing = by_rank0(lambda: [] if path.is_file() else _missing(path, len(index), batches))
-        mine = [batches[i] for i in missing[rank::ranks]]
-        lost = gather_lists(_work(index, mine, path, step, loader_options) if mine else [], patient=True)
-        by_rank0(lambda: _join(path, len(index), width))
-    if lost and rank == 0:
+    mine: list[int] = []  # rows that could not be read
+
+    def values(batches: list[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+        @torch.inference_mode()
+        def computing(images: Tensor, labels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+            return ids, step(images, labels)
+
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+        with contextlib.closing(EvalLoader(index, rank=0, world_size=1, batches=batches, **loader_options)) as loader:
+            yield from row_map.in_order(computing, loader, loader_options["device"])
+            mine.extend(lost.row for lost in loader.lost)
+
+    found = row_map.compute(path, len(index), width, batches, values)
+    lost = gather_lists(mine)
+    if lost and world()[0] == 0:
         named = ", ".join(index.name(row) for row in lost[:_NAMED]) + ", ..." * (len(lost) > _NAMED)
         say(
             f"{len(lost)} images could not be read and are left out: {named}; to try them again, remove {again or path}"
         )
-    with _reading(path):
-        files.require_regular(path)
-        found = np.load(path, mmap_mode="r")
-        if (found.shape, found.dtype) != ((len(index), width), np.float32):
-            raise ValueError(f"it is {found.dtype} {list(found.shape)}")
-        return found
-
-
-def begun(path: Path) -> bool:
-    """Whether there is anything of what :func:`compute` writes."""
-    return path.is_file() or any(_parts(path))
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Refuse to compute ``path`` while another process does; rank 0 holds the lock of all ranks, a file beside it."""
-    with contextlib.ExitStack() as stack:
-        if world()[0] == 0:
-            with _writing(path.parent):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                busy, lock = f"another process computes {path}: wait for it", path.with_suffix(".lock")
-                stack.enter_context(files.locked(str(lock), busy))
-                stack.callback(lock.unlink, missing_ok=True)  # also where an error ends it
-        yield
-
-
-def in_order(function: Callable[..., T], batches: Iterable[tuple], device: torch.device) -> Iterator[T]:
-    """``function(*batch)`` of every batch, in their order.
-
-    On a CPU each batch is computed by one thread, and as many batches at a time as PyTorch has threads: the last bits
-    of what several threads compute together depend on their number.
-    """
-    if device.type != "cpu":
-        yield from (function(*batch) for batch in batches)
-        return
-    threads = torch.get_num_threads()
-    running: deque[Future[T]] = deque()
-    with ThreadPoolExecutor(threads, "mopro_fast-batch", torch.set_num_threads, (1,)) as pool:
-        try:
-            for batch in batches:
-                running.append(pool.submit(function, *batch))
-                if len(running) > threads:
-                    yield running.popleft().result()
-            while running:
-                yield running.popleft().result()
-        finally:
-            for future in running:
-                future.cancel()
-            torch.set_num_threads(threads)  # new threads ask for the number set last, by any thread
-
-
-def _work(index: Index, batches: list[np.ndarray], path: Path, step: Step, loader_options: dict[str, Any]) -> list[int]:
-    """Compute these batches of rows and write them into parts; -> the rows that could not be read."""
-    rank, ranks = world()
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
-    loader = EvalLoader(index, rank=0, world_size=1, batches=batches, **loader_options)
-    name = path.stem.rpartition("-")[0] + (f" (1 of {ranks} ranks)" if ranks > 1 else "")
-    total = sum(map(len, batches))
-    done: list[tuple[Tensor, Tensor]] = []  # not written yet; on the device
-    saved = time.monotonic()
-
-    @torch.inference_mode()
-    def computing(images: Tensor, labels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        return ids, step(images, labels)
-
-    with (
-        contextlib.closing(loader),
-        Progress(name, total, "images", active=not rank) as bar,
-    ):
-        try:
-            for ids, values in in_order(computing, loader, loader_options["device"]):
-                done.append((ids, values))
-                bar.update(len(ids))
-                if len(done) * values.nbytes > _PART or time.monotonic() - saved > _SAVE_EVERY:
-                    _write_part(path, done)
-                    done, saved = [], time.monotonic()
-        finally:
-            if done:
-                _write_part(path, done)
-    return [lost.row for lost in loader.lost]
-
-
-def _write_part(path: Path, done: list[tuple[Tensor, Tensor]]) -> None:
-    ids, values = (torch.cat(column).cpu().numpy() for column in zip(*done, strict=True))
-    name = hashlib.sha256(ids.tobytes()).hexdigest()[:16]  # other ids never replace these
-    with _writing(path.parent):
-        _folder(path).mkdir(exist_ok=True)
-        with files.replacing(_folder(path) / f"{name}.npz") as file:
-            np.savez(file, ids=ids, values=values)
-
-
-def _missing(path: Path, rows: int, batches: list[np.ndarray]) -> list[int]:
-    """The numbers of the batches that are not whole in the parts."""
-    there = np.zeros(rows, bool)
-    for part in _parts(path):
-        there[_read_part(part, "ids")] = True
-    return [i for i, batch in enumerate(batches) if not there[batch].all()]
-
-
-def _join(path: Path, rows: int, width: int) -> None:
-    """Write ``path`` from its parts, unless it is there, and remove them."""
-    if not path.is_file():
-        with _writing(path.parent), files.replacing(path) as file:
-            np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (rows, width)})
-            start, each = file.tell(), 4 * width  # bytes of a row
-            unread = np.full((-(-_PIECE // each), width), np.nan, np.float32)
-            for first in range(0, rows, len(unread)):
-                file.write(unread[: rows - first])
-            for part in _parts(path):
-                ids, values = (_read_part(part, name) for name in ("ids", "values"))
-                runs = np.flatnonzero(np.diff(ids, prepend=-2) != 1)  # where ids do not follow one another
-                for first, some in zip(runs, np.split(values, runs[1:]), strict=True):
-                    file.seek(start + int(ids[first]) * each)
-                    file.write(some)
-    shutil.rmtree(_folder(path), ignore_errors=True)
-
-
-def _read_part(path: Path, name: str) -> np.ndarray:
-    with _reading(path), files.open_regular(path) as file, np.load(file) as found:
-        return found[name]
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, EOFError, KeyError, IndexError, TypeError, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot read {path} ({first_line(error)}): remove it, to have it computed again") from None
-
-
-def _parts(path: Path) -> list[Path]:
-    return sorted(_folder(path).glob("*.npz"))
-
-
-def _folder(path: Path) -> Path:
-    return path.with_suffix(".parts")
+    return found
