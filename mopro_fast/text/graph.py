@@ -1,0 +1,133 @@
+"""Which images are similar, by their features, and each text's mean over the texts of similar images.
+
+Every image's k nearest by cosine, itself included, are re-ranked, ascending, and the first few stay, as in CAPro's
+code. Cosines are sifted in float32 and decided in float64, ties by the row: the result does not depend on how the work
+is divided, and it takes memory for a few numbers per image, however large the features are.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mopro_fast.downstream import row_map
+from mopro_fast.text.rerank import EQUAL, rerank_small, smallest
+
+NEAREST, KEEP = 20, 5
+_SPARE = 12  # candidates more than asked for, to be decided in float64
+_ROWS = {"cpu": 1024, "cuda": 16384}  # images at a time
+_COLUMNS = 8192  # images that these are compared with at a time
+_PRODUCTS = 1 << 21  # numbers of candidates' features at a time
+_FARTHEST = 1 - 1e-3  # distances are clipped to [1e-3, this]
+
+
+def build(
+    features: np.ndarray, path: Path, keep: int, nearest: int, device: torch.device
+) -> tuple[np.ndarray, np.ndarray]:
+    """-> neighbours int32 [n, keep], rows of the data, -1: none; their re-ranked distances float32, ascending.
+
+    features: float32 [n, F], memory-mapped; an image whose features are not finite, or all 0, has no neighbours. path:
+    where it is kept, NAME-KEY.npy; a call that was interrupted goes on from there. All ranks share the work.
+    """
+    scale = torch.from_numpy(scales(features))
+    usable = np.flatnonzero(scale.numpy())
+    batches = [usable[i : i + _ROWS[device.type]] for i in range(0, len(usable), _ROWS[device.type])]
+
+    @torch.inference_mode()
+    def one(rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        found, distances = neighbours(features, scale, rows, min(nearest, len(usable)), device)
+        both = torch.full((2, len(rows), keep), -1, dtype=torch.int32)
+        kept = min(keep, found.shape[1])
+        both[0, :, :kept], both[1, :, :kept] = found[:, :kept], distances[:, :kept].view(torch.int32)
+        return torch.from_numpy(rows), both.movedim(0, 1).flatten(1)
+
+    def values(batches: list[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from row_map.in_order(one, ((rows,) for rows in batches), device)
+
+    both = row_map.compute(path, len(features), 2 * keep, batches, values, dtype=np.int32, fill=-1)
+    return both[:, :keep], both[:, keep:].view(np.float32)
+
+
+def scales(features: np.ndarray) -> np.ndarray:
+    """float64 [n]: 1/‖x‖, and 0 where x is not finite or 0."""
+    found = np.zeros(len(features))
+    for first in range(0, len(features), _COLUMNS):
+        norms = np.linalg.norm(features[first : first + _COLUMNS].astype(np.float64), axis=1)
+        np.divide(1, norms, where=np.isfinite(norms) & (norms > 0), out=found[first : first + _COLUMNS])
+    return found
+
+
+def neighbours(
+    features: np.ndarray, scale: Tensor, rows: np.ndarray, k: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The k nearest of these rows, re-ranked, ascending; -> int32 and float32 [N, k], on the CPU."""
+    candidates = min(k + _SPARE, int((scale > 0).sum()))
+    cosines, places = _sift(features, scale, rows, candidates, device, torch.float32)
+    parts = []
+    size = max(_PRODUCTS // (candidates * features.shape[1]), 1)
+    for first in range(0, len(rows), size):
+        some = rows[first : first + size]
+        parts.append(_decide(features, scale, some, places[first : first + size], k, device))
+    found, distances = (torch.cat(x) for x in zip(*parts, strict=True))
+    # Where more candidates than were kept may belong to the k, as of images that are there many times
+    unsure = 2.0**-22 * features.shape[1] ** 0.5
+    crowded = (cosines[:, -1] >= cosines[:, k - 1] - unsure).cpu().numpy() & (candidates < int((scale > 0).sum()))
+    if crowded.any():
+        _, places = _sift(features, scale, rows[crowded], k, device, torch.float64)
+        found[crowded], distances[crowded] = _decide(features, scale, rows[crowded], places, k, device)
+    return found, distances
+
+
+def _taken(
+    features: np.ndarray, scale: Tensor, rows: np.ndarray | slice, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Unit rows; 0 where they are unusable."""
+    x = torch.from_numpy(np.array(features[rows])).to(device, dtype)
+    some = scale[rows].to(device, dtype)[..., None]
+    return torch.where(some > 0, x * some, 0)
+
+
+def _sift(
+    features: np.ndarray, scale: Tensor, rows: np.ndarray, k: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The k greatest cosines of these rows and where they are, [N, k]. In float64 ties go to the lowest row."""
+    own = _taken(features, scale, rows, device, dtype)
+    best = own.new_full((len(rows), k), -2), torch.full((len(rows), k), 0x7FFFFFFF, device=device)
+    for first in range(0, len(features), _COLUMNS):
+        there = scale[first : first + _COLUMNS].to(device) > 0
+        columns = torch.arange(first, first + len(there), device=device)
+        cosines = own @ _taken(features, scale, slice(first, first + len(there)), device, dtype).T
+        cosines.masked_fill_(~there, -2)
+        if dtype == torch.float64:
+            best = _nearest(torch.cat((best[0], cosines), 1), torch.cat((best[1], columns.expand(cosines.shape)), 1), k)
+        else:
+            some, at = cosines.topk(min(k, len(columns)))
+            some, at = torch.cat((best[0], some), 1), torch.cat((best[1], columns[at]), 1)
+            cosines, order = some.topk(k)
+            best = cosines, at.gather(1, order)
+    return best
+
+
+def _nearest(cosines: Tensor, columns: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k greatest of each row in float32's precision, of equal ones the lowest column; cosines: float64 [N, m]."""
+    distances = 1 - cosines
+    distances, columns = smallest(torch.where(distances > EQUAL, distances, 0).float(), columns, k)
+    return 1 - distances.double(), columns
+
+
+def _decide(
+    features: np.ndarray, scale: Tensor, rows: np.ndarray, places: Tensor, k: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The k nearest among the candidates at ``places`` [N, m], re-ranked; int32 and float32 [N, k], on the CPU."""
+    own = _taken(features, scale, rows, device, torch.float64)
+    others = _taken(features, scale, places.cpu().numpy(), device, torch.float64)
+    cosines = (others @ own[:, :, None])[..., 0]
+    m = torch.arange(places.shape[1], device=device)
+    order = places.argsort(1)  # ties among candidates go to the lowest row
+    at = order.gather(1, _nearest(cosines.gather(1, order), m, k)[1])
+    found, others = places.gather(1, at), others.take_along_dim(at[..., None], 1)
+    distances = rerank_small(torch.cat((own[:, None], others), 1))
+    distances, order = distances.sort(stable=True, dim=1)
+    return found.gather(1, order).int().cpu(), distances.clamp(1 - _FARTHEST, _FARTHEST).cpu()
