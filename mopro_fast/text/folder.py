@@ -1,5 +1,6 @@
 """What `mopro-fast text` keeps in its folder: texts, embeddings, anchors; each step's files say what they came from."""
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mopro_fast import files
-from mopro_fast.data.index import Index, load_index
+from mopro_fast.data.index import Index, load_index, synsets
 from mopro_fast.data.paths import TEXT, WHOLE, Paths, read_table
 from mopro_fast.errors import UserError, first_line
 
@@ -19,7 +20,15 @@ OWNER = "text"  # of the folder, for files.own_folder
 TEXTS, EMBEDDINGS, CLASSES, ABOUT = "texts.parquet", "embeddings.npy", "classes.npy", "text.json"
 HINT = "choose another folder"
 _KEY = b"mopro_fast.text"
-_SHAPE = {"data": str, "layout": str, "root": (str, None), "keep_classes": (int, None), "digest": str}
+_NONE = type(None)
+_SHAPE = {
+    "data": str,
+    "layout": str,
+    "root": (str, _NONE),
+    "keep_classes": (int, _NONE),
+    "digest": str,
+    "classes": ([str], _NONE),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,10 +42,15 @@ class Texts:
     text: pa.ChunkedArray
     """Strings [n], cleaned."""
     about: dict[str, Any]
-    """data, layout, root, keep_classes: the arguments of load_index; digest: the index's."""
+    """data, layout, root, keep_classes: of load_index; digest: the index's; classes: their names, or None."""
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @functools.cached_property
+    def num_classes(self) -> int:
+        """C: how many have names, or the greatest label and one."""
+        return len(self.about["classes"] or ()) or int(self.labels.max(initial=-1)) + 1
 
     def index(self, data: str | None = None) -> Index:
         """The images themselves. data: where they lie now, if they moved. Raises a UserError."""
@@ -61,7 +75,7 @@ def write_texts(folder: Path, index: Index, text: pa.Array, about: dict[str, Any
         "text": text,
         "empty": pc.equal(text, ""),
     }
-    about = {**about, "digest": index.digest()}
+    about = {**about, "digest": index.digest(), "classes": index.classes or synsets(about["data"])}
     table = pa.table(columns).replace_schema_metadata({_KEY: json.dumps(about).encode()})
     with files.replacing(folder / TEXTS) as file:
         pq.write_table(table, file)

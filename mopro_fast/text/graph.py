@@ -6,10 +6,13 @@ is divided, and it takes memory for a few numbers per image, however large the f
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from mopro_fast.downstream import row_map
@@ -20,7 +23,10 @@ _SPARE = 12  # candidates more than asked for, to be decided in float64
 _ROWS = {"cpu": 1024, "cuda": 16384}  # images at a time
 _COLUMNS = 8192  # images that these are compared with at a time
 _PRODUCTS = 1 << 21  # numbers of candidates' features at a time
+_MEANS = 1 << 12  # means at a time
 _FARTHEST = 1 - 1e-3  # distances are clipped to [1e-3, this]
+
+Edge = Literal["distance", "similarity"]
 
 
 def build(
@@ -131,3 +137,45 @@ def _decide(
     distances = rerank_small(torch.cat((own[:, None], others), 1))
     distances, order = distances.sort(stable=True, dim=1)
     return found.gather(1, order).int().cpu(), distances.clamp(1 - _FARTHEST, _FARTHEST).cpu()
+
+
+@dataclass(eq=False)
+class Smoothing:
+    """Each row's mean over its neighbours' vectors, itself left out: A ← max(A, Aᵀ), rows to sum 1, ŝ = A·s."""
+
+    starts: np.ndarray
+    """int64 [n + 1]: where each row's entries begin."""
+    columns: np.ndarray
+    """int32, of every entry."""
+    weights: np.ndarray
+    """float32, of every entry, before the rows are divided by their sums."""
+
+    @classmethod
+    def of(cls, neighbours: np.ndarray, distances: np.ndarray, edge: Edge) -> "Smoothing":
+        """neighbours, distances: as from :func:`build`. edge: what an entry weighs."""
+        n, keep = neighbours.shape
+        i, j = np.arange(n, dtype=np.int64).repeat(keep), neighbours.ravel().astype(np.int64)
+        weights = distances.ravel() if edge == "distance" else 1 - distances.ravel()
+        there = (j >= 0) & (i != j)
+        i, j, weights = i[there], j[there], weights[there]
+        keys = np.concatenate((i * n + j, j * n + i))
+        order = keys.argsort(kind="stable")
+        keys, weights = keys[order], np.concatenate((weights, weights))[order]
+        first = np.flatnonzero(np.diff(keys, prepend=-1))
+        i, j = np.divmod(keys[first], n)
+        greatest = np.maximum.reduceat(weights, first) if len(first) else weights
+        return cls(np.searchsorted(i, np.arange(n + 1)), j.astype(np.int32), greatest)
+
+    def mean(self, vectors: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """float32 [len(rows), E]; 0 of a row without neighbours. vectors: [n, E] of a float type."""
+        found = np.zeros((len(rows), vectors.shape[1]), np.float32)
+        for first in range(0, len(rows), _MEANS):
+            some = rows[first : first + _MEANS]
+            begin, count = self.starts[some], self.starts[some + 1] - self.starts[some]
+            ends = np.append(0, count.cumsum())
+            entries = np.arange(ends[-1]) + (begin - ends[:-1]).repeat(count)
+            own = csr_matrix((self.weights[entries].astype(np.float64), np.arange(ends[-1]), ends))
+            sums = np.asarray(own.sum(1))
+            means = own @ vectors[self.columns[entries]].astype(np.float64)
+            np.divide(means, sums, where=sums > 0, out=found[first : first + _MEANS], casting="same_kind")
+        return found

@@ -1,0 +1,171 @@
+"""``mopro-fast text embed FOLDER``: a vector for every text and every class."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+import tyro
+from torch import Tensor
+
+from mopro_fast import distributed, files
+from mopro_fast.console import tell
+from mopro_fast.downstream import row_map
+from mopro_fast.errors import UserError, first_line
+from mopro_fast.text.folder import ABOUT, CLASSES, EMBEDDINGS, HINT, OWNER, TEXTS, Texts, read_texts
+from mopro_fast.text.hashing import Hashing
+from mopro_fast.text.words import class_texts
+
+_BATCH = 1024  # texts
+_PIECE = 1 << 14  # rows written at a time
+_NPY = "npy:"
+
+
+@dataclass
+class Embed:
+    """A vector for every text and every class: embeddings.npy and classes.npy beside the texts."""
+
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    """What `mopro-fast text read` wrote."""
+    classes: str | None = None
+    """The classes' texts: a table with the columns label, name and description (default: the classes' names in the
+    data)."""
+    wordnet: str | None = None
+    """For classes that are synsets: their texts from WordNet, its folder dict or nltk's corpora/wordnet."""
+    encoder: str = "hash"
+    """hash: words that texts share, nothing to download; minilm: all-MiniLM-L6-v2; npy:FILE: your own vectors, [n, E]
+    in the order of texts.parquet."""
+    class_embeddings: str | None = None
+    """With npy:FILE: the classes' vectors, a .npy file [C, E]."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU of each local rank if there is one."""
+
+
+class Encoder(Protocol):
+    width: int
+    identity: str  # what its vectors depend on
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray | Tensor:
+        """float32 [len(rows), width] of these texts of those that it was made for."""
+
+
+def main(argv: list[str]) -> int:
+    o = tyro.cli(Embed, args=argv, prog="mopro-fast text embed")
+    folder = Path(o.folder)
+    device = distributed.start(o.device)
+    texts = read_texts(folder)  # before the folder is made anyone's
+    with distributed.on_rank0(lambda: files.own_folder(folder, OWNER, flag="")), files.writing(folder, HINT):
+        said = embed(o, folder, texts, device)
+    if distributed.world()[0] == 0:
+        tell(said)
+    distributed.leave()
+    return 0
+
+
+def embed(o: Embed, folder: Path, texts: Texts, device: torch.device) -> str:
+    """Write embeddings.npy, classes.npy and text.json; -> what to say. Raises a UserError."""
+    if (own := o.encoder.startswith(_NPY)) != (o.class_embeddings is not None):
+        raise UserError("--encoder npy:FILE and --class-embeddings FILE go together: give both, or another encoder")
+    about: dict[str, Any] = {"texts": files.sha256_of(folder / TEXTS), "encoder": o.encoder}
+    if own:
+        vectors = [_vectors(name) for name in (o.encoder.removeprefix(_NPY), o.class_embeddings)]
+        _require_fit(*vectors, texts, o)
+        distinct, (images, classes) = np.arange(len(texts)), vectors
+        about |= {"identity": hashlib.sha256(repr([files.sha256_of(v.filename) for v in vectors]).encode()).hexdigest()}
+    else:
+        names, of_classes = class_texts(o.classes, o.wordnet, texts.about["classes"], texts.num_classes)
+        encoded = texts.text.cast(pa.large_string()).combine_chunks().dictionary_encode()
+        distinct = encoded.indices.to_numpy(zero_copy_only=False)
+        every = pa.chunked_array([encoded.dictionary, pa.array(of_classes, pa.large_string())])
+        encoder = _encoder(o.encoder, every, device)
+        found, path = _encode(folder, encoder, every, device)
+        images, classes = found[: len(encoded.dictionary)], found[len(encoded.dictionary) :]
+        about |= {"identity": encoder.identity}
+        about["classes"] = [{"name": n, "text": t} for n, t in zip(names, of_classes, strict=True)]
+    distributed.by_rank0(lambda: _write(folder, images, distinct, classes, about))
+    if not own and distributed.world()[0] == 0:
+        path.unlink(missing_ok=True)
+    return f"{folder / EMBEDDINGS}: {len(texts)} texts and {len(classes)} classes, {images.shape[1]} numbers each"
+
+
+def _encoder(name: str, texts: pa.ChunkedArray, device: torch.device) -> Encoder:
+    """texts: distinct strings."""
+    if name == "hash":
+        return Hashing(texts)
+    if name == "minilm":
+        from mopro_fast.text.minilm import MiniLM
+
+        model = MiniLM(device)
+
+        class Encoded:
+            width, identity = model.width, model.identity
+
+            def __call__(self, rows: np.ndarray) -> Tensor:
+                return model([text or " " for text in texts.take(pa.array(rows)).to_pylist()])
+
+        return Encoded()
+    raise UserError(f"--encoder {name} is none of hash, minilm and npy:FILE")
+
+
+def _encode(folder: Path, encoder: Encoder, texts: pa.ChunkedArray, device: torch.device) -> tuple[np.ndarray, Path]:
+    """float16 [len(texts), width], memory-mapped; and where it lies."""
+
+    @torch.inference_mode()
+    def one(rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        return torch.from_numpy(rows), torch.as_tensor(encoder(rows)).half()
+
+    def values(batches: list[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from row_map.in_order(one, ((rows,) for rows in batches), device)
+
+    sha = hashlib.sha256(encoder.identity.encode())
+    for text in texts.chunks:
+        for part in text.buffers():
+            sha.update(part or b"")
+    batches = [np.arange(i, min(i + _BATCH, len(texts))) for i in range(0, len(texts), _BATCH)]
+    path = folder / f"texts-{sha.hexdigest()[:16]}.npy"
+    return row_map.compute(path, len(texts), encoder.width, batches, values, dtype=np.float16, unit="texts"), path
+
+
+def _write(folder: Path, images: np.ndarray, distinct: np.ndarray, classes: np.ndarray, about: dict[str, Any]) -> None:
+    (folder / ABOUT).unlink(missing_ok=True)  # what it says is not of the files below
+    with files.replacing(folder / EMBEDDINGS) as file:
+        shape = (len(distinct), images.shape[1])
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
+        for first in range(0, len(distinct), _PIECE):
+            file.write(images[distinct[first : first + _PIECE]].astype("<f2"))
+    with files.replacing(folder / CLASSES) as file:
+        np.save(file, classes.astype("<f4"))
+    files.write_json(folder / ABOUT, about)
+
+
+def _vectors(name: str) -> np.memmap:
+    try:
+        files.require_regular(name)
+        found = np.load(name, mmap_mode="r")
+        if found.ndim != 2 or found.dtype.kind != "f":
+            raise ValueError(f"it holds {found.dtype} {list(found.shape)}, not [n, E] of a float type")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"cannot read the vectors {name}: {first_line(error)}") from None
+    return found
+
+
+def _require_fit(images: np.ndarray, classes: np.ndarray, texts: Texts, o: Embed) -> None:
+    for found, rows, name, what in (
+        (images, len(texts), o.encoder.removeprefix(_NPY), "texts"),
+        (classes, texts.num_classes, o.class_embeddings, "classes"),
+    ):
+        if len(found) != rows:
+            raise UserError(
+                f"{name} has {len(found)} vectors, and there are {rows} {what}: give one for each, in order"
+            )
+        for first in range(0, rows, _PIECE):
+            for i in np.flatnonzero(~np.isfinite(found[first : first + _PIECE].astype(np.float16)).all(1))[:1].tolist():
+                raise UserError(f"{name}: vector {first + i} has a number that is not finite in float16")
+    if images.shape[1] != classes.shape[1]:
+        raise UserError(
+            f"the images' vectors have {images.shape[1]} numbers and the classes' {classes.shape[1]}: take one encoder"
+        )
