@@ -129,7 +129,9 @@ def read(o: Read) -> dict[str, int]:
         rules = records.Rules(o.tags, o.raw, o.dictionary and os.path.abspath(o.dictionary))
         source = _source(o, index, rules)
         names, texts, counts = _read(source, workers)
-        text = _matched(source.images, names, texts, counts, o.data)
+        record = _matched(source.images, names, counts, o.data)
+        text = texts.take(record).fill_null("")
+        del texts  # hundreds of MB
         _count_texts(text, index.labels, counts)
         write_texts(out, index, text, {"data": os.path.abspath(o.data), **options})
         said = {name: value for name, value in asdict(o).items() if name not in ("out", "workers")}
@@ -234,7 +236,7 @@ def _is_tar(path: str) -> bool:
         raise UserError(f"cannot read --texts {path}: {error.strerror}") from None
 
 
-def _read(source: Source, workers: int) -> tuple[Paths, pa.ChunkedArray, Counter[str]]:
+def _read(source: Source, workers: int) -> tuple[Paths, pa.Array, Counter[str]]:
     """-> of all records, in the order of the tasks, the images that they name, their texts, and what was counted."""
     numbers = {id(task): number for number, task in enumerate(source.tasks)}
     found: dict[int, records.Found] = {}
@@ -255,7 +257,7 @@ def _read(source: Source, workers: int) -> tuple[Paths, pa.ChunkedArray, Counter
     names = Paths(pa.chunked_array([f.names for f in ordered], pa.large_binary()))
     if source.prefixes is not None:
         names = _in_folders(names, source, [len(f.names) for f in ordered])
-    texts = pa.chunked_array([f.texts for f in ordered], pa.large_string())
+    texts = pa.chunked_array([f.texts for f in ordered], pa.large_string()).combine_chunks()
     counts["records"] = len(names) + counts["no_image"] + counts["no_id"] + counts["again"]
     return names, texts, counts
 
@@ -269,8 +271,8 @@ def _in_folders(names: Paths, source: Source, lengths: list[int]) -> Paths:
     return Paths(pc.if_else(pa.array(other), longer.column, names.column))
 
 
-def _matched(images: Paths, names: Paths, texts: pa.ChunkedArray, counts: Counter[str], data: str) -> pa.Array:
-    """-> large_string [images]: the text of the first record of each; empty where there is none."""
+def _matched(images: Paths, names: Paths, counts: Counter[str], data: str) -> pa.Array:
+    """-> int64 [images]: the first record of each; null where there is none."""
     if not len(names):
         raise UserError(f"no record was found for the images of {data}: give other {_WAYS}")
     record = names.rows_of(images)
@@ -280,8 +282,7 @@ def _matched(images: Paths, names: Paths, texts: pa.ChunkedArray, counts: Counte
     counts["no_image"] += int(absent.sum())
     counts["again"] += int(((names.rows_of(names) != np.arange(len(names))) & ~absent).sum())
     counts["no_record"] = int((record < 0).sum())
-    found = texts.combine_chunks().take(pa.array(record, mask=record < 0))
-    return found.fill_null("")
+    return pa.array(record, mask=record < 0)
 
 
 def _no_match(source: str, rows: int, name: str, image: str) -> UserError:

@@ -96,7 +96,9 @@ def read_table(path: str, required: Iterable[str], optional: Iterable[str] = ())
 
 
 def _parquet(file: BinaryIO, wanted: list[str]) -> pa.Table:
-    table = pq.read_table(file, columns=wanted)
+    there = pq.read_schema(file).names
+    file.seek(0)
+    table = pq.read_table(file, columns=[name for name in wanted if name in there])
     for i, field in enumerate(table.schema):
         kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
         if pa.types.is_integer(kind):
