@@ -104,11 +104,9 @@ def of_column(names: pa.Array, values: pa.Array, rules: Rules) -> Iterator[Found
     """A table's rows. values: large_binary [n]; null: no text."""
     counts: Counter[str] = Counter()
     texts = []
-    for value in values:
-        data = value.as_py()
+    for data in values.to_pylist():
         counts["not_text"] += data is None
-        data = data or b""
-        texts.append(_text([data.decode("utf-8", "replace")], rules, counts, _is_utf8(data)))
+        texts.append(_text([(data or b"").decode("utf-8", "replace")], rules, counts, _is_utf8(data or b"")))
     yield _found(names, texts, counts)
 
 
