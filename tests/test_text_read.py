@@ -1,0 +1,342 @@
+"""`mopro-fast text read`: the same texts from every source; what is counted, and what is refused in one line."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv as pc
+import pyarrow.parquet as pq
+import pytest
+
+from mopro_fast.errors import UserError
+from mopro_fast.text import read as command
+from mopro_fast.text.folder import read_texts
+
+IMAGES = {  # path, label; as the lists have them
+    "google/q0002/b.jpg": 1,
+    "google/q0001/a.jpg": 0,
+    "google/q0001/c.d.png": 0,
+    "google/q0001/none.jpg": 0,
+    "flickr/q0001/a.jpg": 1,
+    "flickr/q0001/e.JPEG": 0,
+}
+TEXTS = {  # the images' keys: title, description, tags
+    "google/q0001/a": ("A Tench &amp; a fish", None, None),
+    "google/q0001/c.d": ("tench", "<b>fish</b>", []),
+    "google/q0002/b": ("Shark", "seen at http://a.b", ["blue", "sea"]),
+    "flickr/q0001/a": ("the", "", "red"),
+    "flickr/q0001/e": ("Tench, fish!", None, None),
+    "flickr/q0001/away": ("nobody", "sees", None),
+}
+CLEANED = ["shark seen", "tench fish", "tench fish", "", "", "tench fish"]
+COUNTS = {
+    "images": 6,
+    "empty": 2,
+    "no_record": 1,
+    "repeated": 3,
+    "duplicates": 3,
+    "records": 6,
+    "no_image": 1,
+    "again": 0,
+    "no_id": 0,
+    "not_text": 0,
+    "not_utf8": 0,
+    "other_files": 0,
+}
+
+
+def record(key, **more):
+    found = dict(zip(("title", "description", "tags"), TEXTS[key], strict=True))
+    return {name: value for name, value in found.items() if value is not None} | more
+
+
+def joined(key):
+    return " ".join(filter(None, TEXTS[key][:2]))
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.fixture
+def web(tmp_path):
+    """A WebVision folder with records; no image is there."""
+    data = tmp_path / "web"
+    (data / "info").mkdir(parents=True)
+    for source in ("google", "flickr"):
+        lines = [f"{path} {label}\n" for path, label in IMAGES.items() if path.startswith(source)]
+        (data / "info" / f"train_filelist_{source}.txt").write_text("".join(lines))
+        for folder in sorted({os.path.dirname(key) for key in TEXTS if key.startswith(source)}):
+            (data / "META" / source).mkdir(parents=True, exist_ok=True)
+            found = [record(key, id=os.path.basename(key), rank=1) for key in TEXTS if os.path.dirname(key) == folder]
+            (data / "META" / f"{folder}.json").write_text(json.dumps(found))
+    return data
+
+
+@pytest.fixture
+def read(web, tmp_path, capsys):
+    """-> function: options -> the table's texts and the counts."""
+
+    def read(*options, data=web, out="out"):
+        out = tmp_path / out
+        assert command.main([str(data), "--out", str(out), *map(str, options)]) == 0
+        counts = json.loads((out / "read.json").read_text())["counts"]
+        told = capsys.readouterr().out
+        assert f"{counts['images']} images: {counts['empty']} with an empty text" in told
+        found = read_texts(out)
+        table = pq.read_table(out / "texts.parquet")
+        assert table["id"].to_pylist() == list(range(len(found)))
+        assert table["empty"].to_pylist() == [text == "" for text in found.text.to_pylist()]
+        assert sorted(os.listdir(out)) == [".mopro_fast", "read.json", "texts.parquet"]
+        return found.text.to_pylist(), counts
+
+    return read
+
+
+@pytest.fixture
+def refusal(web, tmp_path):
+    """-> function: options -> the message."""
+
+    def refusal(*options, data=web):
+        with pytest.raises(UserError) as caught:
+            command.main([str(data), "--out", str(tmp_path / "refused"), *map(str, options)])
+        assert not (tmp_path / "refused").exists()
+        text = str(caught.value)
+        assert text.isprintable() and ": " in text
+        return text.replace(str(tmp_path), "TMP")
+
+    return refusal
+
+
+def bytes_of(tmp_path, out):
+    return (tmp_path / out / "texts.parquet").read_bytes()
+
+
+def test_webvision(read, web, tmp_path):
+    assert read() == (CLEANED, COUNTS)
+    assert read("--meta", web / "META", "--workers", 1, out="other") == (CLEANED, COUNTS)
+    assert bytes_of(tmp_path, "other") == bytes_of(tmp_path, "out")
+    os.rename(web / "META", tmp_path / "META")  # beside the folder
+    assert read(out="other") == (CLEANED, COUNTS)
+    found = read_texts(tmp_path / "other")
+    assert found.paths.tolist() == list(IMAGES) and found.labels.tolist() == list(IMAGES.values())
+    for path in IMAGES:
+        (web / path).parent.mkdir(parents=True, exist_ok=True)
+        (web / path).write_bytes(b"")
+    assert found.index().paths.equals(found.paths)
+
+
+def test_every_source_gives_the_same(read, web, tmp_path):
+    read()
+    expected = bytes_of(tmp_path, "out")
+    paths = {path.rsplit(".", 1)[0]: path for path in IMAGES}
+    names = [("./" if i % 2 else f"{web}/") + paths.get(key, f"{key}.jpg") for i, key in enumerate(TEXTS)]
+    columns = pa.table({"text": [joined(key) for key in TEXTS], "more": range(len(TEXTS)), "path": names})
+    pq.write_table(columns, tmp_path / "texts.parquet")
+    pc.write_csv(columns, tmp_path / "texts.csv")
+    windows = (tmp_path / "texts.csv").read_bytes().replace(b"\n", b"\r\n")
+    (tmp_path / "windows.csv").write_bytes(b"\xef\xbb\xbf" + windows)
+    plain = {f"{key}.txt": joined(key).encode() for key in TEXTS}
+    objects = {f"./{key}.json": json.dumps(record(key)).encode() for key in TEXTS}
+    captions = {f"{key}.json": json.dumps({"caption": joined(key), "url": "x"}).encode() for key in TEXTS}
+    images = {f"{key}.jpg": b"image" for key in TEXTS}
+    write_tar(tmp_path / "plain.tar", images | plain)
+    write_tar(tmp_path / "objects.tar.gz", objects | images)
+    write_tar(tmp_path / "captions.tar", captions)
+    bad = {name: b'{"caption": "overruled"}' for name in captions}
+    write_tar(tmp_path / "both.tar", plain | bad)
+    (tmp_path / "tars").mkdir()
+    for i, (name, data) in enumerate(plain.items()):
+        write_tar(tmp_path / "tars" / f"{i:05d}.tar", {name: data})
+    sources = ["texts.parquet", "texts.csv", "windows.csv", "plain.tar", "objects.tar.gz", "captions.tar", "both.tar"]
+    for source in [*sources, "tars", "tars/0*.tar"]:
+        assert read("--texts", tmp_path / source, out="other") == (CLEANED, COUNTS), source
+        assert bytes_of(tmp_path, "other") == expected, source
+
+
+def test_tars_whose_names_are_folders(read, tmp_path):
+    (tmp_path / "list.txt").write_text("00000/0001.jpg 0\n00001/0001.jpg 1\n")
+    (tmp_path / "tars").mkdir()
+    for i, text in enumerate((b"a tench", b"a shark")):
+        write_tar(tmp_path / "tars" / f"0000{i}.tar", {"0001.txt": text, "0001.jpg": b""})
+    assert read("--texts", tmp_path / "tars", data=tmp_path / "list.txt")[0] == ["tench", "shark"]
+
+
+def test_options(read, tmp_path):
+    assert read("--tags", "True")[0] == ["shark seen blue sea", *CLEANED[1:4], "red", CLEANED[5]]
+    (tmp_path / "words").write_text("Tench\nshark\n")
+    assert read("--dictionary", tmp_path / "words")[0] == ["shark", "tench", "tench", "", "", "tench"]
+    raw = ["Shark seen at http://a.b", "A Tench &amp; a fish", "tench <b>fish</b>", "", "the", "Tench, fish!"]
+    assert read("--raw", "True")[0] == raw
+    texts, counts = read("--keep-classes", 1)
+    assert texts == ["tench fish", "tench fish", "", "tench fish"] and counts["other_files"] == 1
+    index = read_texts(tmp_path / "out").about
+    assert index["keep_classes"] == 1 and index["layout"] == "auto"
+
+
+def test_lists_and_class_folders(read, web, tmp_path):
+    twice = tmp_path / "list.txt"
+    lines = [f"{web}/google/q0001/a.jpg 0", f"{web}/google/q0001/a.jpg 1", "./web/google/q0002/b.jpg 0"]
+    twice.write_text("\n".join(lines))
+    texts, counts = read("--root", web, "--meta", web / "META", data=twice)
+    assert texts[:2] == ["tench fish"] * 2 and counts["repeated"] == 2 and counts["duplicates"] == 0
+    for name in ("x/1.jpg", "y/2.png"):
+        path = tmp_path / "classes" / name
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"")
+    (tmp_path / "a.csv").write_text('path,text\ny/2.png,"a tench,\nin ""water"""\nx/1.jpg,\n')
+    assert read("--texts", tmp_path / "a.csv", data=tmp_path / "classes", out="c")[0] == ["", "tench water"]
+
+
+def test_odd_records_are_counted(read, web):
+    odd = [
+        {"id": "a", "title": "first"},
+        {"id": "a", "title": "second"},
+        {"title": "no id"},
+        "no record",
+        {"id": None},
+        {"id": "c.d", "title": 7, "description": ["x"]},
+        {"id": "none", "title": "odd \ud83d \0 \u202e", "more": "\ud800"},
+        {"id": "\ud800", "title": "away"},
+    ]
+    text = json.dumps(odd).replace("first", "first \u00e9t\u00e9").encode("latin-1")
+    (web / "META/google/q0001.json").write_bytes(text)
+    (web / "META/google/q0007.json").write_text("not read")
+    texts, counts = read()
+    assert texts[1:4] == ["first", "", "odd"]
+    expected = {"again": 1, "no_id": 3, "not_text": 1, "not_utf8": 1, "no_image": 2, "records": 12, "other_files": 1}
+    assert counts == COUNTS | expected | {"repeated": 0, "duplicates": 0, "no_record": 0, "empty": 2}
+    assert read("--raw", "True")[0][3] == "odd ? \0 \u202e"
+    (web / "META/google/q0001.json").write_bytes(json.dumps(odd).encode("utf-16"))
+    assert read()[0][1] == "first"
+
+
+def test_odd_tables_are_counted(read, tmp_path):
+    names = [*list(IMAGES)[:3], next(iter(IMAGES)), "./google/q0001/none.jpg"]
+    columns = {"path": names, "text": pa.array([b"tench", None, b"\xe9 koi", b"again", b"a\0bcd"], pa.binary())}
+    pq.write_table(pa.table(columns), tmp_path / "texts.parquet")
+    texts, counts = read("--texts", tmp_path / "texts.parquet")
+    assert texts == ["tench", "", "koi", "bcd", "", ""]
+    expected = {"again": 1, "not_text": 1, "not_utf8": 1, "no_image": 0, "no_record": 2, "records": 5, "empty": 3}
+    assert counts == COUNTS | expected | {"repeated": 0, "duplicates": 0}
+
+
+BAD = "google/q0001.json"
+
+
+@pytest.mark.parametrize(
+    ("records", "says"),
+    [
+        (b'[{"id": "a",}]', "double quotes: line 1 column 13"),
+        (b"", "Expecting value"),
+        (b'{"id": "a"}', "is no list of records"),
+        (b"[" * 100_000, "recursion"),
+        (b'[{"id": "a", "rank": ' + b"9" * 5000 + b"}]", "digits"),
+    ],
+    ids=range(5),
+)
+def test_records_that_are_refused(refusal, web, records, says):
+    (web / "META" / BAD).write_bytes(records)
+    text = refusal()
+    assert BAD in text and says in text
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ("image,text\na.jpg,b\n", "no column path"),
+        ("a;b\n", "its columns are a;b"),
+        ("path,text\na.jpg,b,c\n", "Expected 2 columns, got 3"),
+        ("path,text\nz.jpg,b\n", "none of 1 records is of an image of the data: they name such as z.jpg"),
+        ("path,text\n", "no record was found"),
+        ("", "Empty"),
+        ("path,text\n".encode("utf-16"), "UTF-16"),
+        (b"PAR1", "TMP/texts.csv"),
+    ],
+    ids=range(8),
+)
+def test_tables_that_are_refused(refusal, tmp_path, table, says):
+    (tmp_path / "texts.csv").write_bytes(table if isinstance(table, bytes) else table.encode())
+    assert says in refusal("--texts", tmp_path / "texts.csv")
+
+
+def test_parquet_that_is_refused(refusal, tmp_path):
+    for columns, says in (
+        ({"path": ["a", None], "text": ["a", "b"]}, "1 rows have no path"),
+        ({"path": ["a", "b"], "text": [1.5, 2.5]}, "text is not text"),
+        ({"path": ["a", "b"]}, "no column text"),
+    ):
+        pq.write_table(pa.table(columns), tmp_path / "texts.parquet")
+        assert says in refusal("--texts", tmp_path / "texts.parquet")
+
+
+def test_tars_that_are_refused(refusal, tmp_path):
+    path = tmp_path / "texts.tar"
+    write_tar(path, {"google/q0001/a.txt": b"x" * 5000})
+    whole = path.read_bytes()
+    for data, says in (
+        (b"no tar", "cannot read TMP/texts.tar"),
+        (whole[:2000], "cannot read google/q0001/a.txt in TMP/texts.tar (unexpected end of data)"),
+    ):
+        path.write_bytes(data)
+        assert says in refusal("--texts", path)
+    for members, says in (
+        ({"google/q0001/a.json": b"["}, "google/q0001/a.json in TMP"),
+        ({"google/q0001/a.json": b"[]"}, "(it is no object)"),
+        ({"google/q0001/a.jpg": b""}, "no record was found"),
+        ({"z/a.txt": b"a"}, "they name such as z/a, the data has such as google/q0002/b"),
+    ):
+        write_tar(path, members)
+        assert says in refusal("--texts", path)
+    (tmp_path / "mixed").mkdir()
+    write_tar(tmp_path / "mixed/a.tar", {})
+    (tmp_path / "mixed/b.csv").write_text("path,text\n")
+    assert "is a tar" in refusal("--texts", tmp_path / "mixed/*")
+
+
+def test_options_that_are_refused(refusal, web, tmp_path):
+    assert "give one of them" in refusal("--meta", "a", "--texts", "b")
+    assert "--meta a is no folder" in refusal("--meta", "a")
+    assert "no such file: --texts a*" in refusal("--texts", "a*")
+    assert "is a folder without tars" in refusal("--texts", web)
+    assert "has no effect" in refusal("--dictionary", "a", "--raw", "True")
+    assert "--dictionary a" in refusal("--dictionary", "a")
+    with pytest.raises(UserError, match="--workers must be"):
+        command.main([str(web), "--out", str(tmp_path / "refused"), "--workers", "-1"])
+    assert "looked for files such as TMP/flickr/q0001.json" in refusal("--meta", tmp_path)
+    os.rename(web / "META", web / "other")
+    assert "give --meta DIR (WebVision's records) or --texts FILE" in refusal()
+    with pytest.raises(UserError, match="needs --out"):
+        command.main([str(web)])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").write_text("")
+    with pytest.raises(UserError, match="holds other files"):
+        command.main([str(web), "--out", str(tmp_path / "mine"), "--meta", str(web / "other")])
+
+
+@pytest.mark.parametrize("stop", ["SIGKILL", "SIGINT"])
+@pytest.mark.parametrize("point", [1, 4])
+def test_stopped_and_run_again(read, web, tmp_path, stop, point):
+    read()
+    expected = bytes_of(tmp_path, "out")
+    program = [sys.executable, Path(__file__).with_name("stopped_command.py"), stop, str(point)]
+    words = [*program, "text", "read", web, "--out", tmp_path / "new"]
+    stopped = subprocess.run(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert stopped.returncode == (-signal.SIGKILL if stop == "SIGKILL" else 130) and "Traceback" not in stopped.stderr
+    assert not (tmp_path / "new" / "texts.parquet").exists()
+    read(out="new")
+    assert bytes_of(tmp_path, "new") == expected
+    (web / "META" / BAD).write_text("[")
+    with pytest.raises(UserError):
+        command.main([str(web), "--out", str(tmp_path / "new")])
+    assert bytes_of(tmp_path, "new") == expected  # what was there stays whole
