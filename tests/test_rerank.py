@@ -113,6 +113,9 @@ def test_the_graph_does_not_depend_on_how_the_work_is_divided(tmp_path, monkeypa
         torch.set_num_threads(before)
         assert (tmp_path / "b-1.npy").read_bytes() == (tmp_path / "a-1.npy").read_bytes()
         (tmp_path / "b-1.npy").unlink()
+    monkeypatch.setattr(graph, "_held", lambda features, device: torch.from_numpy(features).to(device))
+    graph.build(features, tmp_path / "b-1.npy", 5, 20, CPU)
+    assert (tmp_path / "b-1.npy").read_bytes() == (tmp_path / "a-1.npy").read_bytes()
 
 
 @pytest.mark.parametrize("edge", ["distance", "similarity"])
@@ -154,7 +157,7 @@ def test_what_the_published_code_gave():
     np.testing.assert_allclose(smoothed, theirs["smoothed"], atol=1e-6)
     features = theirs["features"].numpy().astype(np.float32)
     scale = torch.from_numpy(graph.scales(features))
-    ours, distances = graph.neighbours(features, scale, np.arange(len(features)), 20, CPU)
+    ours, distances = graph.neighbours(features, scale, torch.arange(len(features)), 20)
     same = (ours[:, :5].numpy() == found).all(1)
     assert same.mean() >= 0.95
     np.testing.assert_allclose(distances[:, :5][same], weights[same], atol=0.01)

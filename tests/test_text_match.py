@@ -208,7 +208,7 @@ def test_interrupted_it_goes_on_with_the_same_bytes(folder, texts, monkeypatch):
     assert len(list(texts.glob("graph-*.parts/*.npz"))) == 3
     monkeypatch.setattr(row_map, "_write_part", write)
     rows, decide = [], graph.neighbours
-    monkeypatch.setattr(graph, "neighbours", lambda f, s, some, *rest: rows.extend(some) or decide(f, s, some, *rest))
+    monkeypatch.setattr(graph, "neighbours", lambda f, s, some, k: rows.extend(some.tolist()) or decide(f, s, some, k))
     smoothed(folder, texts)
     assert len(rows) == 3 * EACH - 48 and (texts / "anchors.parquet").read_bytes() == expected
 

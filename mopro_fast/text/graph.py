@@ -37,13 +37,14 @@ def build(
     features: float32 [n, F], memory-mapped; an image whose features are not finite, or all 0, has no neighbours. path:
     where it is kept, NAME-KEY.npy; a call that was interrupted goes on from there. All ranks share the work.
     """
-    scale = torch.from_numpy(scales(features))
-    usable = np.flatnonzero(scale.numpy())
+    scale = scales(features)
+    usable = np.flatnonzero(scale)
+    held, scale = _held(features, device), torch.from_numpy(scale).to(device)
     batches = [usable[i : i + _ROWS[device.type]] for i in range(0, len(usable), _ROWS[device.type])]
 
     @torch.inference_mode()
     def one(rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        found, distances = neighbours(features, scale, rows, min(nearest, len(usable)), device)
+        found, distances = neighbours(held, scale, torch.from_numpy(rows).to(device), min(nearest, len(usable)))
         both = torch.full((2, len(rows), keep), -1, dtype=torch.int32)
         kept = min(keep, found.shape[1])
         both[0, :, :kept], both[1, :, :kept] = found[:, :kept], distances[:, :kept].view(torch.int32)
@@ -65,47 +66,58 @@ def scales(features: np.ndarray) -> np.ndarray:
     return found
 
 
-def neighbours(
-    features: np.ndarray, scale: Tensor, rows: np.ndarray, k: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """The k nearest of these rows, re-ranked, ascending; -> int32 and float32 [N, k], on the CPU."""
-    candidates = min(k + _SPARE, int((scale > 0).sum()))
-    cosines, places = _sift(features, scale, rows, candidates, device, torch.float32)
-    parts = []
+def _held(features: np.ndarray, device: torch.device) -> np.ndarray | Tensor:
+    """In the GPU's memory where they take less than half of what is free there."""
+    if device.type == "cuda" and 2 * features.nbytes < torch.cuda.mem_get_info(device)[0]:
+        held = torch.empty(features.shape, device=device)
+        for first in range(0, len(features), _COLUMNS):
+            held[first : first + _COLUMNS] = torch.from_numpy(np.array(features[first : first + _COLUMNS]))
+        return held
+    return features
+
+
+def neighbours(features: np.ndarray | Tensor, scale: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k nearest of these rows, re-ranked, ascending; -> int32 and float32 [N, k], on the CPU.
+
+    features: float32 [n, F]. scale: float64 [n], as from :func:`scales`, on the device that does the work. rows: int64
+    [N] there.
+    """
+    usable = int((scale > 0).sum())
+    candidates = min(k + _SPARE, usable)
+    cosines, places = _sift(features, scale, rows, candidates, torch.float32)
     size = max(_PRODUCTS // (candidates * features.shape[1]), 1)
-    for first in range(0, len(rows), size):
-        some = rows[first : first + size]
-        parts.append(_decide(features, scale, some, places[first : first + size], k, device))
+    parts = [
+        _decide(features, scale, some, at, k) for some, at in zip(rows.split(size), places.split(size), strict=True)
+    ]
     found, distances = (torch.cat(x) for x in zip(*parts, strict=True))
     # Where more candidates than were kept may belong to the k, as of images that are there many times
     unsure = 2.0**-22 * features.shape[1] ** 0.5
-    crowded = (cosines[:, -1] >= cosines[:, k - 1] - unsure).cpu().numpy() & (candidates < int((scale > 0).sum()))
-    if crowded.any():
-        _, places = _sift(features, scale, rows[crowded], k, device, torch.float64)
-        found[crowded], distances[crowded] = _decide(features, scale, rows[crowded], places, k, device)
+    if candidates < usable and (crowded := cosines[:, -1] >= cosines[:, k - 1] - unsure).any():
+        _, places = _sift(features, scale, rows[crowded], k, torch.float64)
+        crowded = crowded.cpu()
+        found[crowded], distances[crowded] = _decide(features, scale, rows[crowded.to(rows.device)], places, k)
     return found, distances
 
 
-def _taken(
-    features: np.ndarray, scale: Tensor, rows: np.ndarray | slice, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """Unit rows; 0 where they are unusable."""
-    x = torch.from_numpy(np.array(features[rows])).to(device, dtype)
-    some = scale[rows].to(device, dtype)[..., None]
-    return torch.where(some > 0, x * some, 0)
+def _taken(features: np.ndarray | Tensor, scale: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Unit rows; 0 where they are unusable. rows: int64 of any shape."""
+    if isinstance(features, Tensor):
+        x = features[rows]
+    else:
+        x = torch.from_numpy(features[rows.cpu().numpy()]).to(rows.device)
+    some = scale[rows, None].to(dtype)
+    return torch.where(some > 0, x.to(dtype) * some, 0)
 
 
 def _sift(
-    features: np.ndarray, scale: Tensor, rows: np.ndarray, k: int, device: torch.device, dtype: torch.dtype
+    features: np.ndarray | Tensor, scale: Tensor, rows: Tensor, k: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The k greatest cosines of these rows and where they are, [N, k]. In float64 ties go to the lowest row."""
-    own = _taken(features, scale, rows, device, dtype)
-    best = own.new_full((len(rows), k), -2), torch.full((len(rows), k), 0x7FFFFFFF, device=device)
-    for first in range(0, len(features), _COLUMNS):
-        there = scale[first : first + _COLUMNS].to(device) > 0
-        columns = torch.arange(first, first + len(there), device=device)
-        cosines = own @ _taken(features, scale, slice(first, first + len(there)), device, dtype).T
-        cosines.masked_fill_(~there, -2)
+    own = _taken(features, scale, rows, dtype)
+    best = own.new_full((len(rows), k), -2), torch.full((len(rows), k), 0x7FFFFFFF, device=rows.device)
+    for columns in torch.arange(len(features), device=rows.device).split(_COLUMNS):
+        cosines = own @ _taken(features, scale, columns, dtype).T
+        cosines.masked_fill_(scale[columns] == 0, -2)
         if dtype == torch.float64:
             best = _nearest(torch.cat((best[0], cosines), 1), torch.cat((best[1], columns.expand(cosines.shape)), 1), k)
         else:
@@ -124,13 +136,13 @@ def _nearest(cosines: Tensor, columns: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _decide(
-    features: np.ndarray, scale: Tensor, rows: np.ndarray, places: Tensor, k: int, device: torch.device
+    features: np.ndarray | Tensor, scale: Tensor, rows: Tensor, places: Tensor, k: int
 ) -> tuple[Tensor, Tensor]:
     """The k nearest among the candidates at ``places`` [N, m], re-ranked; int32 and float32 [N, k], on the CPU."""
-    own = _taken(features, scale, rows, device, torch.float64)
-    others = _taken(features, scale, places.cpu().numpy(), device, torch.float64)
+    own = _taken(features, scale, rows, torch.float64)
+    others = _taken(features, scale, places, torch.float64)
     cosines = (others @ own[:, :, None])[..., 0]
-    m = torch.arange(places.shape[1], device=device)
+    m = torch.arange(places.shape[1], device=places.device)
     order = places.argsort(1)  # ties among candidates go to the lowest row
     at = order.gather(1, _nearest(cosines.gather(1, order), m, k)[1])
     found, others = places.gather(1, at), others.take_along_dim(at[..., None], 1)
