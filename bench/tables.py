@@ -493,6 +493,37 @@ def _where(result: dict) -> str:
     return f"{c['gpu'] or c['cpu']}; PyTorch {c['torch']}; commit {c['commit']}."
 
 
+def scale_text(result: dict) -> str:
+    """Seconds and memory from texts to anchors; bench/scale_text.py."""
+    r, of = result, result["webvision"]
+    graph = f"`match`, {r['graph']:,} images of {r['width']} features"
+    rows = {
+        "read": f"`read`, {r['texts']:,} texts",
+        "embed": f"`embed`, {r['texts']:,} texts, hash",
+        "match": f"`match --keep 0`, {r['texts']:,} texts in {r['classes']:,} classes",
+        "graph_one": graph,
+        "graph_two": f"{graph}, two processes",
+        "graph_again": f"{graph}, killed after {r['graph_killed']['seconds']:.0f} s and started again",
+    }
+    lines = ["| step | seconds | peak memory, MB, of the largest process |", "|---|---|---|"]
+    lines += [f"| {text} | {r[name]['seconds']:.0f} | {r[name]['peak_mb']:,.0f} |" for name, text in rows.items()]
+    same = "the same bytes" if r["same_bytes"] else "**other bytes**"
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"The last three write {same}. Memory-mapped features count as memory here. {_where(result)}",
+            "",
+            f"Counted, not measured: the graph of {of['rows']:,} images of {of['width']:,} features takes "
+            f"{of['float32_flop'] / 1e15:.1f} · 10¹⁵ operations in float32 and "
+            f"{of['float64_flop'] / 1e12:.1f} · 10¹² in float64, at 50 · 10¹² a second "
+            f"{of['float32_flop'] / 50e12 / 60:.0f} minutes. A GPU holds the features "
+            f"({of['feature_bytes'] / 1e9:.0f} GB) if they take less than half of its free memory, and reads "
+            f"{of['reread_bytes'] / 1e12:.1f} · 10¹² bytes of them; {of['kept_bytes'] / 1e6:.0f} MB stay.",
+        ]
+    )
+
+
 # stage of bench/scale.py: its row of the table
 SCALE = {
     **{f"first-check-{n}": f"`check`, nothing known, {n} worker{'s' * (n > 1)}" for n in (1, 2, 4)},
@@ -631,6 +662,7 @@ TABLES = {
     "parity_lowshot": ("parity_lowshot", parity_lowshot),
     "parity_probe": ("parity_probe", parity_probe),
     "parity_capro": ("parity_capro", parity),
+    "scale_text": ("scale_text", scale_text),
     "parity_minilm": ("parity_minilm", parity_minilm),
     "ops_requirements": ("ops_gpu", requirements),
     "ops_figure": ("ops_gpu", lambda r: f"![Time of every op against its floor, {r['conditions']['gpu']}](ops.svg)"),

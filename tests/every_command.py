@@ -17,6 +17,7 @@ FOLDERS = {  # with --out FOLDER
     "lowshot": f"lowshot c.pt --data data --k 1 --runs 1 --jobs 1 {_JUDGED}",
     "probe": f"probe c.pt --data data --steps 2 --evaluate-every 1 --lambdas 0.1 --holdout 0.34 {_JUDGED}",
     "pack": "pack data OUT --size 16 --workers 1",
+    "text": "text read data/train --texts texts.csv --workers 1",
     "demo": "demo",
 }
 FILES = {
@@ -30,12 +31,13 @@ FILES = {
 
 
 def write_inputs(folder: Path) -> Path:
-    """data/, c.pt and cleaned.json, and as run/ what there is of a run before its first epoch."""
+    """data/, c.pt, cleaned.json and texts.csv, and as run/ what there is of a run before its first epoch."""
     write_folders(folder / "data", {"train": 3, "val": 2})
     write_checkpoint(folder / "c.pt")
     images = [f"{name}/{i}.png" for name in CLASSES for i in range(3)]
     labels = [c for c in range(len(CLASSES)) for _ in range(3)]
     (folder / "cleaned.json").write_text(json.dumps({"images": images, "labels": labels}))
+    (folder / "texts.csv").write_text("path,text\n" + "".join(f"{image},a cat\n" for image in images))
     (folder / "run").mkdir()
     shutil.copy(folder / "cleaned.json", folder / "run/config.json")
     return folder

@@ -1,6 +1,7 @@
 """``mopro-fast text embed FOLDER``: a vector for every text and every class."""
 
 import hashlib
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,8 @@ def embed(o: Embed, folder: Path, texts: Texts, device: torch.device) -> str:
     distributed.by_rank0(lambda: _write(folder, images, distinct, classes, about))
     if not own and distributed.world()[0] == 0:
         path.unlink(missing_ok=True)
+        for left in folder.glob("texts-*.parts"):  # of a call that was interrupted, with other texts
+            shutil.rmtree(left)
     return f"{folder / EMBEDDINGS}: {len(texts)} texts and {len(classes)} classes, {images.shape[1]} numbers each"
 
 
