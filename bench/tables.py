@@ -473,6 +473,21 @@ def parity_probe(result: dict) -> str:
     return "\n".join([*rows, "", f"{note} {_where(result)}"])
 
 
+def parity_minilm(result: dict) -> str:
+    """sentence-transformers and mopro_fast/text/minilm.py; bench/parity_minilm.py."""
+    r, of = result, result["characters"]
+    rows = ["| sentence-transformers and ours | of | found | limit |", "|---|---|---|---|"]
+    rows += [
+        f"| odd texts with the same token ids | {r['texts']} | {r['ids_equal']} | {r['texts']} |",
+        f"| their vectors: largest difference | {r['texts']} | {r['difference']:.1g} | {r['limit']:.0e} |",
+        f"| a text alone and among the others: largest difference | {r['texts']} | {r['alone_and_together']:.1g} | |",
+        f"| characters that are split differently | {of['of']:,} | {of['differ']} | |",
+    ]
+    peers = ", ".join(f"{name} {version}" for name, version in r["peer"].items())
+    note = f"Characters: each between two letters; ours is Python's Unicode {of['unicode']}. Theirs: {peers}. Ours:"
+    return "\n".join([*rows, "", f"{note} {_where(result)}"])
+
+
 def _where(result: dict) -> str:
     c = result["conditions"]
     return f"{c['gpu'] or c['cpu']}; PyTorch {c['torch']}; commit {c['commit']}."
@@ -616,6 +631,7 @@ TABLES = {
     "parity_lowshot": ("parity_lowshot", parity_lowshot),
     "parity_probe": ("parity_probe", parity_probe),
     "parity_capro": ("parity_capro", parity),
+    "parity_minilm": ("parity_minilm", parity_minilm),
     "ops_requirements": ("ops_gpu", requirements),
     "ops_figure": ("ops_gpu", lambda r: f"![Time of every op against its floor, {r['conditions']['gpu']}](ops.svg)"),
     "throughput_gpu": ("throughput_gpu", throughput),
