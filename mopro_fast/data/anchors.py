@@ -38,6 +38,16 @@ def read_anchors(path: str, index: Index) -> Anchors:
     is for all of those with its label; a table without labels is for all rows of the image.
     """
     file = table_at(path)
+    anchors, _ = find_anchors(file, index)
+    _tell(file, index, anchors.mask)
+    return anchors
+
+
+def find_anchors(file: Path, index: Index) -> tuple[Anchors, np.ndarray]:
+    """-> the anchors, and int64 [n]: the table's row of each of the index's, -1 where it has none.
+
+    As :func:`read_anchors`, and says nothing.
+    """
     table = _read(file)
     _require_values(file, table, index)
     same, places = _places(file, table, index)
@@ -50,8 +60,7 @@ def read_anchors(path: str, index: Index) -> Anchors:
     weights = table.get("weight")
     if weights is not None:
         weights = np.where(found >= 0, weights[found], np.float32(1))
-    _tell(file, index, mask)
-    return Anchors(mask, weights, _digest(mask, index.labels, weights))
+    return Anchors(mask, weights, _digest(mask, index.labels, weights)), found
 
 
 def table_at(path: str) -> Path:

@@ -117,7 +117,19 @@ def read_table(path: Path) -> Labels:
     return Labels(given, new, f"the table {path}", table)
 
 
-def _paths(column: pa.ChunkedArray) -> Paths:
+def decisions(labels: Labels, names: Paths, given: np.ndarray) -> np.ndarray:
+    """int64 [n]: the new labels that a table has of these images with their given labels, int [n]; −2 where none."""
+    new, end = np.full(len(names), UNSEEN), 0
+    for batch in labels.table.batches(["path"]):
+        at = names.rows_of(_paths(batch["path"]))
+        rows = np.flatnonzero(at >= 0)
+        at, rows, end = at[rows], rows + end, end + len(batch)
+        same = labels.given[rows] == given[at]
+        new[at[same]] = labels.new[rows[same]]
+    return new
+
+
+def _paths(column: pa.Array | pa.ChunkedArray) -> Paths:
     return Paths(column.fill_null(b"" if pa.types.is_binary(column.type) else ""))
 
 

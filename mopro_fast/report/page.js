@@ -222,37 +222,43 @@ function bar(parts, whole) {  // the numbers stand beside it
   return box;
 }
 
-function classTable() {
-  const c = data.labels.classes, table = $("class-table"), shown = {column: 1, down: true}, limit = pages($("class-more"), 25);
-  const rows = c.images.map((images, i) => {
-    const noisy = c.relabelled[i] + c.removed[i];
-    return {i, images, text: className(i).toLowerCase(),
-      sort: [i, noisy / images, null, images, c.relabelled[i] / images, c.removed[i] / images, c.joined[i]]};
-  });
-  const cells = head(table, [["class", true], ["noise rate", false], ["", true], ["images", false], ["relabelled", false],
-    ["removed", false], ["joined from others", false], ["", true]], column => {
+function sortedTable(prefix, columns, by, rows) {
+  // columns: [title, whether it is text, what to sort by, what to show]: of a class, both functions; by: a column's place.
+  const table = $(`${prefix}-table`), shown = {column: by, down: by !== 0}, limit = pages($(`${prefix}-more`), 25);
+  const texts = new Map(rows.map(i => [i, className(i).toLowerCase()]));
+  const cells = head(table, columns, column => {
     shown.down = column === shown.column ? !shown.down : column !== 0;
     shown.column = column;
     update();
   });
   const body = table.createTBody();
   function update() {
-    const wanted = $("class-search").value.trim().toLowerCase();
-    const found = rows.filter(row => row.text.includes(wanted));
-    const key = row => Number.isNaN(row.sort[shown.column]) ? (shown.down ? -1 : 2e9) : row.sort[shown.column];
-    found.sort((a, b) => (shown.down ? -1 : 1) * (key(a) - key(b)) || a.i - b.i);
+    const wanted = $(`${prefix}-search`).value.trim().toLowerCase();
+    const found = rows.filter(i => texts.get(i).includes(wanted));
+    const value = columns[shown.column][2], last = shown.down ? -1 : 2e9;
+    const key = i => { const v = value(i); return v === null || Number.isNaN(v) ? last : v; };
+    found.sort((a, b) => (shown.down ? -1 : 1) * (key(a) - key(b)) || a - b);
     [...cells].forEach((cell, i) => i === shown.column
       ? cell.setAttribute("aria-sort", shown.down ? "descending" : "ascending") : cell.removeAttribute("aria-sort"));
     body.replaceChildren();
-    fill(body, found.slice(0, limit(found.length, update)).map(({i, images}) => [
-      className(i), percent(c.relabelled[i] + c.removed[i], images),
-      images ? bar([["relabelled", c.relabelled[i]], ["removed", c.removed[i]]], images) : "",
-      count(images), percent(c.relabelled[i], images), percent(c.removed[i], images), count(c.joined[i]), showButton({given: i})]));
-    $("class-count").textContent = found.length === rows.length ? `${count(rows.length)} classes`
+    fill(body, found.slice(0, limit(found.length, update)).map(i => columns.map(column => column[3](i))));
+    $(`${prefix}-count`).textContent = found.length === rows.length ? `${count(rows.length)} classes`
       : `${count(found.length)} of ${count(rows.length)} classes`;
   }
-  $("class-search").oninput = update;
+  $(`${prefix}-search`).oninput = update;
   update();
+}
+
+function classTable() {
+  const {images, relabelled, removed, joined} = data.labels.classes, noisy = i => relabelled[i] + removed[i];
+  const share = (title, part) => [title, false, i => part(i) / images[i], i => percent(part(i), images[i])];
+  sortedTable("class", [
+    ["class", true, i => i, className], share("noise rate", noisy),
+    ["", true, null, i => images[i] ? bar([["relabelled", relabelled[i]], ["removed", removed[i]]], images[i]) : ""],
+    ["images", false, i => images[i], i => count(images[i])],
+    share("relabelled", i => relabelled[i]), share("removed", i => removed[i]),
+    ["joined from others", false, i => joined[i], i => count(joined[i])], ["", true, null, i => showButton({given: i})],
+  ], 1, [...images.keys()]);
 }
 
 function pairTable() {
@@ -294,6 +300,17 @@ function resetFilters() {
 
 const verdictOf = one => one.new === -1 ? "removed" : one.new === one.given ? "kept" : "relabelled";
 
+function picture(one) {
+  const image = make("img", {alt: "", src: `data:image/jpeg;base64,${one.jpeg}`});
+  image.onload = () => image.classList.toggle("tiny", Math.max(image.naturalWidth, image.naturalHeight) < data.thumb);
+  return image;
+}
+
+function cardSize(box) {
+  box.style.setProperty("--thumb", `${data.thumb}px`);
+  box.style.setProperty("--card-width", `${Math.max(data.thumb + 16, 140)}px`);
+}
+
 function card(one) {
   const verdict = verdictOf(one);
   const title = make("strong");
@@ -307,9 +324,7 @@ function card(one) {
     lines.push(`${className(one.best)} scores ${best.toFixed(3)}`);
   for (const [name, value] of Object.entries(others)) lines.push(`${name.replaceAll("_", " ")} ${value.toFixed(3)}`);
   if ("now" in one && one.now !== one.new) lines.push(one.now === -1 ? "would be removed now" : `would get ${className(one.now)} now`);
-  const image = make("img", {alt: "", src: `data:image/jpeg;base64,${one.jpeg}`});
-  image.onload = () => image.classList.toggle("tiny", Math.max(image.naturalWidth, image.naturalHeight) < data.thumb);
-  const node = make("figure", {className: `verdict-${verdict}`}, image,
+  const node = make("figure", {className: `verdict-${verdict}`}, picture(one),
     make("figcaption", {}, title, make("b", {textContent: verdict}), ...lines.map(text => make("small", {textContent: text})), make("small", {textContent: one.path})));
   node.dataset.verdict = verdict;
   return node;
@@ -319,8 +334,7 @@ function gallery() {
   const nodes = data.images.map(one => ({one, node: null, verdict: verdictOf(one),
     text: `${one.path}\n${className(one.given)}\n${className(one.new)}`.toLowerCase()}));
   const box = $("gallery"), limit = pages($("image-more"), 60);
-  box.style.setProperty("--thumb", `${data.thumb}px`);
-  box.style.setProperty("--card-width", `${Math.max(data.thumb + 16, 140)}px`);
+  cardSize(box);
   for (const verdict of VERDICTS) {
     const n = nodes.filter(item => item.verdict === verdict).length;
     if (n) $("verdict").append(make("option", {value: verdict, textContent: `${verdict} (${n})`}));
@@ -360,15 +374,84 @@ function gallery() {
 
 function imagesAbout() {
   const scored = data.images.some(one => "now" in one);
-  const unread = Object.entries(data.unread);
   const all = Object.values(data.labels.counts).reduce((a, b) => a + b, 0);
   $("images-about").textContent = `A random sample of ${plural(data.images.length, "image")} out of ${count(all)}, all verdicts and classes in turn. `
     + `The verdict is that of ${data.labels.source}. `
     + (scored ? "The scores are the mixture of classifier and prototypes that decides, by the newest checkpoint and on the central crop; "
       + "training saw random crops, so it may have decided otherwise: then the card says what the checkpoint would do now. " : "") + "More of a class: mopro-fast report --only CLASS.";
-  if (!unread.length) return;
-  const list = make("ul", {}, ...unread.slice(0, 50).map(([path, why]) => make("li", {textContent: `${path}: ${why}`})));
-  $("images-about").after(make("details", {}, make("summary", {textContent: `${plural(unread.length, "sampled image")} could not be read`}), list));
+  unreadList("images-about", data.unread);
+}
+
+function unreadList(before, unread) {
+  const entries = Object.entries(unread);
+  if (!entries.length) return;
+  const list = make("ul", {}, ...entries.slice(0, 50).map(([path, why]) => make("li", {textContent: `${path}: ${why}`})));
+  $(before).after(make("details", {}, make("summary", {textContent: `${plural(entries.length, "sampled image")} could not be read`}), list));
+}
+
+// Anchors.
+
+const decided = one => !("now" in one) || one.now < -1 ? "" : one.now === -1 ? "removed" : one.now === one.given ? "kept" : "relabelled";
+
+function anchorCard(one) {
+  const verdict = decided(one), {given: own, best} = one.scores, lines = [];
+  const said = {kept: "model: keep it", removed: "model: remove it", relabelled: `model: ${className(one.now)}`, "": "not judged"};
+  const values = [["distance", one.dist], ["similarity", one.sim], ["given label scores", own],
+    [`${"best" in one ? className(one.best) : "best"} scores`, one.best === one.given ? undefined : best]];
+  for (const [name, value] of values) if (value !== undefined) lines.push(`${name} ${number(value)}`);
+  if (one.new === -2) lines.push(`not shown in ${data.labels.source}`);
+  return make("figure", {className: verdict && `verdict-${verdict}`}, picture(one), make("figcaption", {},
+    make("strong", {textContent: className(one.given)}), data.anchors.judge ? make("b", {textContent: said[verdict]}) : null,
+    "text" in one ? one.text ? make("q", {textContent: one.text, dir: "auto"}) : make("small", {textContent: "no text"}) : null,
+    ...lines.map(text => make("small", {textContent: text})), make("small", {textContent: one.path})));
+}
+
+function anchors() {
+  const {classes, cards, judge, file} = data.anchors, {anchors: n, images, relabelled, removed} = classes;
+  const sum = values => values.reduce((a, b) => a + b, 0), judged = sum(images), all = sum(n);
+  const of = (title, values, show) => [title, false, i => values[i], i => show(values[i])];
+  const share = (title, part) => [title, false, i => part[i] / images[i], i => percent(part[i], images[i])];
+  const inClass = i => cards.filter(one => one.given === i).length;
+  const columns = [["class", true, i => i, className], of("anchors", n, count)];
+  if (classes.nearest) columns.push(of("nearest", classes.nearest, number), of("farthest", classes.farthest, number),
+    of("median image", classes.median, number));
+  if (judged) columns.push(of("judged", images, count), share("model would change", relabelled), share("model would remove", removed));
+  columns.push(["", true, null, i => inClass(i) ? make("button", {type: "button", textContent: `${plural(inClass(i), "anchor")} below`,
+    onclick: () => {
+      $("anchor-given").value = i;
+      $("anchor-verdict").value = "";
+      update();
+      $("anchor-gallery").scrollIntoView();
+      $("anchor-given").focus({preventScroll: true});
+    }}) : ""]);
+  sortedTable("anchor-class", columns, judged ? columns.length - 3 : 0, [...n.keys()]);
+
+  $("anchors-about").textContent = `${plural(all, "anchor")} in ${count(n.filter(Boolean).length)} of ${count(n.length)} classes, of ${file}. `
+    + "Training keeps an anchor's label whatever the model says. "
+    + (judged ? `What it says, by ${judge}: of ${plural(judged, "anchor")} judged it would change the label of ${percent(sum(relabelled), judged)} `
+      + `and remove ${percent(sum(removed), judged)}. ` : "No model says yet what it would do with them. ")
+    + (classes.nearest ? "Distances are the table's: from the text of the class, of its nearest and its farthest anchor and of its median image. " : "")
+    + `Below: ${plural(cards.length, "anchor")} of ${count(new Set(cards.map(one => one.given)).size)} classes, in each from the nearest `
+    + "to the farthest at even steps. More of a class: mopro-fast report --only CLASS.";
+  unreadList("anchors-about", data.anchors.unread);
+
+  const nodes = cards.map(one => ({one, node: null})), limit = pages($("anchor-more"), 60);
+  cardSize($("anchor-gallery"));
+  for (const i of new Set(cards.map(one => one.given)))
+    $("anchor-given").append(make("option", {value: i, textContent: `${className(i)} (${inClass(i)})`}));
+  for (const verdict of VERDICTS) {
+    const found = cards.filter(one => decided(one) === verdict).length;
+    if (found) $("anchor-verdict").append(make("option", {value: verdict, textContent: `${verdict} (${found})`}));
+  }
+  function update() {
+    const [given, verdict] = [$("anchor-given").value, $("anchor-verdict").value];
+    const found = nodes.filter(({one}) => (!given || String(one.given) === given) && (!verdict || decided(one) === verdict));
+    $("anchor-gallery").replaceChildren(...found.slice(0, limit(found.length, update)).map(item => item.node ??= anchorCard(item.one)));
+    $("anchor-count").textContent = found.length === nodes.length ? plural(found.length, "anchor")
+      : `${count(found.length)} of ${plural(nodes.length, "anchor")}`;
+  }
+  $("anchor-given").oninput = $("anchor-verdict").oninput = update;
+  update();
 }
 
 // Prototypes.
@@ -536,6 +619,9 @@ alarms();
 missing();
 showCharts("training", "the curves");
 labels();
+if (data.anchors) anchors();
+else if ("the anchors" in data.missing) absent("anchors", "", "the anchors");
+else for (const node of [$("anchors"), document.querySelector("a[href='#anchors']")]) node.hidden = true;
 if (data.prototypes) prototypes(); else absent("prototypes", "there are none", "prototypes", "scores and prototypes");
 showCharts("speed", "the speed");
 unreadableFiles();

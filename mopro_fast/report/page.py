@@ -22,7 +22,7 @@ from mopro_fast.files import open_regular, output, replacing
 from mopro_fast.labels import SHOWN, by_class, relabellings, verdicts
 from mopro_fast.models.method import Method
 from mopro_fast.models.mopro import MoPro
-from mopro_fast.report import figures
+from mopro_fast.report import anchors, figures
 from mopro_fast.report.images import Labels, cards, load_model, read_table
 from mopro_fast.report.run import Run
 
@@ -43,7 +43,8 @@ class Report:
     table: str | None = None
     """What `mopro-fast clean` wrote, the folder or its table: shown instead of the labels and scores of training."""
     images: int = 400
-    """Images shown: a sample over verdicts and classes. Each adds about 4 kB at the default --thumb."""
+    """Images shown: a sample over verdicts and classes; of CAPro as many anchors again. Each adds about 4 kB at the
+    default --thumb."""
     thumb: int = 96
     """Longer side of an image on the page, px."""
     only: tuple[str, ...] = ()
@@ -54,6 +55,8 @@ class Report:
     """Where the training data is now (default: where the run found it)."""
     root: str | None = None
     """Folder that the paths of a list file start from (default: as the run had it)."""
+    anchors: str | None = None
+    """CAPro: where the table of anchors is now (default: where the run found it)."""
     names: str | None = None
     """File with the classes' names, one per line (default: those of the data, if it has any)."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -74,7 +77,8 @@ def main(argv: list[str]) -> int:
     for name, why in contents["missing"].items():
         say(f"not in the report: {name}: {why}")
     unread = f", {len(contents['unread'])} could not be read" if contents["unread"] else ""
-    say(f"{size / 1e6:.1f} MB, {len(contents['images'])} images{unread}")
+    of_capro = f", {len(contents['anchors']['cards'])} anchors" if "anchors" in contents else ""
+    say(f"{size / 1e6:.1f} MB, {len(contents['images'])} images{unread}{of_capro}")
     tell(str(out))
     return 0
 
@@ -101,11 +105,16 @@ def collect(options: Report) -> dict[str, Any]:
         "prototypes": _prototypes(run),
         "files": {name: run.listed(f"{name}.csv") for name in ("left_out", "replaced")},
     }
+    table, model = anchors.find(run, options.anchors), None
+    if run.index is not None and (labels or table):
+        model = None if labels and labels.table and labels.table.scores else _model(run, options.device)
+    how = (run.config, options.thumb, options.device)
     if labels is not None and run.index is not None:
         rows = figures.sample(labels.given, labels.new, options.images, options.seed, only)
-        model = None if labels.table and labels.table.scores else _model(run, options.device)
-        shown = cards(labels, rows, run.index, model, run.config, options.thumb, options.device)
-        contents |= dict(zip(("images", "unread"), shown, strict=True))
+        contents |= dict(zip(("images", "unread"), cards(labels, rows, run.index, model, *how), strict=True))
+    if table is not None:
+        rows = anchors.sample(table, options.images, options.seed, only)
+        contents["anchors"] = anchors.collect(run, table, rows, classes, labels, model, *how)
     return contents | {"missing": run.missing}
 
 
