@@ -115,9 +115,9 @@ def test_class_texts(tmp_path):
     [
         ("label,name\n0,a\n", "1 of 2 classes have no row, such as 1 (n02)"),
         ("label,name\n0,a\n1,b\nn01,c\n", "row 3: the class 'n01' is there twice"),
-        ("label,name\n0,a\n2,b\n", "row 2: '2' is none of the 2 classes"),
-        ("label,name\n0,a\n-1,b\n", "row 2: '-1' is none of"),
-        ("label,name\n0,a\nn\u202e,b\n", r"row 2: 'n\u202e' is none of"),
+        ("label,name\n0,a\n2,b\n", "1 of 2 classes have no row"),  # a row of a class without images is passed over
+        ("label,name\n0,a\n-1,b\n", "row 2: '-1' is no class"),
+        ("label,name\n0,a\nn\u202e,b\n", r"row 2: 'n\u202e' is no class"),
         ("label,name\n0,a\n1, - \n", "row 2: the class '1' has no text"),
         ("label,description\n0,a\n", "no column name"),
         ("label;name\n0;a\n", "its columns are label;name"),
@@ -138,9 +138,12 @@ def test_class_tables_that_are_refused(tmp_path, text, says):
 
 def test_one_source_of_class_texts(wordnet):
     folder, synsets = wordnet
-    for given in ((None, None), ("a.csv", folder)):
-        with pytest.raises(UserError, match="--classes FILE and --wordnet DIR"):
-            class_texts(*given, synsets, 3)
+    with pytest.raises(UserError, match="one of --classes FILE and --wordnet DIR"):
+        class_texts("a.csv", folder, synsets, 3)
+    for names, why in ((synsets, "by synsets"), (None, "does not name"), (["a", "b"], "does not name")):
+        with pytest.raises(UserError, match=why):
+            class_texts(None, None, names, 3)
+    assert class_texts(None, None, ["Grey_Owl", "b"], 2) == (["Grey_Owl", "b"], ["grey owl", "b"])
     for classes in (None, synsets[:2]):
         with pytest.raises(UserError, match="named by synsets"):
             class_texts(None, folder, classes, 3)

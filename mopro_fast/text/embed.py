@@ -68,6 +68,8 @@ def main(argv: list[str]) -> int:
 
 def embed(o: Embed, folder: Path, texts: Texts, device: torch.device) -> str:
     """Write embeddings.npy, classes.npy and text.json; -> what to say. Raises a UserError."""
+    if o.encoder not in ("hash", "minilm") and not o.encoder.startswith(_NPY):
+        raise UserError(f"--encoder {o.encoder} is none of hash, minilm and npy:FILE")
     if (own := o.encoder.startswith(_NPY)) != (o.class_embeddings is not None):
         raise UserError("--encoder npy:FILE and --class-embeddings FILE go together: give both, or another encoder")
     about: dict[str, Any] = {"texts": files.sha256_of(folder / TEXTS), "encoder": o.encoder}
@@ -96,19 +98,17 @@ def _encoder(name: str, texts: pa.ChunkedArray, device: torch.device) -> Encoder
     """texts: distinct strings."""
     if name == "hash":
         return Hashing(texts)
-    if name == "minilm":
-        from mopro_fast.text.minilm import MiniLM
+    from mopro_fast.text.minilm import MiniLM
 
-        model = MiniLM(device)
+    model = MiniLM(device)
 
-        class Encoded:
-            width, identity = model.width, model.identity
+    class Encoded:
+        width, identity = model.width, model.identity
 
-            def __call__(self, rows: np.ndarray) -> Tensor:
-                return model([text or " " for text in texts.take(pa.array(rows)).to_pylist()])
+        def __call__(self, rows: np.ndarray) -> Tensor:
+            return model([text or " " for text in texts.take(pa.array(rows)).to_pylist()])
 
-        return Encoded()
-    raise UserError(f"--encoder {name} is none of hash, minilm and npy:FILE")
+    return Encoded()
 
 
 def _encode(folder: Path, encoder: Encoder, texts: pa.ChunkedArray, device: torch.device) -> tuple[np.ndarray, Path]:

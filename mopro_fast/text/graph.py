@@ -174,7 +174,9 @@ class Smoothing:
             begin, count = self.starts[some], self.starts[some + 1] - self.starts[some]
             ends = np.append(0, count.cumsum())
             entries = np.arange(ends[-1]) + (begin - ends[:-1]).repeat(count)
-            own = csr_matrix((self.weights[entries].astype(np.float64), np.arange(ends[-1]), ends))
+            own = csr_matrix(
+                (self.weights[entries].astype(np.float64), np.arange(ends[-1]), ends), (len(some), ends[-1])
+            )
             sums = np.asarray(own.sum(1))
             means = own @ vectors[self.columns[entries]].astype(np.float64)
             np.divide(means, sums, where=sums > 0, out=found[first : first + _MEANS], casting="same_kind")

@@ -48,6 +48,7 @@ def rerank_small(points: Tensor) -> Tensor:
 
 
 def _result(s: Tensor, d: Tensor) -> Tensor:
+    s = torch.where(1 - s > EQUAL, s, 1)  # of equal points, exactly
     return ((1 - WEIGHT) * (1 - s / (2 - s)) + WEIGHT * d.double()).float()
 
 

@@ -128,13 +128,20 @@ def class_texts(
 
     classes: a table, as of :func:`read_class_texts`. wordnet: the folder of its data files; the names of the classes
     are then the ids of synsets. index_classes: the names of the classes by label, where the data has them. Raises a
-    UserError.
+    UserError. Without either the names of the classes are their texts, unless they are synsets.
     """
-    if (classes is None) == (wordnet is None):
+    if classes is not None and wordnet is not None:
         raise UserError("the classes' texts: give one of --classes FILE and --wordnet DIR")
+    named = index_classes is not None and len(index_classes) >= num_classes
+    if classes is None and wordnet is None:
+        if not named or all(_SYNSET.fullmatch(name) for name in index_classes):
+            what = "the data names its classes by synsets" if named else "the data does not name its classes"
+            raise UserError(f"{what}: give their texts, --classes FILE (label,name,description) or --wordnet DIR")
+        texts = [_plain(name) for name in index_classes[:num_classes]]
+        return index_classes[:num_classes], texts
     if classes is not None:
         return read_class_texts(classes, index_classes, num_classes)
-    if index_classes is None or len(index_classes) < num_classes:
+    if not named:
         raise UserError(
             f"--wordnet {wordnet} takes classes that are named by synsets, such as n01440764, and the data does not "
             "name them all: give --classes FILE"
@@ -158,9 +165,11 @@ def read_class_texts(path: str, index_classes: list[str] | None, num_classes: in
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: row {row}: {first_line(error)}: save it as UTF-8") from None
         label = numbers.get(given, int(given) if given.isascii() and given.isdecimal() else -1)
-        if not 0 <= label < num_classes:
+        if label >= num_classes:
+            continue  # a class that no image has
+        if label < 0:
             raise UserError(
-                f"{path}: row {row}: '{escaped(given)}' is none of the {num_classes} classes: remove the row"
+                f"{path}: row {row}: '{escaped(given)}' is no class of the data: give its number, or remove the row"
             )
         if names[label] is not None:
             raise UserError(f"{path}: row {row}: the class '{escaped(given)}' is there twice: remove one of the rows")

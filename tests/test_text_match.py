@@ -1,0 +1,243 @@
+"""From texts to anchors: `mopro-fast text read`, `embed` and `match` one after another."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from downstream_data import write_checkpoint, write_folders
+from processes import on_ranks
+
+from mopro_fast import cli
+from mopro_fast.data.anchors import read_anchors
+from mopro_fast.data.index import load_index
+from mopro_fast.downstream import row_map
+from mopro_fast.errors import UserError
+from mopro_fast.files import json_object
+from mopro_fast.text import graph, hashing, match
+from mopro_fast.text.captions import captions
+
+NAMES = ["great grey owl", "steam locomotive", "red apple"]
+ABOUT = ["nocturnal bird prey feathers", "railway engine wheels smoke", "round sweet fruit tree"]
+EACH = 40
+
+
+def text(*words: str) -> None:
+    cli._run(["text", *map(str, words)])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """data.txt, texts.csv, classes.csv, truth.txt, features.npy, and T: the texts, read and embedded."""
+    folder, rng = tmp_path_factory.mktemp("match"), np.random.default_rng(0)
+    true = np.arange(3).repeat(EACH)
+    given = np.where(rng.random(len(true)) < 0.6, true, rng.integers(3, size=len(true)))
+    said = captions(true, list(zip(NAMES, ABOUT, strict=True)), 0)
+    (folder / "data.txt").write_text("".join(f"{i:03d}.jpg {c}\n" for i, c in enumerate(given)))
+    (folder / "truth.txt").write_text("".join(f"{i:03d}.jpg {c}\n" for i, c in enumerate(true)))
+    (folder / "texts.csv").write_text("path,text\n" + "".join(f"{i:03d}.jpg,{t}\n" for i, t in enumerate(said)))
+    lines = [f"{c},{name},{ABOUT[c]}\n" for c, name in enumerate(NAMES)]
+    (folder / "classes.csv").write_text("label,name,description\n" + "".join(lines))
+    features = rng.standard_normal((3, 16))[true] + 0.4 * rng.standard_normal((len(true), 16))
+    np.save(folder / "features.npy", features.astype(np.float32))
+    text("read", folder / "data.txt", "--texts", folder / "texts.csv", "--out", folder / "T")
+    text("embed", folder / "T", "--classes", folder / "classes.csv", "--device", "cpu")
+    return folder
+
+
+@pytest.fixture
+def texts(folder, tmp_path) -> Path:
+    return Path(shutil.copytree(folder / "T", tmp_path / "T"))
+
+
+def smoothed(folder: Path, texts: Path, *more: str) -> dict:
+    text(
+        "match", texts, "--features", folder / "features.npy", "--truth", folder / "truth.txt", "--device", "cpu", *more
+    )
+    return json_object(texts / match.REPORT)
+
+
+def test_anchors_are_more_often_right_than_labels_and_smoothing_helps(folder, texts, capfd):
+    text("match", texts, "--keep", "0", "--anchors", "10", "--truth", folder / "truth.txt")
+    plain = json_object(texts / match.REPORT)
+    assert plain["images_right"] / plain["images_known"] < 0.8 < plain["anchors_right"] / plain["anchors_known"]
+    table = pq.read_table(texts / "anchors.parquet").to_pydict()
+    empty = np.array(pq.read_table(texts / "texts.parquet")["empty"])
+    assert np.isnan(np.array(table["dist"])[empty]).all() and not np.array(table["anchor"])[empty].any()
+    assert plain["without_text"] == empty.sum() and "neighbours" not in table
+
+    after = smoothed(folder, texts, "--anchors", "10")
+    assert after["anchors_right"] == after["anchors_known"] == 30
+    assert "anchors right: 30 of 30 (100.0%)" in capfd.readouterr().out
+    table = pq.read_table(texts / "anchors.parquet").to_pydict()
+    assert table["neighbours"][7][0] == 7 and table["weights"][7] == sorted(table["weights"][7])
+    for c in range(3):  # the nearest ones
+        own = np.flatnonzero(np.array(table["label"]) == c)
+        order = own[np.array(table["dist"])[own].argsort(kind="stable")]
+        assert np.flatnonzero(np.array(table["anchor"]) * (np.array(table["label"]) == c)).tolist() == sorted(
+            order[:10]
+        )
+    index = load_index(folder / "data.txt", "train", num_classes=3, missing=True)
+    assert read_anchors(str(texts), index).mask.sum() == 30
+    assert smoothed(folder, texts, "--anchors", "10", "--edge", "similarity")["anchors_right"] == 30
+
+
+def test_random_anchors_are_as_often_right_as_labels(folder, texts):
+    found = smoothed(folder, texts, "--anchors", "-12", "--seed", "2")  # seed 0 drew which labels are wrong
+    assert found["anchor_images"] == 36 and found["anchors_right"] < 33
+    first = (texts / "anchors.parquet").read_bytes()
+    smoothed(folder, texts, "--anchors", "-12", "--seed", "1")
+    assert (texts / "anchors.parquet").read_bytes() != first
+
+
+def test_a_checkpoint_gives_the_features(tmp_path):
+    write_folders(tmp_path / "data", {"train": 4})
+    write_checkpoint(tmp_path / "c.pt")
+    images = sorted((tmp_path / "data").rglob("*.png"))
+    images[2].write_bytes(b"no image")
+    lines = "".join(
+        f"{path.relative_to(tmp_path / 'data' / 'train')},some words {i % 3}\n" for i, path in enumerate(images)
+    )
+    (tmp_path / "texts.csv").write_text("path,text\n" + lines)
+    text("read", tmp_path / "data/train", "--texts", tmp_path / "texts.csv", "--out", tmp_path / "T")
+    text("embed", tmp_path / "T", "--device", "cpu")  # classes by their folders' names
+    words = ["--features", tmp_path / "c.pt", "--keep", "2", "--nearest", "4", "--anchors", "1"]
+    text("match", tmp_path / "T", *words, "--device", "cpu", "--batch-size", "4")
+    table = pq.read_table(tmp_path / "T/anchors.parquet").to_pydict()
+    lost = table["path"].index(str(images[2].relative_to(tmp_path / "data" / "train")))
+    assert table["neighbours"][lost] == [] and np.isnan(table["dist"][lost])
+    assert [len(n) for i, n in enumerate(table["neighbours"]) if i != lost] == [2] * (len(images) - 1)
+    shutil.move(tmp_path / "data", tmp_path / "moved")
+    text("match", tmp_path / "T", *words, "--device", "cpu", "--batch-size", "4", "--data", tmp_path / "moved/train")
+
+
+def test_one_image_equal_texts_and_no_text(tmp_path):
+    """A class of one image; a class whose texts are all equal; a class without any text; an image listed twice."""
+    rows = ["a.jpg 0", *(f"b{i}.jpg 1" for i in range(30)), "c.jpg 2", "d.jpg -1", "b0.jpg 1", "b1.jpg 0"]
+    (tmp_path / "data.txt").write_text("\n".join(rows))
+    (tmp_path / "texts.csv").write_text(
+        "path,text\na.jpg,owl\nd.jpg,apple\n" + "".join(f"b{i}.jpg,same words\n" for i in range(30))
+    )
+    (tmp_path / "classes.csv").write_text("label,name\n0,owl\n1,engine words\n2,apple\n")
+    text("read", tmp_path / "data.txt", "--texts", tmp_path / "texts.csv", "--out", tmp_path / "T")
+    text("embed", tmp_path / "T", "--classes", tmp_path / "classes.csv")
+    text("match", tmp_path / "T", "--keep", "0", "--anchors", "2")
+    table = pq.read_table(tmp_path / "T/anchors.parquet").to_pydict()
+    chosen = [i for i, a in enumerate(table["anchor"]) if a]
+    assert chosen == [0, 1, 2, 33, 34]  # of equal texts the first, and the first once more where it is listed again
+    assert len(set(table["dist"][1:31])) == 1 and np.isnan(table["dist"][31]) and np.isnan(table["dist"][32])
+    read_anchors(str(tmp_path / "T"), load_index(tmp_path / "data.txt", "train", num_classes=3, missing=True))
+
+
+def test_own_vectors(texts, tmp_path):
+    rng = np.random.default_rng(0)
+    own, classes = rng.standard_normal((3 * EACH, 8)).astype(np.float32), rng.standard_normal((3, 8))
+    np.save(tmp_path / "own.npy", own)
+    np.save(tmp_path / "classes.npy", classes)
+    words = ("--encoder", f"npy:{tmp_path / 'own.npy'}", "--class-embeddings", tmp_path / "classes.npy")
+    text("embed", texts, *words)
+    np.testing.assert_array_equal(np.load(texts / "embeddings.npy"), own.astype(np.float16))
+    text("match", texts, "--keep", "0")
+    np.save(tmp_path / "own.npy", own[1:])
+    with pytest.raises(UserError, match=r"own\.npy has 119 vectors, and there are 120 texts"):
+        text("embed", texts, *words)
+    np.save(tmp_path / "own.npy", own[:, 1:])
+    with pytest.raises(UserError, match=r"have 7 numbers and the classes' 8"):
+        text("embed", texts, *words)
+    own[5, 2] = np.inf
+    np.save(tmp_path / "own.npy", own)
+    with pytest.raises(UserError, match=r"vector 5 has a number that is not finite"):
+        text("embed", texts, *words)
+
+
+@pytest.mark.parametrize(
+    ("step", "words", "message"),
+    [
+        ("match", "T", "--features names the checkpoint"),
+        ("match", "T --keep 0 --features features.npy", "not both"),
+        ("match", "T --features features.npy --keep 30", "--keep 30 is more than --nearest 20"),
+        ("match", "T --features texts.npy", r"cannot read the features .*texts\.npy"),
+        ("match", "T --features short.npy", r"float32 \[3, 16\], not float32 \[120, F\]"),
+        ("match", "T --keep 0 --anchors 0", "--anchors must not be 0"),
+        ("match", "T --keep 0 --truth wrong.txt", "no.jpg is no image of these texts"),
+        ("match", "none --keep 0", "mopro-fast text read"),
+        ("match", "unembedded --keep 0", "mopro-fast text embed"),
+        ("match", "other --keep 0", "is of other texts than"),
+        ("embed", "T --encoder bert", "--encoder bert is none of hash, minilm and npy:FILE"),
+        ("embed", "T --encoder npy:x.npy", "--class-embeddings"),
+        ("embed", "T", "classes"),
+        ("words", "T", "no step 'words'"),
+    ],
+)
+def test_mistakes_are_named(folder, texts, step, words, message):
+    shutil.copytree(texts, texts.parent / "unembedded")
+    (texts.parent / "unembedded/text.json").unlink()
+    shutil.copytree(texts, texts.parent / "other")
+    about = json_object(texts / "text.json") | {"texts": "0"}
+    (texts.parent / "other/text.json").write_text(str(about).replace("'", '"'))
+    shutil.copy(folder / "features.npy", texts.parent)
+    np.save(texts.parent / "short.npy", np.zeros((3, 16), np.float32))
+    (texts.parent / "wrong.txt").write_text("no.jpg 1\n")
+    here = [str(texts.parent / word) if word.split(".")[0] in NAMED else word for word in words.split()]
+    with pytest.raises(UserError, match=message):
+        text(step, *here)
+
+
+NAMED = {"T", "features", "texts", "short", "wrong", "none", "unembedded", "other"}
+
+
+def test_interrupted_it_goes_on_with_the_same_bytes(folder, texts, monkeypatch):
+    monkeypatch.setitem(graph._ROWS, "cpu", 16)
+    smoothed(folder, texts)
+    expected = (texts / "anchors.parquet").read_bytes()
+    for path in [*texts.glob("graph-*"), *texts.glob("matches-*"), texts / "anchors.parquet"]:
+        path.unlink()
+    monkeypatch.setattr(row_map, "_SAVE_EVERY", 0)
+    write, written = row_map._write_part, []
+
+    def dies(*args) -> None:
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(write(*args))
+
+    monkeypatch.setattr(row_map, "_write_part", dies)
+    with pytest.raises(KeyboardInterrupt):
+        smoothed(folder, texts)
+    assert len(list(texts.glob("graph-*.parts/*.npz"))) == 3
+    monkeypatch.setattr(row_map, "_write_part", write)
+    rows, decide = [], graph.neighbours
+    monkeypatch.setattr(graph, "neighbours", lambda f, s, some, *rest: rows.extend(some) or decide(f, s, some, *rest))
+    smoothed(folder, texts)
+    assert len(rows) == 3 * EACH - 48 and (texts / "anchors.parquet").read_bytes() == expected
+
+
+def of_rank(_rank: int, _ranks: int, folder: Path, texts: Path) -> None:
+    graph._ROWS["cpu"] = 16
+    o = match.Match(str(texts), str(folder / "features.npy"))
+    match.match(o, texts, match.read_texts(texts), torch.device("cpu"))
+
+
+@pytest.mark.ranks
+@pytest.mark.medium
+def test_two_ranks_write_the_same_bytes(folder, texts):
+    smoothed(folder, texts)
+    expected = (texts / "anchors.parquet").read_bytes()
+    for path in [*texts.glob("graph-*"), *texts.glob("matches-*"), texts / "anchors.parquet"]:
+        path.unlink()
+    on_ranks(2, of_rank, folder, texts)
+    assert (texts / "anchors.parquet").read_bytes() == expected
+
+
+def test_rare_words_count_most_and_their_order_does_not():
+    import pyarrow as pa
+
+    said = pa.chunked_array([["owl photo", "photo owl", "train photo", "", "  ", "photo", "owl"]])
+    v = hashing.Hashing(said)(np.arange(7))
+    assert v.dtype == np.float32 and v.shape == (7, hashing.WIDTH)
+    np.testing.assert_allclose(np.linalg.norm(v, axis=1), [1, 1, 1, 0, 0, 1, 1], rtol=1e-6)
+    np.testing.assert_array_equal(v[0], v[1])
+    assert v[0] @ v[6] > v[0] @ v[5] > v[0] @ v[2] > 0
+    np.testing.assert_array_equal(hashing.Hashing(said)(np.array([2])), v[2:3])
+    assert not hashing.Hashing(pa.chunked_array([["", " "]]))(np.arange(2)).any()
