@@ -191,6 +191,29 @@ def capro_accuracy(result: dict) -> str:
     return "\n".join([*rows, "", note])
 
 
+def capro_anchors(result: dict) -> str:
+    """A row per encoder and way, a column per K; bench/capro_anchors.py."""
+    s, of = result["settings"], {}
+    for r in result["rows"]:
+        share = 100 * r["anchors_right"] / r["anchor_images"]
+        of.setdefault((r["encoder"], r["way"]), {}).setdefault(r["K"], []).append({"right": share})
+    columns = sorted({r["K"] for r in result["rows"]})
+    rows = [f"| anchors right, % | | {' | '.join(f'K = {k}' for k in columns)} |"]
+    rows.append("|---" * (2 + len(columns)) + "|")
+    rows += [
+        f"| {'–' if way == 'random' else encoder} | {way} | {' | '.join(_mean(found[k], 'right') for k in columns)} |"
+        for (encoder, way), found in of.items()
+    ]
+    similar = statistics.mean(r["similar_right"] for r in result["rows"] if r["similar_right"] is not None)
+    absent = f" Not installed, so not measured: {', '.join(s['absent'])}." if s["absent"] else ""
+    note = (
+        f"{s['images']} images, {100 * s['wrong']:.0f} % with a wrong label; mean ± standard deviation of {s['seeds']} "
+        f"seeds of the captions.{absent} The features' model: `{s['common']}`, one seed, right on {s['top1']:.1f} % of "
+        f"the test images; of the images that it finds similar, {100 * similar:.0f} % are of the same true class. "
+    )
+    return "\n".join([*rows, "", note + _where(result)])
+
+
 def cifar10n_curves(result: dict) -> str:
     """What label correction does epoch by epoch, in each setting's run with the first seed."""
     columns = ["", "epoch", "test accuracy, %", "removed, %", "relabelled, %", "mean score of the class preferred, %"]
@@ -650,6 +673,7 @@ TABLES = {
     "cifar10n_curves": ("cifar10n", cifar10n_curves),
     "capro_step": ("capro_step", capro_step),
     "capro_accuracy": ("capro_accuracy", capro_accuracy),
+    "capro_anchors": ("capro_anchors", capro_anchors),
     "ops": ("ops_gpu", ops),
     "launches": ("launches", launches),
     "loader": ("loader", loader),

@@ -1,4 +1,4 @@
-"""What bench/capro_step.py counts of CAPro's step, its table, and the table of bench/capro_accuracy.py."""
+"""What bench/capro_step.py counts of CAPro's step, its table, and the tables of CAPro's other benchmarks."""
 
 import importlib
 import json
@@ -132,3 +132,25 @@ def test_the_table_of_accuracies() -> None:
     for words in ("3000 images, 50 % with a wrong label", "5 anchors a class", "390 test images", "`--width 0.25`"):
         assert words in text
     assert "2 seeds" in text and text.endswith("Settings: by hand. a CPU; PyTorch 2; commit abc.")
+
+
+@pytest.mark.usefixtures("capro_step")
+def test_the_table_of_anchors_right_has_a_row_per_way() -> None:
+    tables = importlib.import_module("tables")
+
+    def row(encoder: str, way: str, k: int, seed: int, right: int, similar: float | None = None) -> dict:
+        found = {"anchor_images": 10 * k, "anchors_right": right, "similar_right": similar}
+        return {"encoder": encoder, "way": way, "K": k, "seed": seed} | found
+
+    rows = [row("hash", "random", k, s, 5 * k) for s in (0, 1) for k in (5, 20)]
+    rows += [row("minilm", "smoothed", k, s, 40 + s, 0.25) for s in (0, 1) for k in (5, 20)]
+    settings = {"images": 300, "wrong": 0.5, "common": "--width 0.25", "top1": 31.25, "seeds": 2, "absent": []}
+    conditions = {"gpu": None, "cpu": "a CPU", "torch": "2", "commit": "xyz"}
+    result = {"settings": settings, "rows": rows, "conditions": conditions}
+    text = tables.capro_anchors(result)
+    assert text.splitlines()[0] == "| anchors right, % | | K = 5 | K = 20 |"
+    assert text.splitlines()[2] == "| – | random | 50.0 ± 0.0 | 50.0 ± 0.0 |"
+    assert text.splitlines()[3] == "| minilm | smoothed | 81.0 ± 1.4 | 20.2 ± 0.4 |"
+    assert "25 % are of the same true class" in text and "Not installed" not in text
+    settings["absent"] = ["minilm"]
+    assert "Not installed, so not measured: minilm." in tables.capro_anchors(result)
