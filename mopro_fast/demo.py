@@ -9,6 +9,7 @@ import csv
 import io
 import json
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +39,10 @@ class Demo:
 
 
 def main(argv: list[str]) -> int:
+    if argv[:1] == ["capro"]:
+        return import_module("mopro_fast.demo_capro").main(argv[1:])
     options = tyro.cli(Demo, args=argv, prog="mopro-fast demo")
-    with own_folder(Path(options.out), "demo", _made_by):
+    with own_folder(Path(options.out), "demo", made_by):
         return demo(Path(options.out), options.seed)
 
 
@@ -55,7 +58,7 @@ def demo(out: Path, seed: int) -> int:
     return 0
 
 
-def _made_by(folder: Path) -> str | None:
+def made_by(folder: Path) -> str | None:
     try:
         with (folder / "images/truth.csv").open() as file:
             return "demo" if file.readline().strip() == "path,given,true" else None
@@ -103,8 +106,7 @@ def write_images(folder: Path, seed: int) -> None:
         given[rows[:symmetric]] = (c + 1 + np.arange(symmetric) % 9) % 10
         given[rows[symmetric : symmetric + class_dependent]] = LOOKS_LIKE[c]
     if (folder / "truth.csv").is_file():
-        with (folder / "truth.csv").open(newline="") as file:
-            found = [int(row["given"]) for row in csv.DictReader(file)]
+        found = [int(row["given"]) for row in truth(folder)]
         if found[: len(given)] != given.tolist():
             raise UserError(
                 f"{folder} holds other images, of another seed or version: remove it or choose another --out"
@@ -131,6 +133,12 @@ def write_images(folder: Path, seed: int) -> None:
         file.write(text.getvalue().encode())
 
 
+def truth(folder: Path) -> list[dict[str, str]]:
+    """path, given and true label of every training image, in the order of the list."""
+    with (folder / "truth.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def digit(pixels: np.ndarray) -> Image.Image:
     """8×8 values of 0–16 → an RGB image."""
     small = Image.fromarray((pixels.reshape(8, 8) * (255 / 16)).astype(np.uint8))
@@ -145,12 +153,11 @@ def crop(photographs: list[np.ndarray], rng: np.random.Generator) -> Image.Image
     return Image.fromarray(photograph[top : top + side, left : left + side]).resize((SIDE, SIDE))
 
 
-def decisions(out: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def decisions(out: Path, method: str = "mopro") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """-> (given, true, assigned) labels in the index's order; true −1: out of distribution; assigned −1: removed."""
-    with (out / "images/truth.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = truth(out / "images")
     given, true = (np.array([int(r[name]) for r in rows]) for name in ("given", "true"))
-    assigned = torch.load(out / "mopro/labels.pt", weights_only=True).numpy()
+    assigned = torch.load(out / method / "labels.pt", weights_only=True).numpy()
     return given, true, assigned
 
 
@@ -209,8 +216,7 @@ def draw(out: Path, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     given, true, assigned = decisions(out)
-    with (out / "images/truth.csv").open(newline="") as file:
-        files = [out / "images" / r["path"] for r in csv.DictReader(file)]
+    files = [out / "images" / r["path"] for r in truth(out / "images")]
     columns = 12
     figure = plt.figure(figsize=(12, 9), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.25])

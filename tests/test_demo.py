@@ -40,3 +40,15 @@ def test_settings_of_the_demo_are_compared_on_held_out_images(tmp_path):
     ]
     assert all(0 < r["held_out_top1"] < 100 and (r["least_left"] is None) == (r["name"] == "ce") for r in runs)
     assert "| mopro alpha=1 (`--epochs 2" in ended.stdout
+
+
+def test_settings_of_the_demo_of_capro_are_compared_and_share_a_first_stage(tmp_path):
+    tiny = "--epochs 1 --width 0.0625"
+    command = [sys.executable, "bench/demo_accuracy.py", "--capro", "--seeds", "1", "--first-seed", "7"]
+    command += ["--choose", f"anchors=vanilla {tiny} match --anchors {{2,5}} capro {tiny} --start-clean 1"]
+    command += ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert ended.returncode == 0, ended.stderr
+    runs = json.loads((tmp_path / "demo_capro_choice.json").read_text())["runs"]
+    assert [r["name"] for r in runs] == ["anchors anchors=2", "anchors anchors=5"]
+    assert len({r["vanilla_top1"] for r in runs}) == 1 and ended.stderr.count("is finished") == 1

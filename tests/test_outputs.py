@@ -187,7 +187,7 @@ def test_folders_of_earlier_versions_are_known(command, there, tmp_path):
     for name, text in there.items():
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(text)
-    known = {"clean": clean._made_by, "pack": pack._made_by, "demo": demo._made_by}
+    known = {"clean": clean._made_by, "pack": pack._made_by, "demo": demo.made_by}
     if command in ("train", "retrain", "finetune"):
         known[command] = lambda folder: run._made_by(folder, command)
     old = known.get(command, lambda folder: features._made_by(folder, command))
