@@ -161,3 +161,18 @@ def test_what_the_published_code_gave():
     same = (ours[:, :5].numpy() == found).all(1)
     assert same.mean() >= 0.95
     np.testing.assert_allclose(distances[:, :5][same], weights[same], atol=0.01)
+
+
+@pytest.mark.gpu
+def test_a_gpu_finds_the_same_neighbours(tmp_path, monkeypatch):
+    features = clusters(3000, 128).float().numpy()
+    features[100:160] = features[7]
+    found, distances = graph.build(features, tmp_path / "c-1.npy", 5, 20, CPU)
+    for held in (True, False):
+        if not held:
+            monkeypatch.setattr(graph, "_held", lambda features, _device: features)
+        ours, weights = graph.build(features, tmp_path / f"g{held}-1.npy", 5, 20, torch.device("cuda"))
+        np.testing.assert_array_equal(ours, found)
+        np.testing.assert_allclose(weights, distances, atol=1e-6)
+    points = clusters(500).float()
+    np.testing.assert_allclose(rerank.rerank(points.cuda()).cpu(), rerank.rerank(points), atol=1e-6)

@@ -145,8 +145,9 @@ class _Sparse:
         entries = []  # row, place and value of V
         for rows in torch.arange(n, device=device).split(max(_BLOCK // max(n, (K1 + 1) ** 2 * (HALF + 1)), 1)):
             reach = self.near[rows]
-            meets = torch.cat((reach, self.half[reach].flatten(1)), 1)
-            rows = rows[(own[meets.clamp(min=0)] > 0).any(-1)]  # a few more than those that meet it
+            further = torch.where(reach[..., None] >= 0, self.half[reach], -1).flatten(1)
+            meets = torch.cat((reach, further), 1)
+            rows = rows[((meets >= 0) & (own[meets] > 0)).any(-1)]  # a few more than those whose V meets the query's
             if len(rows):
                 members, v = self.v(rows)
                 wanted = (members >= 0) & (place[members] >= 0)
