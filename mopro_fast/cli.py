@@ -13,7 +13,7 @@ from mopro_fast.errors import UserError, of_the_machine
 from mopro_fast.files import ask_for_open_files, home
 
 COMMANDS = {  # name: module of this package, help
-    "demo": ("demo", "train cross-entropy and MoPro on noisy real images, about 3 minutes on 2 cores"),
+    "demo": ("demo", "train cross-entropy and MoPro (demo capro: CAPro, too) on noisy real images, minutes on 2 cores"),
     "train": ("training.command", "train a model: mopro-fast train RECIPE --data PATH --out FOLDER"),
     "check": ("data.check", "read every image once: which are odd or broken, and why"),
     "pack": ("data.pack", "write the images into shards that train fast: mopro-fast pack DATA OUT"),

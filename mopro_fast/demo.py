@@ -30,7 +30,10 @@ LOOKS_LIKE = np.array([6, 7, 3, 8, 9, 6, 0, 1, 3, 4])  # the class-dependent mis
 
 @dataclass
 class Demo:
-    """Train cross-entropy and MoPro on digits with 50 % wrong labels and 10 % photographs among them."""
+    """Train cross-entropy and MoPro on digits with 50 % wrong labels and 10 % photographs among them.
+
+    `mopro-fast demo capro` trains CAPro as well, with a caption for every image.
+    """
 
     out: str = "runs/demo"
     """Folder for the images, both runs, results.json and demo.png."""

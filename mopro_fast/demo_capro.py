@@ -40,7 +40,7 @@ OPTIONS = {
     "mopro": "",
     "vanilla": "--method capro --epochs 15",
     "match": "--anchors 20",
-    "capro": "--method capro --epochs 15 --init-proto 0 --start-clean 5 --threshold 0.6",
+    "capro": "--method capro --epochs 15 --init-proto 0 --start-clean 5 --threshold 0.4",
 }
 """What each step does otherwise than `train demo` and `text match`; docs/capro.md says how it was chosen."""
 TRAINED = ("ce", "mopro", "vanilla", "capro")

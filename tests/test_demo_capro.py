@@ -19,8 +19,8 @@ STAGE = f"--method capro {TINY} --queue-size 64"
 def small(monkeypatch):
     import sklearn.datasets
 
-    digits = sklearn.datasets.load_digits(return_X_y=True)
-    monkeypatch.setattr(sklearn.datasets, "load_digits", lambda return_X_y: tuple(x[:150] for x in digits))
+    digits = tuple(x[:150] for x in sklearn.datasets.load_digits(return_X_y=True))
+    monkeypatch.setattr(sklearn.datasets, "load_digits", lambda **_: digits)
     monkeypatch.setattr(demo, "TEST", 40)
     options = {"ce": f"--method ce {TINY}", "mopro": TINY, "vanilla": STAGE, "match": "--anchors 2 --nearest 6"}
     options["capro"] = f"{STAGE} --init-proto 0 --threshold 0.3"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LAYERS = """errors labels files console transfer installed signals | peers sharing | ops kernels | config |
-distributed | models | data | checkpoints | training | downstream | text | environment report | benchmark | demo demo_capro |
-cli | __main__"""
+distributed | models | data | checkpoints | training | downstream | text | environment report | benchmark |
+demo demo_capro | cli | __main__"""
 RANK = {name: rank for rank, layer in enumerate(LAYERS.split("|")) for name in layer.split()} | {"": -1}
 COMPILED = {"_C", "_files", "_views"}
 
