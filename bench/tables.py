@@ -567,9 +567,9 @@ def scale_text(result: dict) -> str:
             "",
             f"Counted, not measured: the graph of {of['rows']:,} images of {of['width']:,} features takes "
             f"{of['float32_flop'] / 1e15:.1f} · 10¹⁵ operations in float32 and "
-            f"{of['float64_flop'] / 1e12:.1f} · 10¹² in float64, at 50 · 10¹² a second "
-            f"{of['float32_flop'] / 50e12 / 60:.0f} minutes. A GPU holds the features "
-            f"({of['feature_bytes'] / 1e9:.0f} GB) if they take less than half of its free memory, and reads "
+            f"{of['float64_flop'] / 1e12:.1f} · 10¹² in float64. At 50 · 10¹² a second the products alone "
+            f"take {of['float32_flop'] / 50e12 / 60:.0f} minutes; choosing the greatest comes on top. A GPU holds the "
+            f"features ({of['feature_bytes'] / 1e9:.0f} GB) if they take less than half of its free memory, and reads "
             f"{of['reread_bytes'] / 1e12:.1f} · 10¹² bytes of them; {of['kept_bytes'] / 1e6:.0f} MB stay.",
         ]
     )

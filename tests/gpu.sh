@@ -38,7 +38,7 @@ second=(
   memcheck:150      # 45
   racecheck:80      # 20
 )
-long=(build:120 dali-tests:300 memcheck-tests:400 ops:600 loader:900 throughput:900)
+long=(build:120 dali-tests:300 text-tests:120 memcheck-tests:400 ops:600 loader:900 throughput:900)
 long+=(numerics:14400 accuracy:86400 tables:60)
 stages=" ${first[*]%:*} ${second[*]%:*} ${long[*]%:*} "
 
@@ -127,6 +127,10 @@ define() {
     dali-tests)
       tests gpu -m gpu tests/test_pipeline.py
       needs+=(nvidia.dali)
+      ;;
+    text-tests)
+      tests "the published code" -m gpu tests/test_rerank.py tests/test_minilm.py
+      needs+=("${trainer[@]}" scipy)
       ;;
     ops) command=("$PYTHON" bench/ops.py --device "$device" --results "$OUT" "${timed[@]}") ;;
     loader) measured LOADER bench/loader.py ;;

@@ -9,6 +9,7 @@ import pytest
 import torch
 from downstream_data import write_checkpoint, write_folders
 from processes import on_ranks
+from test_rerank import by_loops
 
 from mopro_fast import cli
 from mopro_fast.data.anchors import read_anchors
@@ -66,10 +67,24 @@ def test_anchors_are_more_often_right_than_labels_and_smoothing_helps(folder, te
     table = pq.read_table(texts / "anchors.parquet").to_pydict()
     empty = np.array(pq.read_table(texts / "texts.parquet")["empty"])
     assert np.isnan(np.array(table["dist"])[empty]).all() and not np.array(table["anchor"])[empty].any()
-    assert plain["without_text"] == empty.sum() and "neighbours" not in table
+    assert plain["not_compared"] == empty.sum() and "neighbours" not in table
 
     after = smoothed(folder, texts, "--anchors", "10")
     assert after["anchors_right"] == after["anchors_known"] == 30
+    vectors, of_classes = (np.load(texts / f"{name}.npy").astype(np.float64) for name in ("embeddings", "classes"))
+    table = pq.read_table(texts / "anchors.parquet").to_pydict()
+    a = np.zeros((3 * EACH, 3 * EACH))
+    for i in range(3 * EACH):
+        a[i, table["neighbours"][i]] = table["weights"][i]
+    a = np.maximum(a, a.T) * (1 - np.eye(3 * EACH))
+    means = a @ vectors
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    of_classes /= np.linalg.norm(of_classes, axis=1, keepdims=True)
+    for c in range(3):
+        own = np.flatnonzero(np.array(table["label"]) == c)
+        expected = by_loops(np.concatenate((of_classes[c : c + 1], means[own])))
+        np.testing.assert_allclose(np.array(table["dist"])[own], expected, atol=1e-4)
+        np.testing.assert_allclose(np.array(table["sim"])[own], means[own] @ of_classes[c], atol=1e-5)
     assert "anchors right: 30 of 30 (100.0%)" in capfd.readouterr().out
     table = pq.read_table(texts / "anchors.parquet").to_pydict()
     assert table["neighbours"][7][0] == 7 and table["weights"][7] == sorted(table["weights"][7])
@@ -138,8 +153,19 @@ def test_own_vectors(texts, tmp_path):
     np.save(tmp_path / "classes.npy", classes)
     words = ("--encoder", f"npy:{tmp_path / 'own.npy'}", "--class-embeddings", tmp_path / "classes.npy")
     text("embed", texts, *words)
-    np.testing.assert_array_equal(np.load(texts / "embeddings.npy"), own.astype(np.float16))
+    unit = own / np.linalg.norm(own, axis=1, keepdims=True)
+    np.testing.assert_allclose(np.load(texts / "embeddings.npy"), unit, atol=1e-3)
     text("match", texts, "--keep", "0")
+    before = (texts / "anchors.parquet").read_bytes()
+    np.save(tmp_path / "own.npy", own * np.float32(1e-12))  # float16 holds them as unit vectors only
+    text("embed", texts, *words)
+    assert not (texts / "anchors.parquet").exists()  # they were of other vectors
+    text("match", texts, "--keep", "0")
+    assert (texts / "anchors.parquet").read_bytes() == before
+    np.save(tmp_path / "own.npy", own * 0)
+    text("embed", texts, *words)
+    with pytest.raises(UserError, match="no anchor: no image in"):
+        text("match", texts, "--keep", "0")
     np.save(tmp_path / "own.npy", own[1:])
     with pytest.raises(UserError, match=r"own\.npy has 119 vectors, and there are 120 texts"):
         text("embed", texts, *words)
@@ -167,7 +193,7 @@ def test_own_vectors(texts, tmp_path):
         ("match", "other --keep 0", "is of other texts than"),
         ("embed", "T --encoder bert", "--encoder bert is none of hash, minilm and npy:FILE"),
         ("embed", "T --encoder npy:x.npy", "--class-embeddings"),
-        ("embed", "T", "classes"),
+        ("embed", "T", "the data does not name its classes: give their texts"),
         ("words", "T", "no step 'words'"),
     ],
 )

@@ -17,7 +17,7 @@ from mopro_fast import distributed, files
 from mopro_fast.console import tell
 from mopro_fast.downstream import row_map
 from mopro_fast.errors import UserError, first_line
-from mopro_fast.text.folder import ABOUT, CLASSES, EMBEDDINGS, HINT, OWNER, TEXTS, Texts, read_texts
+from mopro_fast.text.folder import ABOUT, CLASSES, EMBEDDINGS, HINT, OWNER, TEXTS, Texts, outdate, read_texts
 from mopro_fast.text.hashing import Hashing
 from mopro_fast.text.words import class_texts
 
@@ -98,7 +98,7 @@ def embed(o: Embed, folder: Path, texts: Texts, device: torch.device) -> str:
 
 
 def _encoder(name: str, texts: pa.ChunkedArray, device: torch.device) -> Encoder:
-    """texts: distinct strings."""
+    """texts: strings, all that will be encoded."""
     if name == "hash":
         return Hashing(texts)
     from mopro_fast.text.minilm import MiniLM
@@ -134,15 +134,26 @@ def _encode(folder: Path, encoder: Encoder, texts: pa.ChunkedArray, device: torc
 
 
 def _write(folder: Path, images: np.ndarray, distinct: np.ndarray, classes: np.ndarray, about: dict[str, Any]) -> None:
+    if files.json_object(folder / ABOUT) != about:
+        outdate(folder)
     (folder / ABOUT).unlink(missing_ok=True)  # what it says is not of the files below
     with files.replacing(folder / EMBEDDINGS) as file:
         shape = (len(distinct), images.shape[1])
         np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
         for first in range(0, len(distinct), _PIECE):
-            file.write(images[distinct[first : first + _PIECE]].astype("<f2"))
+            some = images[distinct[first : first + _PIECE]]
+            if some.dtype != np.float16:  # own vectors, which float16 may not hold as they are
+                some = _units(some)
+            file.write(some.astype("<f2"))
     with files.replacing(folder / CLASSES) as file:
-        np.save(file, classes.astype("<f4"))
+        np.save(file, classes.astype("<f4") if classes.dtype == np.float16 else _units(classes).astype("<f4"))
     files.write_json(folder / ABOUT, about)
+
+
+def _units(vectors: np.ndarray) -> np.ndarray:
+    """float64 [n, E], of length 1, or 0."""
+    norms = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    return np.divide(vectors, norms, where=norms > 0, out=np.zeros(vectors.shape))
 
 
 def _vectors(name: str) -> np.memmap:
@@ -166,8 +177,8 @@ def _require_fit(images: np.ndarray, classes: np.ndarray, texts: Texts, o: Embed
                 f"{name} has {len(found)} vectors, and there are {rows} {what}: give one for each, in order"
             )
         for first in range(0, rows, _PIECE):
-            for i in np.flatnonzero(~np.isfinite(found[first : first + _PIECE].astype(np.float16)).all(1))[:1].tolist():
-                raise UserError(f"{name}: vector {first + i} has a number that is not finite in float16")
+            for i in np.flatnonzero(~np.isfinite(found[first : first + _PIECE]).all(1))[:1].tolist():
+                raise UserError(f"{name}: vector {first + i} has a number that is not finite")
     if images.shape[1] != classes.shape[1]:
         raise UserError(
             f"the images' vectors have {images.shape[1]} numbers and the classes' {classes.shape[1]}: take one encoder"

@@ -12,12 +12,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mopro_fast import files
+from mopro_fast.console import say
+from mopro_fast.data.anchors import TABLE
 from mopro_fast.data.index import Index, load_index, synsets
 from mopro_fast.data.paths import TEXT, WHOLE, Paths, read_table
 from mopro_fast.errors import UserError, first_line
 
 OWNER = "text"  # of the folder, for files.own_folder
 TEXTS, EMBEDDINGS, CLASSES, ABOUT = "texts.parquet", "embeddings.npy", "classes.npy", "text.json"
+REPORT = "match.json"
 HINT = "choose another folder"
 _KEY = b"mopro_fast.text"
 _NONE = type(None)
@@ -49,8 +52,8 @@ class Texts:
 
     @functools.cached_property
     def num_classes(self) -> int:
-        """C: how many have names, or the greatest label and one."""
-        return len(self.about["classes"] or ()) or int(self.labels.max(initial=-1)) + 1
+        """C: the greatest label and one."""
+        return int(self.labels.max(initial=-1)) + 1
 
     def index(self, data: str | None = None) -> Index:
         """The images themselves. data: where they lie now, if they moved. Raises a UserError."""
@@ -61,9 +64,18 @@ class Texts:
         index = load_index(data or a["data"], "train", num_classes=None, **options)
         if index.digest() != a["digest"]:
             raise UserError(
-                f"{index.source} is not the data that the texts were read for: run `mopro-fast text read` again"
+                f"{index.source} is not the data that the texts were read for: give those images with their list as it "
+                "was, or run `mopro-fast text read` again"
             )
         return index
+
+
+def outdate(folder: Path) -> None:
+    """Remove the anchors, which are of other texts or vectors than the folder gets now, and say so."""
+    for name in (REPORT, TABLE):
+        if (folder / name).exists():
+            (folder / name).unlink()
+            say(f"{folder / name} was of other texts or vectors and is removed: run `mopro-fast text match` again")
 
 
 def write_texts(folder: Path, index: Index, text: pa.Array, about: dict[str, Any]) -> None:
@@ -77,8 +89,11 @@ def write_texts(folder: Path, index: Index, text: pa.Array, about: dict[str, Any
     }
     about = {**about, "digest": index.digest(), "classes": index.classes or synsets(about["data"])}
     table = pa.table(columns).replace_schema_metadata({_KEY: json.dumps(about).encode()})
+    before = files.sha256_of(folder / TEXTS) if (folder / TEXTS).is_file() else None
     with files.replacing(folder / TEXTS) as file:
         pq.write_table(table, file)
+    if before != files.sha256_of(folder / TEXTS):
+        outdate(folder)
 
 
 def read_texts(folder: Path) -> Texts:

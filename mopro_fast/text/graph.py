@@ -2,7 +2,8 @@
 
 Every image's k nearest by cosine, itself included, are re-ranked, ascending, and the first few stay, as in CAPro's
 code. Cosines are sifted in float32 and decided in float64, ties by the row: the result does not depend on how the work
-is divided, and it takes memory for a few numbers per image, however large the features are.
+is divided. On a CPU it takes memory for a few numbers per image, however large the features are; a GPU with room holds
+the features.
 """
 
 from collections.abc import Iterator
@@ -21,9 +22,11 @@ from mopro_fast.text.rerank import EQUAL, rerank_small, smallest
 NEAREST, KEEP = 20, 5
 _SPARE = 12  # candidates more than asked for, to be decided in float64
 _ROWS = {"cpu": 1024, "cuda": 16384}  # images at a time
+_CROWDED = 1024  # images decided in float64 at a time
 _COLUMNS = 8192  # images that these are compared with at a time
-_PRODUCTS = 1 << 21  # numbers of candidates' features at a time
-_MEANS = 1 << 12  # means at a time
+_PRODUCTS = {"cpu": 1 << 21, "cuda": 1 << 26}  # numbers of candidates' features at a time
+_ENTRIES = 1 << 15  # neighbours' vectors at a time, or a row's if it has more
+_TINY = 2.0 * np.finfo(np.float32).tiny
 _FARTHEST = 1 - 1e-3  # distances are clipped to [1e-3, this]
 
 Edge = Literal["distance", "similarity"]
@@ -45,24 +48,30 @@ def build(
     @torch.inference_mode()
     def one(rows: np.ndarray) -> tuple[Tensor, Tensor]:
         found, distances = neighbours(held, scale, torch.from_numpy(rows).to(device), min(nearest, len(usable)))
+        # The distances' bits; -1 stands for no neighbour, and its bits are a NaN.
         both = torch.full((2, len(rows), keep), -1, dtype=torch.int32)
         kept = min(keep, found.shape[1])
         both[0, :, :kept], both[1, :, :kept] = found[:, :kept], distances[:, :kept].view(torch.int32)
         return torch.from_numpy(rows), both.movedim(0, 1).flatten(1)
 
     def values(batches: list[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
-        yield from row_map.in_order(one, ((rows,) for rows in batches), device)
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")  # TF32, which some containers ask for, would lose neighbours
+        try:
+            yield from row_map.in_order(one, ((rows,) for rows in batches), device)
+        finally:
+            torch.set_float32_matmul_precision(before)
 
     both = row_map.compute(path, len(features), 2 * keep, batches, values, dtype=np.int32, fill=-1)
     return both[:, :keep], both[:, keep:].view(np.float32)
 
 
 def scales(features: np.ndarray) -> np.ndarray:
-    """float64 [n]: 1/‖x‖, and 0 where x is not finite or 0."""
+    """float64 [n]: 1/‖x‖, and 0 where x is not finite, is 0, or so small or large that float32 has no 1/‖x‖."""
     found = np.zeros(len(features))
     for first in range(0, len(features), _COLUMNS):
         norms = np.linalg.norm(features[first : first + _COLUMNS].astype(np.float64), axis=1)
-        np.divide(1, norms, where=np.isfinite(norms) & (norms > 0), out=found[first : first + _COLUMNS])
+        np.divide(1, norms, where=(norms > _TINY) & (norms < 1 / _TINY), out=found[first : first + _COLUMNS])
     return found
 
 
@@ -85,17 +94,13 @@ def neighbours(features: np.ndarray | Tensor, scale: Tensor, rows: Tensor, k: in
     usable = int((scale > 0).sum())
     candidates = min(k + _SPARE, usable)
     cosines, places = _sift(features, scale, rows, candidates, torch.float32)
-    size = max(_PRODUCTS // (candidates * features.shape[1]), 1)
-    parts = [
-        _decide(features, scale, some, at, k) for some, at in zip(rows.split(size), places.split(size), strict=True)
-    ]
-    found, distances = (torch.cat(x) for x in zip(*parts, strict=True))
+    found, distances = _decide(features, scale, rows, places, k)
     # Where more candidates than were kept may belong to the k, as of images that are there many times
     unsure = 2.0**-22 * features.shape[1] ** 0.5
-    if candidates < usable and (crowded := cosines[:, -1] >= cosines[:, k - 1] - unsure).any():
-        _, places = _sift(features, scale, rows[crowded], k, torch.float64)
-        crowded = crowded.cpu()
-        found[crowded], distances[crowded] = _decide(features, scale, rows[crowded.to(rows.device)], places, k)
+    crowded = (cosines[:, -1] >= cosines[:, k - 1] - unsure) & (candidates < usable)
+    for at in crowded.nonzero()[:, 0].split(_CROWDED):
+        _, places = _sift(features, scale, rows[at], k, torch.float64)
+        found[at.cpu()], distances[at.cpu()] = _decide(features, scale, rows[at], places, k)
     return found, distances
 
 
@@ -139,6 +144,16 @@ def _decide(
     features: np.ndarray | Tensor, scale: Tensor, rows: Tensor, places: Tensor, k: int
 ) -> tuple[Tensor, Tensor]:
     """The k nearest among the candidates at ``places`` [N, m], re-ranked; int32 and float32 [N, k], on the CPU."""
+    size = max(_PRODUCTS[rows.device.type] // (places.shape[1] * features.shape[1]), 1)
+    parts = [
+        _decided(features, scale, some, at, k) for some, at in zip(rows.split(size), places.split(size), strict=True)
+    ]
+    return tuple(torch.cat(x).cpu() for x in zip(*parts, strict=True))
+
+
+def _decided(
+    features: np.ndarray | Tensor, scale: Tensor, rows: Tensor, places: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
     own = _taken(features, scale, rows, torch.float64)
     others = _taken(features, scale, places, torch.float64)
     cosines = (others @ own[:, :, None])[..., 0]
@@ -148,7 +163,7 @@ def _decide(
     found, others = places.gather(1, at), others.take_along_dim(at[..., None], 1)
     distances = rerank_small(torch.cat((own[:, None], others), 1))
     distances, order = distances.sort(stable=True, dim=1)
-    return found.gather(1, order).int().cpu(), distances.clamp(1 - _FARTHEST, _FARTHEST).cpu()
+    return found.gather(1, order).int(), distances.clamp(1 - _FARTHEST, _FARTHEST)
 
 
 @dataclass(eq=False)
@@ -181,8 +196,12 @@ class Smoothing:
     def mean(self, vectors: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """float32 [len(rows), E]; 0 of a row without neighbours. vectors: [n, E] of a float type."""
         found = np.zeros((len(rows), vectors.shape[1]), np.float32)
-        for first in range(0, len(rows), _MEANS):
-            some = rows[first : first + _MEANS]
+        counts = (self.starts[rows + 1] - self.starts[rows]).cumsum()
+        first = 0
+        while first < len(rows):
+            done = counts[first - 1] if first else 0
+            end = max(int(np.searchsorted(counts, done + _ENTRIES, side="right")), first + 1)
+            some = rows[first:end]
             begin, count = self.starts[some], self.starts[some + 1] - self.starts[some]
             ends = np.append(0, count.cumsum())
             entries = np.arange(ends[-1]) + (begin - ends[:-1]).repeat(count)
@@ -191,5 +210,6 @@ class Smoothing:
             )
             sums = np.asarray(own.sum(1))
             means = own @ vectors[self.columns[entries]].astype(np.float64)
-            np.divide(means, sums, where=sums > 0, out=found[first : first + _MEANS], casting="same_kind")
+            np.divide(means, sums, where=sums > 0, out=found[first:end], casting="same_kind")
+            first = end
         return found

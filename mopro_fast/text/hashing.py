@@ -21,7 +21,7 @@ class Hashing:
     identity = "words hashed to 384 numbers, 1"
 
     def __init__(self, texts: pa.ChunkedArray) -> None:
-        """texts: distinct strings [N], all that will be encoded; words are what white space parts."""
+        """texts: strings [N], all that will be encoded; words are what white space parts."""
         words = pc.utf8_split_whitespace(texts.combine_chunks().cast(pa.large_string()))
         flat = pc.list_flatten(words).dictionary_encode()
         self._rows, known = len(texts), flat.dictionary

@@ -26,10 +26,9 @@ from mopro_fast.downstream.capro_lists import nearest
 from mopro_fast.downstream.features import EncoderConfig, Frozen
 from mopro_fast.errors import UserError, first_line
 from mopro_fast.text import graph
-from mopro_fast.text.folder import ABOUT, CLASSES, EMBEDDINGS, HINT, OWNER, TEXTS, Texts, read_texts
+from mopro_fast.text.folder import ABOUT, CLASSES, EMBEDDINGS, HINT, OWNER, REPORT, TEXTS, Texts, read_texts
 from mopro_fast.text.rerank import rerank
 
-REPORT = "match.json"
 _VERSION = "1"  # of what a distance means: raise it, and everything is computed again
 _KEY = b"mopro_fast.text"
 
@@ -105,6 +104,10 @@ def match(o: Match, folder: Path, texts: Texts, device: torch.device) -> dict[st
         taken &= pc.not_equal(texts.text, "").to_numpy(zero_copy_only=False)
     found = _distances(folder / f"matches-{_digest(key)}.npy", texts, taken, vectors, classes, smoothing, device)
     chosen = _choose(o, texts, found[:, 0])
+    if not chosen.any():
+        raise UserError(
+            f"no anchor: no image in {folder / TEXTS} has a text, or similar images with texts, and a class with a text"
+        )
     columns = {"id": np.arange(len(texts)), "path": texts.paths.for_table(), "label": texts.labels}
     columns |= {"dist": found[:, 0], "sim": found[:, 1], "anchor": chosen}
     if neighbours is not None:
@@ -218,7 +221,7 @@ def _totals(texts: Texts, distances: np.ndarray, chosen: np.ndarray, truth: np.n
     anchor, labels = chosen == 1, texts.labels
     totals: dict[str, Any] = {
         "images": len(texts),
-        "without_text": int((np.isnan(distances) & (labels >= 0)).sum()),
+        "not_compared": int((np.isnan(distances) & (labels >= 0)).sum()),
         "anchor_images": int(anchor.sum()),
         "classes": len(np.unique(labels[labels >= 0])),
         "classes_with_anchors": len(np.unique(labels[anchor])),
@@ -238,7 +241,7 @@ def _totals(texts: Texts, distances: np.ndarray, chosen: np.ndarray, truth: np.n
 def summary(folder: Path, t: dict[str, Any]) -> str:
     lines = [
         f"{folder / TABLE}: {t['anchor_images']:,} anchors in {t['classes_with_anchors']:,} of {t['classes']:,} "
-        f"classes, of {t['images']:,} images; {t['without_text']:,} have no text to compare"
+        f"classes, of {t['images']:,} images; {t['not_compared']:,} have no text to compare, or a class without one"
     ]
     if few := t["anchors_of_an_empty_text"]:
         lines.append(f"{few:,} anchors have no text of their own: the texts of similar images speak for them")
@@ -252,6 +255,7 @@ def summary(folder: Path, t: dict[str, Any]) -> str:
 
 
 def _write(folder: Path, columns: dict[str, Any], made: dict[str, Any], totals: dict[str, Any]) -> None:
+    (folder / REPORT).unlink(missing_ok=True)  # what it says is not of the table below
     table = pa.table(columns).replace_schema_metadata({_KEY: json.dumps(made).encode()})
     with files.replacing(folder / TABLE) as file:
         pq.write_table(table, file)

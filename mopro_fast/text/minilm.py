@@ -52,7 +52,8 @@ class MiniLM:
         """folder: of model.safetensors, vocab.txt and config.json; None: the installed one. Raises a UserError."""
         folder = folder or installed()
         content = {name: _read(folder / name, sha256) for name, sha256 in SHA256.items()}
-        self.identity = f"all-MiniLM-L6-v2 {SHA256['model.safetensors']} {SHA256['vocab.txt']}"
+        precision = "bfloat16" if device.type == "cuda" else "float32"
+        self.identity = f"all-MiniLM-L6-v2 {SHA256['model.safetensors']} {SHA256['vocab.txt']} {precision}"
         """What the vectors depend on."""
         self.device = device
         self.tokens = WordPiece(content["vocab.txt"].decode().rstrip("\n").split("\n"))

@@ -20,6 +20,7 @@ K1, HALF, K2, WEIGHT = 20, 10, 6, 0.3  # k1, round(k1/2), k2, λ
 EQUAL = 1e-12  # ‖a - b‖² / (‖a‖² + ‖b‖²) that float64's rounding explains
 _DENSE = 64  # points up to which [n, n] masks are the fastest
 _BLOCK = 1 << 22  # distances at a time
+_HELD = 1 << 25  # numbers of points up to which all are kept in float64
 _COLUMNS = 1 << 14  # points taken to float64 at a time
 
 
@@ -87,16 +88,15 @@ class _Sparse:
     @classmethod
     def of(cls, points: Tensor) -> "_Sparse":
         n, k = len(points), min(K1 + 1, len(points))
+        points = points.double() if points.numel() < _HELD else points
         found = cls(points, points.new_ones(n, 1, dtype=torch.float32), *[torch.empty(0)] * 4)
         columns, first, largest = torch.arange(n, device=points.device), [], []
         for rows in columns.split(max(_BLOCK // n, 1)):
             d = found.scaled(rows)
             largest.append(_largest(d))
-            d /= largest[-1]
-            first.append(smallest(d, columns, k)[1])
-            if not len(found.to_query):
-                found.to_query = d[0].clone()
+            first.append(smallest(d / largest[-1], columns, k)[1])
         found.largest, found.first = torch.cat(largest), torch.cat(first)
+        found.to_query = found.scaled(columns[:1])[0]
         found.near, found.half = (found._reciprocal(found.first[:, : some + 1]) for some in (K1, HALF))
         return found
 
