@@ -103,7 +103,11 @@ def test_random_anchors_are_as_often_right_as_labels(folder, texts):
     found = smoothed(folder, texts, "--anchors", "-12", "--seed", "2")  # seed 0 drew which labels are wrong
     assert found["anchor_images"] == 36 and found["anchors_right"] < 33
     first = (texts / "anchors.parquet").read_bytes()
+    kept = set(texts.glob("anchors-*.parquet"))
+    smoothed(folder, texts, "--anchors", "-12", "--seed", "2")
+    assert set(texts.glob("anchors-*.parquet")) == kept  # the same anchors
     smoothed(folder, texts, "--anchors", "-12", "--seed", "1")
+    assert first in [path.read_bytes() for path in texts.glob("anchors-*.parquet")]
     assert (texts / "anchors.parquet").read_bytes() != first
 
 
@@ -160,6 +164,7 @@ def test_own_vectors(texts, tmp_path):
     np.save(tmp_path / "own.npy", own * np.float32(1e-12))  # float16 holds them as unit vectors only
     text("embed", texts, *words)
     assert not (texts / "anchors.parquet").exists()  # they were of other vectors
+    assert [path.read_bytes() for path in texts.glob("anchors-*.parquet")] == [before]  # a run may need them
     text("match", texts, "--keep", "0")
     assert (texts / "anchors.parquet").read_bytes() == before
     np.save(tmp_path / "own.npy", own * 0)
@@ -186,6 +191,7 @@ def test_own_vectors(texts, tmp_path):
         ("match", "T --features features.npy --keep 30", "--keep 30 is more than --nearest 20"),
         ("match", "T --features texts.npy", r"cannot read the features .*texts\.npy"),
         ("match", "T --features short.npy", r"float32 \[3, 16\], not float32 \[120, F\]"),
+        ("match", "T --keep 0 --anchors -3 --seed -1", "--seed must be at least 0, got -1"),
         ("match", "T --keep 0 --anchors 0", "--anchors must not be 0"),
         ("match", "T --keep 0 --truth wrong.txt", "no.jpg is no image of these texts"),
         ("match", "none --keep 0", "mopro-fast text read"),

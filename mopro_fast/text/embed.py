@@ -17,7 +17,7 @@ from mopro_fast import distributed, files
 from mopro_fast.console import tell
 from mopro_fast.downstream import row_map
 from mopro_fast.errors import UserError, first_line
-from mopro_fast.text.folder import ABOUT, CLASSES, EMBEDDINGS, HINT, OWNER, TEXTS, Texts, outdate, read_texts
+from mopro_fast.text.folder import ABOUT, CLASSES, EMBEDDINGS, HINT, OWNER, TEXTS, Texts, read_texts, set_aside
 from mopro_fast.text.hashing import Hashing
 from mopro_fast.text.words import class_texts
 
@@ -135,7 +135,7 @@ def _encode(folder: Path, encoder: Encoder, texts: pa.ChunkedArray, device: torc
 
 def _write(folder: Path, images: np.ndarray, distinct: np.ndarray, classes: np.ndarray, about: dict[str, Any]) -> None:
     if files.json_object(folder / ABOUT) != about:
-        outdate(folder)
+        set_aside(folder)
     (folder / ABOUT).unlink(missing_ok=True)  # what it says is not of the files below
     with files.replacing(folder / EMBEDDINGS) as file:
         shape = (len(distinct), images.shape[1])

@@ -70,12 +70,17 @@ class Texts:
         return index
 
 
-def outdate(folder: Path) -> None:
-    """Remove the anchors, which are of other texts or vectors than the folder gets now, and say so."""
-    for name in (REPORT, TABLE):
-        if (folder / name).exists():
-            (folder / name).unlink()
-            say(f"{folder / name} was of other texts or vectors and is removed: run `mopro-fast text match` again")
+def set_aside(folder: Path) -> None:
+    """Keep the anchors under another name before others, or none, take their place: a run may have begun with them."""
+    (folder / REPORT).unlink(missing_ok=True)
+    table = folder / TABLE
+    if table.exists():
+        kept = folder / f"anchors-{files.sha256_of(table)[:8]}.parquet"
+        table.replace(kept)
+        say(
+            f"the anchors that were in {table} are kept as {kept}: a run that began with them goes on with "
+            f"--anchors {kept}"
+        )
 
 
 def write_texts(folder: Path, index: Index, text: pa.Array, about: dict[str, Any]) -> None:
@@ -93,7 +98,7 @@ def write_texts(folder: Path, index: Index, text: pa.Array, about: dict[str, Any
     with files.replacing(folder / TEXTS) as file:
         pq.write_table(table, file)
     if before != files.sha256_of(folder / TEXTS):
-        outdate(folder)
+        set_aside(folder)
 
 
 def read_texts(folder: Path) -> Texts:

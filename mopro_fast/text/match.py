@@ -26,7 +26,7 @@ from mopro_fast.downstream.capro_lists import nearest
 from mopro_fast.downstream.features import EncoderConfig, Frozen
 from mopro_fast.errors import UserError, first_line
 from mopro_fast.text import graph
-from mopro_fast.text.folder import ABOUT, CLASSES, EMBEDDINGS, HINT, OWNER, REPORT, TEXTS, Texts, read_texts
+from mopro_fast.text.folder import ABOUT, CLASSES, EMBEDDINGS, HINT, OWNER, REPORT, TEXTS, Texts, read_texts, set_aside
 from mopro_fast.text.rerank import rerank
 
 _VERSION = "1"  # of what a distance means: raise it, and everything is computed again
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
 def _require_options(o: Match) -> None:
     if not o.anchors:
         raise UserError("--anchors must not be 0: give how many a class has")
-    for name, least in (("keep", 0), ("nearest", 2)):
+    for name, least in (("keep", 0), ("nearest", 2), ("seed", 0)):
         if getattr(o, name) < least:
             raise UserError(f"--{name} must be at least {least}, got {getattr(o, name)}")
     if o.keep > o.nearest:
@@ -255,8 +255,11 @@ def summary(folder: Path, t: dict[str, Any]) -> str:
 
 
 def _write(folder: Path, columns: dict[str, Any], made: dict[str, Any], totals: dict[str, Any]) -> None:
-    (folder / REPORT).unlink(missing_ok=True)  # what it says is not of the table below
-    table = pa.table(columns).replace_schema_metadata({_KEY: json.dumps(made).encode()})
-    with files.replacing(folder / TABLE) as file:
-        pq.write_table(table, file)
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns).replace_schema_metadata({_KEY: json.dumps(made).encode()}), sink)
+    new = sink.getvalue()
+    if not (folder / TABLE).is_file() or files.sha256_of(folder / TABLE) != hashlib.sha256(new).hexdigest():
+        set_aside(folder)
+        with files.replacing(folder / TABLE) as file:
+            file.write(new)
     files.write_json(folder / REPORT, totals)
