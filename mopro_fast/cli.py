@@ -36,6 +36,7 @@ COMMANDS = {  # name: module of this package, help
     "probe": ("downstream.probe", "a linear classifier on frozen features: OmniBenchmark's protocol"),
     "env": ("environment", "what this installation has: versions, GPU, extension, backends"),
 }
+ONE_RANK = ("demo", "check", "pack", "report", "text read", "import", "export")  # of several ranks the first does it
 
 
 def main(argv: list[str] | None = None, *, own: bool | None = None) -> None:
@@ -95,6 +96,8 @@ def _run(argv: list[str]) -> int:
         from mopro_fast.config import nearest
 
         raise UserError(f"unknown command {name!r}{nearest(name, COMMANDS)}")
+    if os.environ.get("RANK", "").strip() not in ("", "0") and " ".join(argv[: 2 if name == "text" else 1]) in ONE_RANK:
+        return 0
     return import_module(f"mopro_fast.{COMMANDS[name][0]}").main([_at_home(word) for word in rest]) or 0
 
 

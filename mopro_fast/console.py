@@ -37,6 +37,11 @@ def say(text: str) -> None:
         tqdm.write(escaped(text), file=sys.stderr)
 
 
+def plural(n: int, what: str) -> str:
+    """1 anchor, 2 anchors."""
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+
 def tell(text: str) -> None:
     """Lines on stdout: what was asked for."""
     print("\n".join(map(escaped, text.split("\n"))))

@@ -226,16 +226,21 @@ def require_new(path: str | os.PathLike, mine: Callable[[Path], bool] | None = N
 
 @contextlib.contextmanager
 def own_folder(
-    path: Path, command: str, old: Callable[[Path], str | None] = lambda _: None, flag: str = "--out "
+    path: Path,
+    command: str,
+    old: Callable[[Path], str | None] = lambda _: None,
+    flag: str = "--out ",
+    hint: str = _OTHER,
 ) -> Iterator[None]:
     """The folder ``path``, made if need be, for this process of this command alone; a UserError where it is not its.
 
     One that was made and stays empty goes again. FEATURES as the command: several processes share the folder. old: ->
     the command that made a folder which has no mark yet, or None; it must be sure. flag: before the path in messages.
+    hint: what to do where nobody can write.
     """
     shown = f"{flag}{path}"
     with contextlib.ExitStack() as lock:
-        with writing(shown, _OTHER):
+        with writing(shown, hint):
             require_own(path, command, old, flag)
             made = not path.exists()
             busy = f"another process writes into {shown}: wait for it, or name another folder"

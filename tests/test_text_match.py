@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -67,7 +68,7 @@ def test_anchors_are_more_often_right_than_labels_and_smoothing_helps(folder, te
     table = pq.read_table(texts / "anchors.parquet").to_pydict()
     empty = np.array(pq.read_table(texts / "texts.parquet")["empty"])
     assert np.isnan(np.array(table["dist"])[empty]).all() and not np.array(table["anchor"])[empty].any()
-    assert plain["not_compared"] == empty.sum() and "neighbours" not in table
+    assert plain["no_text"] == empty.sum() and "neighbours" not in table
 
     after = smoothed(folder, texts, "--anchors", "10")
     assert after["anchors_right"] == after["anchors_known"] == 30
@@ -172,7 +173,7 @@ def test_own_vectors(texts, tmp_path):
     with pytest.raises(UserError, match="no anchor: no image in"):
         text("match", texts, "--keep", "0")
     np.save(tmp_path / "own.npy", own[1:])
-    with pytest.raises(UserError, match=r"own\.npy has 119 vectors, and there are 120 texts"):
+    with pytest.raises(UserError, match=r"own\.npy \(it has 119 rows, and there are 120 texts"):
         text("embed", texts, *words)
     np.save(tmp_path / "own.npy", own[:, 1:])
     with pytest.raises(UserError, match=r"have 7 numbers and the classes' 8"):
@@ -186,19 +187,27 @@ def test_own_vectors(texts, tmp_path):
 @pytest.mark.parametrize(
     ("step", "words", "message"),
     [
-        ("match", "T", "--features names the checkpoint"),
-        ("match", "T --keep 0 --features features.npy", "not both"),
+        ("match", "T", "give --features CKPT, .* or --keep 0"),
+        ("match", "T --keep 0 --features features.npy", "--features has no effect with --keep 0"),
+        ("match", "T --keep 0 --edge similarity", "--edge has no effect with --keep 0"),
         ("match", "T --features features.npy --keep 30", "--keep 30 is more than --nearest 20"),
-        ("match", "T --features texts.npy", r"cannot read the features .*texts\.npy"),
-        ("match", "T --features short.npy", r"float32 \[3, 16\], not float32 \[120, F\]"),
+        ("match", "T --features texts.npy", r"cannot take .*texts\.npy \(No such file"),
+        ("match", "T --features short.npy", "it has 3 rows, and there are 120 images"),
+        ("match", "T --features wide", r"float64 \[120, 16\], not \[120, E\] of float32"),
+        ("match", "T --features empty.npy", r"float32 \[120, 0\], not"),
+        ("match", "T --features several.npz", "it holds several arrays"),
+        ("match", "T --features broken.npy", "no image has features by --features .*broken.npy"),
         ("match", "T --keep 0 --anchors -3 --seed -1", "--seed must be at least 0, got -1"),
         ("match", "T --keep 0 --anchors 0", "--anchors must not be 0"),
-        ("match", "T --keep 0 --truth wrong.txt", "no.jpg is no image of these texts"),
+        ("match", "T --keep 0 --truth wrong.txt", "no image of the texts, which are such as 000.jpg, but such as no"),
+        ("match", "T --keep 0 --truth high.txt", r"high\.txt:2: label 3, and the data's are below 3"),
+        ("match", "T --keep 0 --truth twice.txt", r"twice\.txt:1: 000\.jpg has another label in another line"),
         ("match", "none --keep 0", "mopro-fast text read"),
         ("match", "unembedded --keep 0", "mopro-fast text embed"),
         ("match", "other --keep 0", "is of other texts than"),
         ("embed", "T --encoder bert", "--encoder bert is none of hash, minilm and npy:FILE"),
         ("embed", "T --encoder npy:x.npy", "--class-embeddings"),
+        ("embed", "T --encoder npy:x.npy --class-embeddings y.npy --classes z", "--classes has no effect with"),
         ("embed", "T", "the data does not name its classes: give their texts"),
         ("words", "T", "no step 'words'"),
     ],
@@ -211,13 +220,87 @@ def test_mistakes_are_named(folder, texts, step, words, message):
     (texts.parent / "other/text.json").write_text(str(about).replace("'", '"'))
     shutil.copy(folder / "features.npy", texts.parent)
     np.save(texts.parent / "short.npy", np.zeros((3, 16), np.float32))
+    np.save(texts.parent / "empty.npy", np.zeros((120, 0), np.float32))
+    np.save(texts.parent / "broken.npy", np.full((120, 2), np.nan, np.float32))
+    np.savez(texts.parent / "several.npz", a=np.zeros(3))
+    with open(texts.parent / "wide", "wb") as file:
+        np.save(file, np.zeros((120, 16)))
     (texts.parent / "wrong.txt").write_text("no.jpg 1\n")
+    (texts.parent / "high.txt").write_text("000.jpg 1\n001.jpg 3\n")
+    (texts.parent / "twice.txt").write_text("000.jpg 1\n./000.jpg 2\n")
     here = [str(texts.parent / word) if word.split(".")[0] in NAMED else word for word in words.split()]
     with pytest.raises(UserError, match=message):
         text(step, *here)
 
 
-NAMED = {"T", "features", "texts", "short", "wrong", "none", "unembedded", "other"}
+NAMED = {"T", "features", "texts", "short", "wrong", "none", "unembedded", "other", "high", "twice"}
+NAMED |= {"empty", "broken", "several", "wide"}
+
+
+def test_truth_takes_the_names_that_data_take(folder, texts, capfd):
+    lines = (folder / "truth.txt").read_text().splitlines()
+    text("match", texts, "--keep", "0", "--truth", folder / "truth.txt")
+    expected = json_object(texts / match.REPORT)
+    odd = [f"./{lines[0]}", *(f"{folder}/{line}" for line in lines[1:]), "away.jpg 0"]
+    (texts.parent / "odd.txt").write_text("\n".join(odd))
+    text("match", texts, "--keep", "0", "--truth", texts.parent / "odd.txt")
+    assert json_object(texts / match.REPORT) == expected
+    assert "1 of 121 images have no text here, such as away.jpg" in capfd.readouterr().err
+    empty = pq.read_table(texts / "texts.parquet")["empty"].to_pylist().index(True)
+    (texts.parent / "odd.txt").write_text(lines[empty])
+    text("match", texts, "--keep", "0", "--truth", texts.parent / "odd.txt")
+    assert "anchors right: none is known; of all images" in capfd.readouterr().out
+
+
+def test_images_that_are_not_compared_are_told_apart(folder, texts, capfd):
+    features = np.load(folder / "features.npy")
+    features[3], features[4, 2], features[5, 0] = 0, np.nan, np.inf
+    np.save(texts.parent / "some.npy", features)
+    text("match", texts, "--features", texts.parent / "some.npy", "--device", "cpu", "--anchors", "1")
+    told = capfd.readouterr().out
+    assert "3 anchors in 3 of 3 classes, of 120 images\n" in told and "no anchor in" not in told
+    assert "not compared: 3 without features (unreadable, or features that are 0 or not finite)\n" in told
+    classes = np.load(texts / "classes.npy")
+    classes[1:] = 0
+    np.save(texts / "classes.npy", classes)
+    text("match", texts, "--features", texts.parent / "some.npy", "--device", "cpu", "--anchors", "1")
+    told, found = capfd.readouterr().out, json_object(texts / match.REPORT)
+    assert "1 anchor in 1 of 3 classes" in told and "no anchor in 2 of 3 classes: 1, 2\n" in told
+    given = np.array(pq.read_table(texts / "texts.parquet")["label"])
+    assert (found["no_class_text"], found["no_features"]) == ((given > 0).sum(), (given[3:6] == 0).sum())
+
+
+def test_a_copy_without_its_mark_and_one_that_cannot_be_written(texts):
+    (texts / ".mopro_fast").unlink()
+    text("match", texts, "--keep", "0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mopro_fast.files._held", Mock(side_effect=PermissionError(13, "no", ".")))
+        with pytest.raises(UserError, match="a copy of the folder where you can write"):
+            text("match", texts, "--keep", "0")
+
+
+def test_packed_images_and_images_that_are_gone(tmp_path):
+    write_folders(tmp_path / "data", {"train": 4, "val": 1})
+    write_checkpoint(tmp_path / "c.pt")
+    images = sorted((tmp_path / "data/train").rglob("*.png"))
+    names = [str(path.relative_to(tmp_path / "data/train")) for path in images]
+    (tmp_path / "texts.csv").write_text("path,text\n" + "".join(f"{n},words {i % 3}\n" for i, n in enumerate(names)))
+    text("read", tmp_path / "data", "--texts", tmp_path / "texts.csv", "--out", tmp_path / "T")
+    text("embed", tmp_path / "T", "--device", "cpu")
+    words = ["--features", tmp_path / "c.pt", "--keep", "2", "--nearest", "4", "--anchors", "1", "--device", "cpu"]
+    text("match", tmp_path / "T", *words)
+    expected = (tmp_path / "T/anchors.parquet").read_bytes()
+    cli._run(["pack", str(tmp_path / "data"), str(tmp_path / "pack")])
+    shutil.rmtree(tmp_path / "data")
+    for cache in tmp_path.glob("T/*-*.npy"):
+        cache.unlink()
+    with pytest.raises(UserError, match=r"data is gone: say where the images lie now, --data PATH"):
+        text("match", tmp_path / "T", *words)
+    text("match", tmp_path / "T", *words, "--data", tmp_path / "pack")  # in another order
+    assert (tmp_path / "T/anchors.parquet").read_bytes() == expected
+    write_folders(tmp_path / "data", {"train": 3, "val": 1})
+    with pytest.raises(UserError, match=r"not the data .* \(it lacks .*png\)"):
+        text("match", tmp_path / "T", *words)
 
 
 def test_interrupted_it_goes_on_with_the_same_bytes(folder, texts, monkeypatch):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pyarrow.csv as pc
 import pyarrow.parquet as pq
 import pytest
 
+from mopro_fast import cli
 from mopro_fast.errors import UserError
 from mopro_fast.text import read as command
 from mopro_fast.text.folder import read_texts
@@ -255,15 +257,22 @@ def test_records_that_are_refused(refusal, web, records, says):
     ("table", "says"),
     [
         ("image,text\na.jpg,b\n", "no column path"),
-        ("a;b\n", "its columns are a;b"),
+        ("path, text\na.jpg,b\n", "no column text: its columns are 'path', ' text'"),
+        (
+            'path,text\nz.jpg,"b\ngoogle/q0001/a.jpg,c\n',
+            "row 1, of z.jpg: its text has a line that names another image",
+        ),
+        ('text,path\n"b,z.jpg\nc,google/q0001/a.jpg\n"d",y.jpg\n', "row 1, of y.jpg: its text has a line"),
+        ('path,text\nz.jpg,x\n./google/q0001/a.jpg,"b\nflickr/q0001/e.JPEG,"c"\n', "another image, flickr/q0001/e"),
+        ("a;b\n", "its columns are 'a;b'"),
         ("path,text\na.jpg,b,c\n", "Expected 2 columns, got 3"),
         ("path,text\nz.jpg,b\n", "none of 1 records is of an image of the data: they name such as z.jpg"),
-        ("path,text\n", "no record was found"),
+        ("path,text\n", "TMP/texts.csv has no rows"),
         ("", "Empty"),
         ("path,text\n".encode("utf-16"), "UTF-16"),
         (b"PAR1", "TMP/texts.csv"),
     ],
-    ids=range(8),
+    ids=range(12),
 )
 def test_tables_that_are_refused(refusal, tmp_path, table, says):
     (tmp_path / "texts.csv").write_bytes(table if isinstance(table, bytes) else table.encode())
@@ -284,16 +293,21 @@ def test_tars_that_are_refused(refusal, tmp_path):
     path = tmp_path / "texts.tar"
     write_tar(path, {"google/q0001/a.txt": b"x" * 5000})
     whole = path.read_bytes()
+    write_tar(path, {"google/q0001/a.txt": b"x", "google/q0001/b.txt": b"y"})
+    more = path.read_bytes()
     for data, says in (
         (b"no tar", "cannot read TMP/texts.tar"),
         (whole[:2000], "cannot read google/q0001/a.txt in TMP/texts.tar (unexpected end of data)"),
+        (more[:1024], "TMP/texts.tar (no member and no end of archive at byte 1024, as if it was cut)"),
+        (more[:1300], "at byte 1024"),
+        (more[:1024] + b"x" * 512 + more[1536:], "at byte 1024"),
     ):
         path.write_bytes(data)
         assert says in refusal("--texts", path)
     for members, says in (
         ({"google/q0001/a.json": b"["}, "google/q0001/a.json in TMP"),
         ({"google/q0001/a.json": b"[]"}, "(it is no object)"),
-        ({"google/q0001/a.jpg": b""}, "no record was found"),
+        ({"google/q0001/a.jpg": b""}, "no tar has a .txt or .json member"),
         ({"z/a.txt": b"a"}, "they name such as z/a, the data has such as google/q0002/b"),
     ):
         write_tar(path, members)
@@ -310,7 +324,13 @@ def test_options_that_are_refused(refusal, web, tmp_path):
     assert "no such file: --texts a*" in refusal("--texts", "a*")
     assert "is a folder without tars" in refusal("--texts", web)
     assert "has no effect" in refusal("--dictionary", "a", "--raw", "True")
+    (tmp_path / "a.csv").write_text("path,text\n")
+    assert "--tags has no effect" in refusal("--texts", tmp_path / "a.csv", "--tags", "True")
+    (tmp_path / "unlabelled.txt").write_text("google/q0001/a.jpg -1\n")
+    assert "unlabelled.txt has a label: " in refusal("--meta", web / "META", data=tmp_path / "unlabelled.txt")
     assert "--dictionary a" in refusal("--dictionary", "a")
+    with pytest.raises(UserError, match="--keep-classes must be at least 1, got 0"):
+        command.main([str(web), "--out", str(tmp_path / "refused"), "--keep-classes", "0"])
     with pytest.raises(UserError, match="--workers must be"):
         command.main([str(web), "--out", str(tmp_path / "refused"), "--workers", "-1"])
     assert "looked for files such as TMP/flickr/q0001.json" in refusal("--meta", tmp_path)
@@ -322,6 +342,29 @@ def test_options_that_are_refused(refusal, web, tmp_path):
     (tmp_path / "mine" / "notes").write_text("")
     with pytest.raises(UserError, match="holds other files"):
         command.main([str(web), "--out", str(tmp_path / "mine"), "--meta", str(web / "other")])
+
+
+def test_texts_of_other_data_are_not_replaced(read, web, tmp_path):
+    read()
+    before = bytes_of(tmp_path, "out")
+    other = tmp_path / "other.txt"
+    other.write_text("google/q0001/a.jpg 0\n")
+    with pytest.raises(UserError, match=r"out has the texts of other data, .*web: name another folder"):
+        read("--meta", web / "META", data=other)
+    assert bytes_of(tmp_path, "out") == before
+    with (web / "info/train_filelist_google.txt").open("a") as file:  # the same data, grown
+        file.write("google/q0001/new.jpg 0\n")
+    assert len(read()[0]) == 7
+    shutil.copytree(web, tmp_path / "moved")
+    read(data=tmp_path / "moved")  # the same data, elsewhere
+
+
+def test_of_several_ranks_the_first_reads(web, tmp_path, monkeypatch):
+    words = ["text", "read", str(web), "--out", str(tmp_path / "out")]
+    monkeypatch.setenv("RANK", "1")
+    assert cli._run(words) == 0 and not (tmp_path / "out").exists()
+    monkeypatch.setenv("RANK", "0")
+    assert cli._run(words) == 0 and (tmp_path / "out/texts.parquet").exists()
 
 
 @pytest.mark.parametrize("stop", ["SIGKILL", "SIGINT"])

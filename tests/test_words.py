@@ -48,6 +48,7 @@ CLEANED = [
     ("\ud83dlone surrogate", "lone surrogate"),
     ("tab\tseparated\nlines", "tab separated lines"),  # theirs: tabseparatedlines
     ("one<br>two", "one two"),  # theirs: onetwo
+    ("Cafe\u0301 Mu\u0308nchen", "caf\u00e9 m\u00fcnchen"),  # theirs: cafe nchen
 ]
 NOUNS = """{0} 05 n 02 Big_Tench 0 tinca-tinca 0 003 @ {1} n 0000 ~ {2} n 0000 + {1} n 0101 | a Fish; "caught"; "2-fold"
 {1} 05 n 01 fish 0 001 ~ {0} n 0000 | lives in water
@@ -110,6 +111,16 @@ def test_class_texts(tmp_path):
         assert read_class_texts(str(tmp_path / "classes.parquet"), ["n01", "n02"], 2) == expected
 
 
+def test_class_tables_that_contradict_the_data(tmp_path, capfd):
+    swapped = table(tmp_path, "label,name\n0,House-Dog\n1,cat\n")
+    message = r"row 1: the class 0 \(cat in the data\) is named 'House-Dog', which is the data's name of class 1"
+    with pytest.raises(UserError, match=message):
+        read_class_texts(swapped, ["cat", "house dog"], 2)
+    right = table(tmp_path, "label,name\n0,Cat\n1,a dog\n2,bird\n9,fish\n")
+    assert read_class_texts(right, ["cat", "house dog", "bird"], 2) == (["Cat", "a dog"], ["cat", "a dog"])
+    assert "2 rows of classes that no image has, such as '2': not used" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -120,7 +131,7 @@ def test_class_texts(tmp_path):
         ("label,name\n0,a\nn\u202e,b\n", r"row 2: 'n\u202e' is no class"),
         ("label,name\n0,a\n1, - \n", "row 2: the class '1' has no text"),
         ("label,description\n0,a\n", "no column name"),
-        ("label;name\n0;a\n", "its columns are label;name"),
+        ("label;name\n0;a\n", "its columns are 'label;name'"),
         ("label,name\n0,a,b\n", "Expected 2 columns, got 3"),
         ("label,name,name\n0,a,b\n", "classes.csv"),
         (b"label,name\n0,\xe9\n", "row 1: "),

@@ -2,10 +2,10 @@
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -16,8 +16,18 @@ from torch import Tensor
 from mopro_fast import distributed, files
 from mopro_fast.console import tell
 from mopro_fast.downstream import row_map
-from mopro_fast.errors import UserError, first_line
-from mopro_fast.text.folder import ABOUT, CLASSES, EMBEDDINGS, HINT, OWNER, TEXTS, Texts, read_texts, set_aside
+from mopro_fast.errors import UserError
+from mopro_fast.text.folder import (
+    ABOUT,
+    CLASSES,
+    EMBEDDINGS,
+    TEXTS,
+    Texts,
+    own,
+    read_texts,
+    read_vectors,
+    set_aside,
+)
 from mopro_fast.text.hashing import Hashing
 from mopro_fast.text.words import class_texts
 
@@ -46,12 +56,12 @@ class Embed:
     """auto: the GPU of each local rank if there is one."""
 
 
-class Encoder(Protocol):
+class Encoder(NamedTuple):
+    of: Callable[[np.ndarray], np.ndarray | Tensor]
+    """Rows of the texts that it was made for -> float32 [len(rows), width]."""
     width: int
-    identity: str  # what its vectors depend on
-
-    def __call__(self, rows: np.ndarray) -> np.ndarray | Tensor:
-        """float32 [len(rows), width] of these texts of those that it was made for."""
+    identity: str
+    """What its vectors depend on."""
 
 
 def main(argv: list[str]) -> int:
@@ -59,7 +69,7 @@ def main(argv: list[str]) -> int:
     folder = Path(o.folder)
     device = distributed.start(o.device)
     texts = read_texts(folder)  # before the folder is made anyone's
-    with distributed.on_rank0(lambda: files.own_folder(folder, OWNER, flag="")), files.writing(folder, HINT):
+    with own(folder):
         said = embed(o, folder, texts, device)
     if distributed.world()[0] == 0:
         tell(said)
@@ -71,12 +81,15 @@ def embed(o: Embed, folder: Path, texts: Texts, device: torch.device) -> str:
     """Write embeddings.npy, classes.npy and text.json; -> what to say. Raises a UserError."""
     if o.encoder not in ("hash", "minilm") and not o.encoder.startswith(_NPY):
         raise UserError(f"--encoder {o.encoder} is none of hash, minilm and npy:FILE")
-    if (own := o.encoder.startswith(_NPY)) != (o.class_embeddings is not None):
+    given = o.encoder.startswith(_NPY)
+    if given != (o.class_embeddings is not None):
         raise UserError("--encoder npy:FILE and --class-embeddings FILE go together: give both, or another encoder")
+    for name in ("classes", "wordnet"):
+        if given and getattr(o, name) is not None:
+            raise UserError(f"--{name} has no effect with --class-embeddings: leave one of them out")
     about: dict[str, Any] = {"texts": files.sha256_of(folder / TEXTS), "encoder": o.encoder}
-    if own:
-        vectors = [_vectors(name) for name in (o.encoder.removeprefix(_NPY), o.class_embeddings)]
-        _require_fit(*vectors, texts, o)
+    if given:
+        vectors = _given(o, texts)
         distinct, (images, classes) = np.arange(len(texts)), vectors
         about |= {"identity": hashlib.sha256(repr([files.sha256_of(v.filename) for v in vectors]).encode()).hexdigest()}
     else:
@@ -90,7 +103,7 @@ def embed(o: Embed, folder: Path, texts: Texts, device: torch.device) -> str:
         about |= {"identity": encoder.identity}
         about["classes"] = [{"name": n, "text": t} for n, t in zip(names, of_classes, strict=True)]
     distributed.by_rank0(lambda: _write(folder, images, distinct, classes, about))
-    if not own and distributed.world()[0] == 0:
+    if not given and distributed.world()[0] == 0:
         path.unlink(missing_ok=True)
         for left in folder.glob("texts-*.parts"):  # of a call that was interrupted, with other texts
             shutil.rmtree(left)
@@ -100,18 +113,15 @@ def embed(o: Embed, folder: Path, texts: Texts, device: torch.device) -> str:
 def _encoder(name: str, texts: pa.ChunkedArray, device: torch.device) -> Encoder:
     """texts: strings, all that will be encoded."""
     if name == "hash":
-        return Hashing(texts)
+        return Encoder(Hashing(texts), Hashing.width, Hashing.identity)
     from mopro_fast.text.minilm import MiniLM
 
     model = MiniLM(device)
-
-    class Encoded:
-        width, identity = model.width, model.identity
-
-        def __call__(self, rows: np.ndarray) -> Tensor:
-            return model([text or " " for text in texts.take(pa.array(rows)).to_pylist()])
-
-    return Encoded()
+    return Encoder(
+        lambda rows: model([text or " " for text in texts.take(pa.array(rows)).to_pylist()]),
+        model.width,
+        model.identity,
+    )
 
 
 def _encode(folder: Path, encoder: Encoder, texts: pa.ChunkedArray, device: torch.device) -> tuple[np.ndarray, Path]:
@@ -119,7 +129,7 @@ def _encode(folder: Path, encoder: Encoder, texts: pa.ChunkedArray, device: torc
 
     @torch.inference_mode()
     def one(rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        return torch.from_numpy(rows), torch.as_tensor(encoder(rows)).half()
+        return torch.from_numpy(rows), torch.as_tensor(encoder.of(rows)).half()
 
     def values(batches: list[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
         yield from row_map.in_order(one, ((rows,) for rows in batches), device)
@@ -156,30 +166,20 @@ def _units(vectors: np.ndarray) -> np.ndarray:
     return np.divide(vectors, norms, where=norms > 0, out=np.zeros(vectors.shape))
 
 
-def _vectors(name: str) -> np.memmap:
-    try:
-        files.require_regular(name)
-        found = np.load(name, mmap_mode="r")
-        if found.ndim != 2 or found.dtype.kind != "f":
-            raise ValueError(f"it holds {found.dtype} {list(found.shape)}, not [n, E] of a float type")
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"cannot read the vectors {name}: {first_line(error)}") from None
-    return found
-
-
-def _require_fit(images: np.ndarray, classes: np.ndarray, texts: Texts, o: Embed) -> None:
-    for found, rows, name, what in (
-        (images, len(texts), o.encoder.removeprefix(_NPY), "texts"),
-        (classes, texts.num_classes, o.class_embeddings, "classes"),
+def _given(o: Embed, texts: Texts) -> list[np.memmap]:
+    """The vectors of --encoder npy:FILE and --class-embeddings."""
+    found = []
+    for name, rows, what in (
+        (o.encoder.removeprefix(_NPY), len(texts), "texts"),
+        (o.class_embeddings, texts.num_classes, "classes"),
     ):
-        if len(found) != rows:
-            raise UserError(
-                f"{name} has {len(found)} vectors, and there are {rows} {what}: give one for each, in order"
-            )
+        found.append(read_vectors(name, rows, what, "give a vector for each, in order"))
         for first in range(0, rows, _PIECE):
-            for i in np.flatnonzero(~np.isfinite(found[first : first + _PIECE]).all(1))[:1].tolist():
+            for i in np.flatnonzero(~np.isfinite(found[-1][first : first + _PIECE]).all(1))[:1].tolist():
                 raise UserError(f"{name}: vector {first + i} has a number that is not finite")
-    if images.shape[1] != classes.shape[1]:
+    if found[0].shape[1] != found[1].shape[1]:
         raise UserError(
-            f"the images' vectors have {images.shape[1]} numbers and the classes' {classes.shape[1]}: take one encoder"
+            f"the images' vectors have {found[0].shape[1]} numbers and the classes' {found[1].shape[1]}: take one "
+            "encoder"
         )
+    return found

@@ -1,7 +1,11 @@
 """What `mopro-fast text` keeps in its folder: texts, embeddings, anchors; each step's files say what they came from."""
 
+import contextlib
 import functools
 import json
+import os
+import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,23 +15,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mopro_fast import files
+from mopro_fast import distributed, files
 from mopro_fast.console import say
 from mopro_fast.data.anchors import TABLE
 from mopro_fast.data.index import Index, load_index, synsets
-from mopro_fast.data.paths import TEXT, WHOLE, Paths, read_table
+from mopro_fast.data.paths import TEXT, WHOLE, Paths, read_table, shown
 from mopro_fast.errors import UserError, first_line
 
 OWNER = "text"  # of the folder, for files.own_folder
 TEXTS, EMBEDDINGS, CLASSES, ABOUT = "texts.parquet", "embeddings.npy", "classes.npy", "text.json"
 REPORT = "match.json"
-HINT = "choose another folder"
+HINT = "make room there, or work with a copy of the folder where you can write"
 _KEY = b"mopro_fast.text"
 _NONE = type(None)
 _SHAPE = {
     "data": str,
     "layout": str,
     "root": (str, _NONE),
+    "start": str,
     "keep_classes": (int, _NONE),
     "digest": str,
     "classes": ([str], _NONE),
@@ -45,7 +50,8 @@ class Texts:
     text: pa.ChunkedArray
     """Strings [n], cleaned."""
     about: dict[str, Any]
-    """data, layout, root, keep_classes: of load_index; digest: the index's; classes: their names, or None."""
+    """data, layout, root, keep_classes: of load_index; start: the folder that the paths start from; digest: the
+    index's; classes: their names, or None."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -56,18 +62,52 @@ class Texts:
         return int(self.labels.max(initial=-1)) + 1
 
     def index(self, data: str | None = None) -> Index:
-        """The images themselves. data: where they lie now, if they moved. Raises a UserError."""
+        """The images themselves, row by row. data: where they are now, if moved or packed. Raises a UserError."""
         a = self.about
         options = {"layout": a["layout"], "root": a["root"], "keep_classes": a["keep_classes"]}
         if data is not None:
-            options |= {"root": None}
+            options |= {"layout": "auto", "root": None}
+        elif not os.path.exists(a["data"]):
+            raise UserError(f"{shown(a['data'])} is gone: say where the images lie now, --data PATH")
         index = load_index(data or a["data"], "train", num_classes=None, **options)
-        if index.digest() != a["digest"]:
+        if index.digest() == a["digest"]:
+            return index
+        rows = index.rows_of(self.paths)
+        if data is None or (rows < 0).any():
+            lacks = f" (it lacks {shown(self.paths[int(rows.argmin())])})" if (rows < 0).any() else ""
             raise UserError(
-                f"{index.source} is not the data that the texts were read for: give those images with their list as it "
-                "was, or run `mopro-fast text read` again"
+                f"{index.source} is not the data that the texts were read for{lacks}: give those images with their "
+                "list as it was, --data PATH, or run `mopro-fast text read` again"
             )
-        return index
+        return index.take(rows).with_labels(self.labels)
+
+    def rows_of(self, names: Paths) -> np.ndarray:
+        """int64: the first row of each of these paths, also of absolute ones and such as ./a.jpg; -1: none."""
+        return Index(self.about["start"], self.paths, self.labels, None, TEXTS).rows_of(names)
+
+
+def made_by(folder: Path) -> str | None:
+    """The owner of a folder with our texts, also of a copy without its mark."""
+    return OWNER if _about(folder) else None
+
+
+def require_same_data(folder: Path, index: Index, data: str) -> None:
+    """Raise a UserError where the folder has the texts of other data."""
+    about = _about(folder)
+    if about and about.get("data") != data and about.get("digest") != index.digest():
+        raise UserError(
+            f"{folder} has the texts of other data, {shown(str(about.get('data')))}: name another folder, or remove it"
+        )
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    """What texts.parquet says of itself; empty where there is none of ours."""
+    try:
+        with files.open_regular(folder / TEXTS) as file:
+            about = json.loads((pq.read_schema(file).metadata or {}).get(_KEY, b"null"))
+    except (OSError, ValueError, RecursionError, pa.ArrowException):
+        about = None
+    return about if isinstance(about, dict) else {}
 
 
 def set_aside(folder: Path) -> None:
@@ -92,13 +132,24 @@ def write_texts(folder: Path, index: Index, text: pa.Array, about: dict[str, Any
         "text": text,
         "empty": pc.equal(text, ""),
     }
-    about = {**about, "digest": index.digest(), "classes": index.classes or synsets(about["data"])}
+    about = {**about, "start": os.path.abspath(index.root), "digest": index.digest()}
+    about["classes"] = index.classes or synsets(about["data"])
     table = pa.table(columns).replace_schema_metadata({_KEY: json.dumps(about).encode()})
     before = files.sha256_of(folder / TEXTS) if (folder / TEXTS).is_file() else None
     with files.replacing(folder / TEXTS) as file:
         pq.write_table(table, file)
     if before != files.sha256_of(folder / TEXTS):
         set_aside(folder)
+
+
+@contextlib.contextmanager
+def own(folder: Path) -> Iterator[None]:
+    """The folder, for the ranks of this call alone, to add to. Raises a UserError."""
+    with (
+        distributed.on_rank0(lambda: files.own_folder(folder, OWNER, made_by, flag="", hint=HINT)),
+        files.writing(folder, HINT),
+    ):
+        yield
 
 
 def read_texts(folder: Path) -> Texts:
@@ -120,3 +171,23 @@ def read_texts(folder: Path) -> Texts:
             f"cannot read {file} ({first_line(error)}): run `mopro-fast text read` again, into another folder"
         ) from None
     return Texts(columns["path"], columns["label"], text, about)
+
+
+def read_vectors(path: str | Path, rows: int, what: str, otherwise: str, dtype: type | None = None) -> np.memmap:
+    """[rows, E] of a float type, or of ``dtype``, memory-mapped, from a .npy file. Raises a UserError.
+
+    what: what the rows are; otherwise: what to do where it is something else.
+    """
+    try:
+        files.require_regular(path)
+        found = np.load(path, mmap_mode="r")
+        if not isinstance(found, np.ndarray):
+            raise ValueError("it holds several arrays")
+        if found.ndim != 2 or found.dtype.kind != "f" or not found.shape[1] or found.dtype != (dtype or found.dtype):
+            name = "a float type" if dtype is None else np.dtype(dtype).name
+            raise ValueError(f"it holds {found.dtype} {list(found.shape)}, not [{rows}, E] of {name}")
+        if len(found) != rows:
+            raise ValueError(f"it has {len(found)} rows, and there are {rows} {what}")
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"cannot take {path} ({first_line(error)}): {otherwise}") from None
+    return found

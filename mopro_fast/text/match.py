@@ -17,20 +17,40 @@ import tyro
 from torch import Tensor
 
 from mopro_fast import distributed, files
-from mopro_fast.console import tell
+from mopro_fast.console import escaped, plural, tell
 from mopro_fast.data.anchors import TABLE
 from mopro_fast.data.lists import read_list
 from mopro_fast.data.paths import Paths, shown
+from mopro_fast.distributed import say
 from mopro_fast.downstream import row_map
 from mopro_fast.downstream.capro_lists import nearest
 from mopro_fast.downstream.features import EncoderConfig, Frozen
-from mopro_fast.errors import UserError, first_line
+from mopro_fast.errors import UserError
 from mopro_fast.text import graph
-from mopro_fast.text.folder import ABOUT, CLASSES, EMBEDDINGS, HINT, OWNER, REPORT, TEXTS, Texts, read_texts, set_aside
+from mopro_fast.text.folder import (
+    ABOUT,
+    CLASSES,
+    EMBEDDINGS,
+    REPORT,
+    TEXTS,
+    Texts,
+    own,
+    read_texts,
+    read_vectors,
+    set_aside,
+)
 from mopro_fast.text.rerank import rerank
 
 _VERSION = "1"  # of what a distance means: raise it, and everything is computed again
 _KEY = b"mopro_fast.text"
+_NAMED = 5  # classes without anchors that are named
+_WHY = {  # of images that are not compared
+    "no_label": "without a label",
+    "no_class_text": "whose class has no text",
+    "no_features": "without features (unreadable, or features that are 0 or not finite)",
+    "no_text": "without a text, their own or of similar images",
+}
+_OF_FEATURES = ("data", "nearest", "edge")  # options that do nothing with --keep 0
 
 
 @dataclass
@@ -66,7 +86,7 @@ def main(argv: list[str]) -> int:
     device = distributed.start(o.encoder.device)
     _require_options(o)
     texts = read_texts(folder)
-    with distributed.on_rank0(lambda: files.own_folder(folder, OWNER, flag="")), files.writing(folder, HINT):
+    with own(folder):
         totals = match(o, folder, texts, device)
     if distributed.world()[0] == 0:
         tell(summary(folder, totals))
@@ -82,11 +102,13 @@ def _require_options(o: Match) -> None:
             raise UserError(f"--{name} must be at least {least}, got {getattr(o, name)}")
     if o.keep > o.nearest:
         raise UserError(f"--keep {o.keep} is more than --nearest {o.nearest}: the ones that stay are among the nearest")
-    if (o.features is None) != (o.keep == 0):
-        raise UserError(
-            "--features names the checkpoint that says which images are similar: give one, or --keep 0 for the texts "
-            "as they are, not both"
-        )
+    if o.keep and o.features is None:
+        raise UserError("give --features CKPT, whose encoder says which images are similar, or --keep 0")
+    if not o.keep:
+        given = [name for name in _OF_FEATURES if getattr(o, name) != getattr(Match, name)]
+        given += ["features"] if o.features is not None else []
+        if given:
+            raise UserError(f"--{given[0]} has no effect with --keep 0: leave one of them out")
 
 
 def match(o: Match, folder: Path, texts: Texts, device: torch.device) -> dict[str, Any]:
@@ -99,6 +121,8 @@ def match(o: Match, folder: Path, texts: Texts, device: torch.device) -> dict[st
         features, made_of = _features(o, folder, texts)
         key += [digest := _digest([_VERSION, made_of, o.keep, o.nearest]), o.edge]
         neighbours, weights = graph.build(features, folder / f"graph-{digest}.npy", o.keep, o.nearest, device)
+        if (neighbours < 0).all():
+            raise UserError(f"no image has features by --features {o.features}: all are not finite, or 0")
         smoothing = distributed.by_rank0(lambda: graph.Smoothing.of(neighbours, weights, o.edge))
     else:
         taken &= pc.not_equal(texts.text, "").to_numpy(zero_copy_only=False)
@@ -107,13 +131,15 @@ def match(o: Match, folder: Path, texts: Texts, device: torch.device) -> dict[st
     if not chosen.any():
         raise UserError(
             f"no anchor: no image in {folder / TEXTS} has a text, or similar images with texts, and a class with a text"
+            f": look at that table, and at the classes' texts that `mopro-fast text embed` was given"
         )
     columns = {"id": np.arange(len(texts)), "path": texts.paths.for_table(), "label": texts.labels}
     columns |= {"dist": found[:, 0], "sim": found[:, 1], "anchor": chosen}
     if neighbours is not None:
         columns |= {"neighbours": _lists(neighbours, neighbours >= 0), "weights": _lists(weights, neighbours >= 0)}
     made = {"encoder": about["encoder"], "anchors": o.anchors, "keep": o.keep, "nearest": o.nearest, "edge": o.edge}
-    totals = made | _totals(texts, found[:, 0], chosen, truth)
+    totals = made | _totals(texts, chosen, truth) | _reasons(texts, found[:, 0], classes, neighbours)
+    totals["without_anchors"] = _without(texts, chosen)
     distributed.by_rank0(lambda: _write(folder, columns, made, totals))
     return totals
 
@@ -128,41 +154,49 @@ def _embeddings(folder: Path, texts: Texts) -> tuple[dict[str, Any], np.ndarray,
         raise UserError(f"{folder / EMBEDDINGS} is of other texts than {folder / TEXTS}: {again} again")
     found = []
     for name, rows in ((EMBEDDINGS, len(texts)), (CLASSES, texts.num_classes)):
-        try:
-            files.require_regular(folder / name)
-            found.append(np.load(folder / name, mmap_mode="r"))
-            if found[-1].ndim != 2 or len(found[-1]) != rows:
-                raise ValueError(f"it is {list(found[-1].shape)}, and there are {rows} rows")
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"cannot read {folder / name} ({first_line(error)}): {again} again") from None
+        found.append(read_vectors(folder / name, rows, "in the texts", f"{again} again"))
     return about, found[0], np.array(found[1])
 
 
 def _features(o: Match, folder: Path, texts: Texts) -> tuple[np.ndarray, str]:
     """The images' features, float32 [n, F], memory-mapped; and what tells them from others."""
-    if not o.features.endswith(".npy"):
+    if not _is_array(o.features):
         frozen = Frozen(o.features, o.encoder, folder)
         found = frozen.features(texts.index(o.data), "features")
         return found, os.path.basename(found.filename)
-    try:
-        files.require_regular(o.features)
-        found = np.load(o.features, mmap_mode="r")
-        if found.ndim != 2 or found.dtype != np.float32 or len(found) != len(texts):
-            raise ValueError(f"it holds {found.dtype} {list(found.shape)}, not float32 [{len(texts)}, F]")
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"cannot read the features {o.features}: {first_line(error)}") from None
+    found = read_vectors(o.features, len(texts), "images", "give each image's features, in order", np.float32)
     return found, distributed.by_rank0(lambda: files.sha256_of(o.features))
+
+
+def _is_array(path: str) -> bool:
+    if path.endswith((".npy", ".npz")) or not os.path.isfile(path):
+        return path.endswith((".npy", ".npz"))
+    with files.open_regular(path) as file:
+        return file.read(len(np.lib.format.MAGIC_PREFIX)) == np.lib.format.MAGIC_PREFIX
 
 
 def _truth(path: str, texts: Texts) -> np.ndarray:
     """int64 [n]: the true label, -1: not known."""
-    names, labels, lines = read_list(path, lambda name: texts.paths.rows_of(Paths([name]))[0] >= 0)
-    places = texts.paths.rows_of(names)
-    for i in np.flatnonzero(places < 0)[:1].tolist():
-        raise UserError(f"--truth {path}:{lines[i]}: {shown(names[i])} is no image of these texts: write it as there")
-    named, at = names.rows_of(texts.paths), np.full(len(texts), -1)
-    at[named >= 0] = labels[named[named >= 0]]
-    return at
+    names, labels, lines = read_list(path, lambda name: texts.rows_of(Paths([name]))[0] >= 0)
+    rows = texts.rows_of(names)
+    known = rows >= 0
+    if not known.any():
+        raise UserError(
+            f"--truth {path}: it names no image of the texts, which are such as {shown(texts.paths[0])}"
+            + (f", but such as {shown(names[0])}" if len(names) else "")
+        )
+    if not known.all():
+        such = shown(names[int(known.argmin())])
+        say(f"--truth {path}: {int((~known).sum()):,} of {len(names):,} images have no text here, such as {such}")
+    end = max(texts.num_classes, len(texts.about["classes"] or ()))
+    if texts.about["keep_classes"] is None:
+        for i in np.flatnonzero(labels >= end)[:1].tolist():
+            raise UserError(f"--truth {path}:{lines[i]}: label {labels[i]}, and the data's are below {end}")
+    at = np.full(len(texts), -1)
+    at[rows[known]] = labels[known]
+    for i in np.flatnonzero(known & (at[rows] != labels))[:1].tolist():
+        raise UserError(f"--truth {path}:{lines[i]}: {shown(names[i])} has another label in another line: keep one")
+    return at[texts.paths.rows_of(texts.paths)]  # also of an image's other rows
 
 
 def _digest(parts: list[Any]) -> str:
@@ -217,13 +251,12 @@ def _lists(values: np.ndarray, there: np.ndarray) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(ends), pa.array(values[there]))
 
 
-def _totals(texts: Texts, distances: np.ndarray, chosen: np.ndarray, truth: np.ndarray | None) -> dict[str, Any]:
+def _totals(texts: Texts, chosen: np.ndarray, truth: np.ndarray | None) -> dict[str, Any]:
     anchor, labels = chosen == 1, texts.labels
     totals: dict[str, Any] = {
         "images": len(texts),
-        "not_compared": int((np.isnan(distances) & (labels >= 0)).sum()),
         "anchor_images": int(anchor.sum()),
-        "classes": len(np.unique(labels[labels >= 0])),
+        "classes": texts.num_classes,
         "classes_with_anchors": len(np.unique(labels[anchor])),
         "anchors_of_an_empty_text": int(pc.equal(texts.text, "").to_numpy(zero_copy_only=False)[anchor].sum()),
     }
@@ -238,17 +271,50 @@ def _totals(texts: Texts, distances: np.ndarray, chosen: np.ndarray, truth: np.n
     return totals
 
 
+def _reasons(texts: Texts, distances: np.ndarray, classes: np.ndarray, neighbours: np.ndarray | None) -> dict[str, int]:
+    """Why images were not compared, each by its first reason."""
+    left = np.isnan(distances)
+    no_features = np.zeros(len(texts), bool) if neighbours is None else (neighbours < 0).all(1)
+    reasons = {
+        "no_label": texts.labels < 0,
+        "no_class_text": (classes == 0).all(1)[texts.labels],
+        "no_features": no_features,
+        "no_text": left,
+    }
+    found = {}
+    for name, here in reasons.items():
+        found[name], left = int((left & here).sum()), left & ~here
+    return found
+
+
+def _without(texts: Texts, chosen: np.ndarray) -> list[str]:
+    """The classes without anchors, by number and name."""
+    names = texts.about["classes"] or []
+    there = set(texts.labels[chosen == 1].tolist())
+    return [
+        f"{label} ({names[label]})" if label < len(names) else str(label)
+        for label in range(texts.num_classes)
+        if label not in there
+    ]
+
+
 def summary(folder: Path, t: dict[str, Any]) -> str:
     lines = [
-        f"{folder / TABLE}: {t['anchor_images']:,} anchors in {t['classes_with_anchors']:,} of {t['classes']:,} "
-        f"classes, of {t['images']:,} images; {t['not_compared']:,} have no text to compare, or a class without one"
+        f"{folder / TABLE}: {plural(t['anchor_images'], 'anchor')} in {t['classes_with_anchors']:,} of "
+        f"{t['classes']:,} classes, of {plural(t['images'], 'image')}"
     ]
+    if some := ", ".join(f"{t[name]:,} {what}" for name, what in _WHY.items() if t[name]):
+        lines.append(f"images that were not compared: {some}")
+    if few := t["without_anchors"]:
+        such = ", ".join(map(escaped, few[:_NAMED])) + (", …" if len(few) > _NAMED else "")
+        lines.append(f"no anchor in {len(few):,} of {t['classes']:,} classes: {such}")
     if few := t["anchors_of_an_empty_text"]:
-        lines.append(f"{few:,} anchors have no text of their own: the texts of similar images speak for them")
+        lines.append(f"anchors without a text of their own, for which the texts of similar images speak: {few:,}")
     if "anchors_right" in t:
         right = [
-            f"{t[f'{what}_right']:,} of {t[f'{what}_known']:,} ({t[f'{what}_right'] / max(t[f'{what}_known'], 1):.1%})"
+            f"{t[f'{what}_right']:,} of {known:,} ({t[f'{what}_right'] / known:.1%})" if known else "none is known"
             for what in ("anchors", "images")
+            for known in (t[f"{what}_known"],)
         ]
         lines.append(f"anchors right: {right[0]}; of all images whose label is known: {right[1]}")
     return "\n".join([*lines, f"train with --anchors {folder}"])

@@ -27,7 +27,7 @@ from mopro_fast.data.index import Index, Layout, load_index
 from mopro_fast.data.paths import Paths, plain, shown
 from mopro_fast.errors import UserError
 from mopro_fast.text import records
-from mopro_fast.text.folder import OWNER, TEXTS, write_texts
+from mopro_fast.text.folder import OWNER, TEXTS, made_by, require_same_data, write_texts
 from mopro_fast.text.words import PARQUET, read_dictionary, read_table
 
 READ = "read.json"
@@ -118,18 +118,23 @@ def read(o: Read) -> dict[str, int]:
     """-> what was counted; as read.json has it."""
     out = Path(o.out)
     workers = worker_count(o.workers)
-    files.require_own(out, OWNER, lambda _: None)
+    files.require_own(out, OWNER, made_by)
     if o.raw and o.dictionary:
         raise UserError(f"--dictionary {o.dictionary} has no effect with --raw: leave one of them out")
+    if o.keep_classes is not None and o.keep_classes < 1:
+        raise UserError(f"--keep-classes must be at least 1, got {o.keep_classes}")
     if o.dictionary:
         read_dictionary(o.dictionary)
     options = {"layout": o.layout, "root": o.root and os.path.abspath(o.root), "keep_classes": o.keep_classes}
     index = load_index(os.path.abspath(o.data), "train", num_classes=None, missing=True, **options)
-    with files.own_folder(out, OWNER):
+    if index.labels.max() < 0:
+        raise UserError(f"no image of {o.data} has a label: anchors are sought among the images of each web label")
+    require_same_data(out, index, os.path.abspath(o.data))
+    with files.own_folder(out, OWNER, made_by):
         rules = records.Rules(o.tags, o.raw, o.dictionary and os.path.abspath(o.dictionary))
         source = _source(o, index, rules)
         names, texts, counts = _read(source, workers)
-        record = _matched(source.images, names, counts, o.data)
+        record = _matched(source, names, counts)
         text = texts.take(record).fill_null("")
         del texts  # hundreds of MB
         _count_texts(text, index.labels, counts)
@@ -152,6 +157,8 @@ def _source(o: Read, index: Index, rules: records.Rules) -> Source:
         return _of_meta(o, index, Paths(_without(paths, _SUFFIX)), rules)
     found = _files_of(o.texts)
     tars = [path for path in found if _is_tar(path)]
+    if o.tags and not tars:
+        raise UserError(f"--tags has no effect with the table --texts {o.texts}: leave it out")
     if tars and len(tars) < len(found):
         other = next(path for path in found if path not in tars)
         raise UserError(f"--texts {o.texts}: {tars[0]} is a tar, {other} is none: give files of one kind")
@@ -201,16 +208,43 @@ def _of_tables(found: list[str], index: Index, rules: records.Rules) -> Source:
         if columns["path"].null_count:
             raise UserError(f"{path}: {columns['path'].null_count} rows have no path: remove them")
         names, values = (columns.pop(name).combine_chunks() for name in ("path", "text"))
+        if not len(names):
+            raise UserError(f"{path} has no rows: give a table with a row per image, or remove it")
+        _require_closed(path, names, values, index)
         rows = index.rows_of(Paths(names))
         kept = np.flatnonzero(rows >= 0)
-        counts["no_image"] += len(rows) - len(kept)
-        if len(rows) and not len(kept):
+        if not len(kept):
             raise _no_match(path, len(rows), Paths(names)[0], index.paths[0])
+        _count_strangers(path, Paths(names), rows < 0, counts)
         for first in range(0, len(kept), _ROWS):
             some = kept[first : first + _ROWS]
             tasks.append((index.paths[rows[some]].column, values.take(pa.array(some)), rules))
     images = index.paths[index.paths.rows_of(index.paths)]
     return Source(records.of_column, tasks, "parts", images, counts)
+
+
+def _require_closed(path: str, names: pa.Array, values: pa.Array, index: Index) -> None:
+    """Refuse a text that has a line with the path of another image: a quote of CSV is open, and took rows into it."""
+    rows = np.flatnonzero(pc.fill_null(pc.match_substring(values, b"\n"), False).to_numpy(zero_copy_only=False))
+    for some in np.split(rows, range(_ROWS, len(rows), _ROWS)):
+        cells = pc.split_pattern_regex(values.take(pa.array(some)), r'"?[\r\n,]"?')
+        row, cells = some[pc.list_parent_indices(cells)], pc.list_flatten(cells)
+        named = pc.match_substring_regex(cells, r"^\S.*\.\w+$").to_numpy(zero_copy_only=False)
+        row, cells = row[named], Paths(cells.filter(pa.array(named)))
+        image = index.rows_of(cells)
+        own = index.rows_of(Paths(names.take(pa.array(row))))
+        for i in np.flatnonzero((image >= 0) & (image != own))[:1].tolist():
+            raise UserError(
+                f"{path}: row {row[i] + 1}, of {shown(Paths(names)[row[i]])}: its text has a line that names another "
+                f"image, {shown(cells[i])}, as where a quote is not closed: close it, or write the text in one line"
+            )
+
+
+def _count_strangers(source: str, names: Paths, absent: np.ndarray, counts: Counter[str]) -> None:
+    """Count the records that are of no image."""
+    counts["no_image"] += int(absent.sum())
+    for i in np.flatnonzero(absent)[:1].tolist():
+        say(f"{source}: {int(absent.sum())} records are of no image of the data, such as {shown(names[i])}")
 
 
 def _files_of(texts: str) -> list[str]:
@@ -271,17 +305,22 @@ def _in_folders(names: Paths, source: Source, lengths: list[int]) -> Paths:
     return Paths(pc.if_else(pa.array(other), longer.column, names.column))
 
 
-def _matched(images: Paths, names: Paths, counts: Counter[str], data: str) -> pa.Array:
+def _matched(source: Source, names: Paths, counts: Counter[str]) -> pa.Array:
     """-> int64 [images]: the first record of each; null where there is none."""
     if not len(names):
-        raise UserError(f"no record was found for the images of {data}: give other {_WAYS}")
+        what = "a .txt or .json member" if source.unit == "tars" else "a record with an id"
+        more = f" and {len(source.tasks) - 1} more" if len(source.tasks) > 1 else ""
+        raise UserError(f"{shown(source.tasks[0][0])}{more}: no {source.unit[:-1]} has {what}: give other {_WAYS}")
+    images, where = source.images, f"the {source.unit} of texts"
     record = names.rows_of(images)
     if (record < 0).all():
-        raise _no_match("the source of the texts", len(names), names[0], images[0])
+        raise _no_match(where, len(names), names[0], images[0])
     absent = images.rows_of(names) < 0
-    counts["no_image"] += int(absent.sum())
+    _count_strangers(where, names, absent, counts)
     counts["again"] += int(((names.rows_of(names) != np.arange(len(names))) & ~absent).sum())
     counts["no_record"] = int((record < 0).sum())
+    for i in np.flatnonzero(record < 0)[:1].tolist():
+        say(f"{counts['no_record']} images have no record, such as {shown(images[i])}")
     return pa.array(record, mask=record < 0)
 
 

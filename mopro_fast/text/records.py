@@ -93,6 +93,10 @@ def of_tar(path: str, rules: Rules) -> Iterator[Found]:
                 if key in of_kind:
                     counts["again"] += 1
                 of_kind.setdefault(key, _text(parts, rules, counts, whole))
+            member = None
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                raise ValueError(f"no member and no end of archive at byte {tar.offset}, as if it was cut")
     except (OSError, ValueError, RecursionError, EOFError, tarfile.TarError, zlib.error) as error:
         at = f"{escaped(member.name)} in " if member is not None else ""
         raise UserError(f"cannot read {at}{path} ({escaped(first_line(error))}): make the tar again") from None

@@ -1,13 +1,15 @@
 """Texts as CAPro cleans them, and a text per class: from a table, or from WordNet.
 
 After the authors' meta.py and meta_nuswide.py (denoise_text, extract_embeddings). Here a line break, a tab and a tag
-part words where the authors' code joins them, and words are looked up in a dictionary only if there is one.
+part words where the authors' code joins them, accents that are characters of their own (as in names from macOS) do not,
+and words are looked up in a dictionary only if there is one.
 """
 
 import functools
 import html
 import os
 import re
+import unicodedata
 from collections.abc import Iterable
 from typing import Any, BinaryIO
 
@@ -16,6 +18,7 @@ import pyarrow.parquet as pq
 from pyarrow import csv
 
 from mopro_fast.console import escaped
+from mopro_fast.distributed import say
 from mopro_fast.errors import UserError, first_line
 from mopro_fast.files import MOST_TEXT, open_regular, read_regular
 
@@ -48,10 +51,10 @@ def clean(text: str, dictionary: frozenset[str] | None = None) -> str:
     """The words of a text that say something, lower case, with a space between them.
 
     Out go, in this order: suffixes of image files; HTML's entities and tags; URLs; digits; words of less than three
-    letters or with "_"; stop words; and what is not in the dictionary.
+    letters or with "_"; stop words; and what is not in the dictionary. Letters are in Unicode's form NFC.
     """
     text = html.unescape(_SUFFIXES.sub("", text.lower()))
-    words = _WORD.findall(_URL.sub(" ", _TAG.sub(" ", text)))
+    words = _WORD.findall(unicodedata.normalize("NFC", _URL.sub(" ", _TAG.sub(" ", text))))
     letters = (word if word.isalpha() else "".join(c for c in word if not c.isdigit()) for word in words)
     kept = (w for w in letters if len(w) >= _SHORTEST and w not in STOP_WORDS and w.isalpha())
     return " ".join(kept if dictionary is None else (w for w in kept if w in dictionary))
@@ -67,7 +70,7 @@ def read_dictionary(path: str) -> frozenset[str]:
     """A word per line, in any case. Raises a UserError."""
     try:
         data, _ = read_regular(path, MOST_TEXT)
-        words = frozenset(data.decode("utf-8-sig").lower().split())
+        words = frozenset(unicodedata.normalize("NFC", data.decode("utf-8-sig").lower()).split())
     except (OSError, UnicodeError) as error:
         raise UserError(f"cannot read --dictionary {path} ({first_line(error)}): give UTF-8, a word per line") from None
     if not words:
@@ -84,9 +87,9 @@ def read_table(path: str, required: Iterable[str], optional: Iterable[str] = ())
             file.seek(0)
             if head.startswith(_UTF16):
                 raise ValueError("it is UTF-16 text: save it as UTF-8")
-            table = _parquet(file, wanted) if head == PARQUET else _csv(path, wanted)
+            table, there = _parquet(file, wanted) if head == PARQUET else _csv(path, wanted)
         if lacks := [name for name in required if name not in table.column_names]:
-            raise ValueError(f"it has no column {lacks[0]}")
+            raise ValueError(f"it has no column {lacks[0]}: its columns are {', '.join(map(repr, there))}")
         return {name: table[name].cast(pa.large_binary()) for name in wanted if name in table.column_names}
     except (OSError, ValueError, KeyError, pa.ArrowException, NotImplementedError) as error:  # KeyError: a name twice
         first, last = ", ".join(required), "".join(f"; it may have {name}" for name in optional)
@@ -95,7 +98,8 @@ def read_table(path: str, required: Iterable[str], optional: Iterable[str] = ())
         ) from None
 
 
-def _parquet(file: BinaryIO, wanted: list[str]) -> pa.Table:
+def _parquet(file: BinaryIO, wanted: list[str]) -> tuple[pa.Table, list[str]]:
+    """-> the wanted columns, and the names of all."""
     there = pq.read_schema(file).names
     file.seek(0)
     table = pq.read_table(file, columns=[name for name in wanted if name in there])
@@ -106,19 +110,21 @@ def _parquet(file: BinaryIO, wanted: list[str]) -> pa.Table:
         elif not any(is_one(kind) for is_one in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary)):
             raise ValueError(f"{field.name} is not text")
         table = table.set_column(i, field.name, table[field.name].cast(kind))
-    return table
+    return table, there
 
 
-def _csv(path: str, wanted: list[str]) -> pa.Table:
+def _csv(path: str, wanted: list[str]) -> tuple[pa.Table, list[str]]:
+    """-> the wanted columns, and the names of all."""
     reading = csv.ReadOptions(use_threads=False, block_size=_BLOCK)  # threads would not say in which row an error is
     parsing = csv.ParseOptions(newlines_in_values=True)
     with csv.open_csv(path, reading, parsing) as head:
-        found = [name for name in wanted if name in head.schema.names]
-        if not found:
-            raise ValueError(f"its columns are {', '.join(head.schema.names)}")
+        there = head.schema.names
+    found = [name for name in wanted if name in there]
+    if not found:
+        raise ValueError(f"its columns are {', '.join(map(repr, there))}")
     types = dict.fromkeys(found, pa.binary())
     converting = csv.ConvertOptions(check_utf8=False, column_types=types, include_columns=found)
-    return csv.read_csv(path, reading, parsing, converting)
+    return csv.read_csv(path, reading, parsing, converting), there
 
 
 def class_texts(
@@ -158,6 +164,8 @@ def read_class_texts(path: str, index_classes: list[str] | None, num_classes: in
     numbers = {name: label for label, name in enumerate(index_classes or ())}
     names: list[str | None] = [None] * num_classes
     texts = [""] * num_classes
+    of_text = {_plain(name): label for name, label in numbers.items() if not _SYNSET.fullmatch(name)}
+    unused = []
     rows = zip(*(column.to_pylist() for column in columns.values()), strict=True)
     for row, values in enumerate(rows, start=1):
         try:
@@ -166,7 +174,8 @@ def read_class_texts(path: str, index_classes: list[str] | None, num_classes: in
             raise UserError(f"{path}: row {row}: {first_line(error)}: save it as UTF-8") from None
         label = numbers.get(given, int(given) if given.isascii() and given.isdecimal() else -1)
         if label >= num_classes:
-            continue  # a class that no image has
+            unused.append(given)
+            continue
         if label < 0:
             raise UserError(
                 f"{path}: row {row}: '{escaped(given)}' is no class of the data: give its number, or remove the row"
@@ -176,10 +185,18 @@ def read_class_texts(path: str, index_classes: list[str] | None, num_classes: in
         names[label], texts[label] = said[0], " ".join(filter(None, map(_plain, said)))
         if not texts[label]:
             raise UserError(f"{path}: row {row}: the class '{escaped(given)}' has no text: give it a name")
+        if (other := of_text.get(_plain(said[0]), label)) != label:
+            called = f" ({escaped(index_classes[label])} in the data)" if label < len(index_classes) else ""
+            raise UserError(
+                f"{path}: row {row}: the class {escaped(given)}{called} is named '{escaped(said[0])}', which is the "
+                f"data's name of class {other}: put each text beside its own class"
+            )
     absent = [label for label, name in enumerate(names) if name is None]
     if absent:
         called = f" ({escaped(index_classes[absent[0]])})" if index_classes and absent[0] < len(index_classes) else ""
         raise UserError(f"{path}: {len(absent)} of {num_classes} classes have no row, such as {absent[0]}{called}")
+    if unused:
+        say(f"{path}: {len(unused)} rows of classes that no image has, such as '{escaped(unused[0])}': not used")
     return names, texts
 
 
