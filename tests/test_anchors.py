@@ -49,7 +49,7 @@ def test_by_path_with_a_label(write, index, capsys):
     path = write(path=["d.jpg", "sub/c.jpg", "b.jpg"], label=[2, 1, 1], anchor=[1, 1, 0], dist=[0.5, 0.2, 0.1])
     assert read(path, index) == [2, 3] == read(f"{path}/anchors.parquet", index)
     said = capsys.readouterr().err.splitlines()
-    assert said[0] == f"{path}/anchors.parquet: 2 anchors in 2 of 3 classes; 1 classes have none, such as 0"
+    assert said[0] == f"{path}/anchors.parquet: 2 anchors in 2 of 3 classes; without any: 1, such as 0"
     named = dataclasses.replace(index, classes=["n01\n", "n02", "n03"])
     read(path, named)
     assert capsys.readouterr().err.endswith(r"such as n01\n" + "\n")

@@ -52,7 +52,7 @@ def test_it_is_the_formulas(n, monkeypatch):
     points[50:95] = points[n // 2]  # more equal ones than neighbours
     expected = by_loops(points.numpy())
     np.testing.assert_allclose(rerank_small(points[None])[0], expected, atol=1e-6)
-    np.testing.assert_allclose(_Sparse.of(points).distances(), expected, atol=1e-6)
+    np.testing.assert_allclose(_Sparse(points).distances(), expected, atol=1e-6)
     whole = rerank.rerank(points)
     monkeypatch.setattr(rerank, "_DENSE", 0)
     for block, columns in ((1, 7), (300, 1000), (1 << 30, 1 << 30)):
@@ -65,7 +65,7 @@ def test_it_is_the_formulas(n, monkeypatch):
 def test_equal_points_are_at_0_and_others_as_if_each_were_there_once(n):
     assert not rerank.rerank(torch.full((n, 5), 0.3)).any()
     twice = clusters(n)[torch.arange(n) // 2]
-    small, sparse = rerank_small(twice[None])[0], _Sparse.of(twice).distances()
+    small, sparse = rerank_small(twice[None])[0], _Sparse(twice).distances()
     assert torch.equal(small, sparse)
     assert torch.equal(small[1::2][: n // 2 - 1], small[2::2][: n // 2 - 1])
 
@@ -154,7 +154,7 @@ def test_what_the_published_code_gave():
         points = torch.cat((case["class_text"][None], case["texts"]))
         points = points / points.norm(dim=1, keepdim=True)
         np.testing.assert_allclose(rerank_small(points[None])[0], case["float64"], atol=1e-5)
-        np.testing.assert_allclose(_Sparse.of(points).distances(), case["float64"], atol=1e-5)
+        np.testing.assert_allclose(_Sparse(points).distances(), case["float64"], atol=1e-5)
     theirs = text["graph"]
     found, weights = (np.stack([np.asarray(x) for x in theirs[name]]) for name in ("neighbours", "weights"))
     smoothed = graph.Smoothing.of(found, weights, "distance").mean(theirs["texts"].numpy(), np.arange(len(found)))

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mopro_fast.console import plural
 from mopro_fast.data.index import Index
 from mopro_fast.data.paths import FLAGS, NUMBERS, TEXT, WHOLE, Paths, read_table, shown
 from mopro_fast.distributed import say
@@ -171,12 +172,12 @@ def _require_once(file: Path, table: dict[str, Any], index: Index, rows: np.ndar
 def _tell(file: Path, index: Index, mask: np.ndarray) -> None:
     used = np.isin(np.arange(len(mask)), index.usable) & mask
     there, having = np.unique(index.labels[index.labels >= 0]), np.unique(index.labels[used])
-    line = f"{file}: {used.sum()} anchors in {len(having)} of {len(there)} classes"
+    line = f"{file}: {plural(int(used.sum()), 'anchor')} in {len(having)} of {len(there)} classes"
     if away := mask.sum() - used.sum():
         line += f", without {away} that are held out or cannot be read"
     if len(without := np.setdiff1d(there, having)):
         example = shown(index.classes[without[0]]) if index.classes else without[0]
-        line += f"; {len(without)} classes have none, such as {example}"
+        line += f"; without any: {len(without)}, such as {example}"
     say(line)
 
 

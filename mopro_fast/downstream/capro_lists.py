@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 
-from mopro_fast.console import tell
+from mopro_fast.console import plural, tell
 from mopro_fast.data.anchors import TABLE
 from mopro_fast.data.lists import text_lines
 from mopro_fast.data.order import place_in_class
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
             table |= {name: columns[name] for name in ("dist", "weight") if name in columns}
             with replacing(out / TABLE) as file:
                 pq.write_table(pa.table(table), file)
-            text += f", {anchor.sum()} anchors"
+            text += f", {plural(int(anchor.sum()), 'anchor')}"
     tell(f"{text}: train with --data {out / LIST}" + (f" --anchors {out}" if "dist" in columns else ""))
     return 0
 

@@ -16,7 +16,7 @@ import numpy as np
 import tyro
 
 from mopro_fast.config import TrainConfig
-from mopro_fast.console import escaped, say, tell
+from mopro_fast.console import escaped, plural, say, tell
 from mopro_fast.errors import UserError
 from mopro_fast.files import open_regular, output, replacing
 from mopro_fast.labels import SHOWN, by_class, relabellings, verdicts
@@ -77,8 +77,8 @@ def main(argv: list[str]) -> int:
     for name, why in contents["missing"].items():
         say(f"not in the report: {name}: {why}")
     unread = f", {len(contents['unread'])} could not be read" if contents["unread"] else ""
-    of_capro = f", {len(contents['anchors']['cards'])} anchors" if "anchors" in contents else ""
-    say(f"{size / 1e6:.1f} MB, {len(contents['images'])} images{unread}{of_capro}")
+    of_capro = f", {plural(len(contents['anchors']['cards']), 'anchor')}" if "anchors" in contents else ""
+    say(f"{size / 1e6:.1f} MB, {plural(len(contents['images']), 'image')}{unread}{of_capro}")
     tell(str(out))
     return 0
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mopro_fast import peers
 from mopro_fast.config import CAPRO, MOPRO, TrainConfig
-from mopro_fast.console import Progress
+from mopro_fast.console import Progress, plural
 from mopro_fast.data import inputs
 from mopro_fast.data.anchors import read_anchors, table_at
 from mopro_fast.data.batches import Batch
@@ -113,7 +113,7 @@ class CAProTask(MoProTask):
                 sums = sums + F.one_hot(batch.labels, classes).T.double() @ z  # [C, D + 1]
                 bar.update()
         if lost := gather_lists(lost):
-            say(f"{len(lost)} anchors could not be read any more, such as {anchors.name(lost[0])}: they are left out")
+            say(f"{plural(len(lost), 'anchor')} cannot be read any more, such as {anchors.name(lost[0])}: left out")
         sums, count = gather_rows(sums[None]).sum(0).split([sums.shape[1] - 1, 1], 1)
         model.prototypes.copy_(F.normalize(sums / (count + 1e-6), dim=1))
 
