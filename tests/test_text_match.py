@@ -356,3 +356,24 @@ def test_rare_words_count_most_and_their_order_does_not():
     assert v[0] @ v[6] > v[0] @ v[5] > v[0] @ v[2] > 0
     np.testing.assert_array_equal(hashing.Hashing(said)(np.array([2])), v[2:3])
     assert not hashing.Hashing(pa.chunked_array([["", " "]]))(np.arange(2)).any()
+
+
+def test_images_of_a_list_that_have_moved(tmp_path):
+    write_folders(tmp_path / "images", {"train": 2})
+    write_checkpoint(tmp_path / "c.pt")
+    names = [str(path.relative_to(tmp_path / "images")) for path in sorted((tmp_path / "images").rglob("*.png"))]
+    (tmp_path / "list.txt").write_text("".join(f"{name} 0\n" for name in names))
+    (tmp_path / "texts.csv").write_text("path,text\n" + "".join(f"{name},some words\n" for name in names))
+    (tmp_path / "classes.csv").write_text("label,name\n0,words\n")
+    options = ["--texts", tmp_path / "texts.csv", "--root", tmp_path / "images", "--out", tmp_path / "T"]
+    text("read", tmp_path / "list.txt", *options)
+    text("embed", tmp_path / "T", "--classes", tmp_path / "classes.csv", "--device", "cpu")
+    shutil.move(tmp_path / "images", tmp_path / "moved")
+    words = ["--features", tmp_path / "c.pt", "--keep", "2", "--nearest", "4", "--device", "cpu"]
+    with pytest.raises(UserError, match=r"images are missing under .*images: .* set --root"):
+        text("match", tmp_path / "T", *words)
+    text("match", tmp_path / "T", *words, "--root", tmp_path / "moved")
+    shutil.move(tmp_path / "list.txt", tmp_path / "moved")
+    (tmp_path / "T/anchors.parquet").unlink()
+    text("match", tmp_path / "T", *words, "--data", tmp_path / "moved/list.txt")
+    assert (tmp_path / "T/anchors.parquet").exists()

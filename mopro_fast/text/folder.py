@@ -61,12 +61,15 @@ class Texts:
         """C: the greatest label and one."""
         return int(self.labels.max(initial=-1)) + 1
 
-    def index(self, data: str | None = None) -> Index:
-        """The images themselves, row by row. data: where they are now, if moved or packed. Raises a UserError."""
+    def index(self, data: str | None = None, root: str | None = None) -> Index:
+        """The images themselves, row by row. Raises a UserError.
+
+        data, root: of load_index, where the images are now, if they have moved or are packed.
+        """
         a = self.about
-        options = {"layout": a["layout"], "root": a["root"], "keep_classes": a["keep_classes"]}
+        options = {"layout": a["layout"], "root": root or a["root"], "keep_classes": a["keep_classes"]}
         if data is not None:
-            options |= {"layout": "auto", "root": None}
+            options |= {"layout": "auto", "root": root}
         elif not os.path.exists(a["data"]):
             raise UserError(f"{shown(a['data'])} is gone: say where the images lie now, --data PATH")
         index = load_index(data or a["data"], "train", num_classes=None, **options)

@@ -50,7 +50,7 @@ _WHY = {  # of images that are not compared
     "no_features": "without features (unreadable, or features that are 0 or not finite)",
     "no_text": "without a text, their own or of similar images",
 }
-_OF_FEATURES = ("data", "nearest", "edge")  # options that do nothing with --keep 0
+_OF_FEATURES = ("data", "root", "nearest", "edge")  # options that do nothing with --keep 0
 
 
 @dataclass
@@ -63,7 +63,9 @@ class Match:
     """The images' features: a checkpoint or a run's folder, whose encoder sees every image once; or a .npy file,
     float32 [n, F] in the order of texts.parquet. Not needed with --keep 0."""
     data: str | None = None
-    """Where the images lie now (default: where they lay when their texts were read)."""
+    """Where the images are now (default: where they were when their texts were read); packed images, too."""
+    root: str | None = None
+    """Folder that the paths of a list file start from, if it is another one now."""
     anchors: int = 50
     """K: anchors of each class; -K: K random ones, to compare with."""
     keep: int = 5
@@ -162,7 +164,7 @@ def _features(o: Match, folder: Path, texts: Texts) -> tuple[np.ndarray, str]:
     """The images' features, float32 [n, F], memory-mapped; and what tells them from others."""
     if not _is_array(o.features):
         frozen = Frozen(o.features, o.encoder, folder)
-        found = frozen.features(texts.index(o.data), "features")
+        found = frozen.features(texts.index(o.data, o.root), "features")
         return found, os.path.basename(found.filename)
     found = read_vectors(o.features, len(texts), "images", "give each image's features, in order", np.float32)
     return found, distributed.by_rank0(lambda: files.sha256_of(o.features))
