@@ -133,7 +133,7 @@ def test_a_checkpoint_gives_the_features(tmp_path):
     text("match", tmp_path / "T", *words, "--device", "cpu", "--batch-size", "4", "--data", tmp_path / "moved/train")
 
 
-def test_one_image_equal_texts_and_no_text(tmp_path):
+def test_one_image_equal_texts_and_no_text(tmp_path, capfd):
     """A class of one image; a class whose texts are all equal; a class without any text; an image listed twice."""
     rows = ["a.jpg 0", *(f"b{i}.jpg 1" for i in range(30)), "c.jpg 2", "d.jpg -1", "b0.jpg 1", "b1.jpg 0"]
     (tmp_path / "data.txt").write_text("\n".join(rows))
@@ -144,6 +144,7 @@ def test_one_image_equal_texts_and_no_text(tmp_path):
     text("read", tmp_path / "data.txt", "--texts", tmp_path / "texts.csv", "--out", tmp_path / "T")
     text("embed", tmp_path / "T", "--classes", tmp_path / "classes.csv")
     text("match", tmp_path / "T", "--keep", "0", "--anchors", "2")
+    assert "every image that was compared is an anchor (lower --anchors): 1\n" in capfd.readouterr().out
     table = pq.read_table(tmp_path / "T/anchors.parquet").to_pydict()
     chosen = [i for i, a in enumerate(table["anchor"]) if a]
     assert chosen == [0, 1, 2, 33, 34]  # of equal texts the first, and the first once more where it is listed again
@@ -265,7 +266,11 @@ def test_images_that_are_not_compared_are_told_apart(folder, texts, capfd):
     np.save(texts / "classes.npy", classes)
     text("match", texts, "--features", texts.parent / "some.npy", "--device", "cpu", "--anchors", "1")
     told, found = capfd.readouterr().out, json_object(texts / match.REPORT)
-    assert "1 anchor in 1 of 3 classes" in told and "no anchor in 2 of 3 classes: 1, 2\n" in told
+    assert (
+        "every image that was compared" not in told
+        and "1 anchor in 1 of 3 classes" in told
+        and "no anchor in 2 of 3 classes: 1, 2\n" in told
+    )
     given = np.array(pq.read_table(texts / "texts.parquet")["label"])
     assert (found["no_class_text"], found["no_features"]) == ((given > 0).sum(), (given[3:6] == 0).sum())
 

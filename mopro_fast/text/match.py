@@ -140,7 +140,7 @@ def match(o: Match, folder: Path, texts: Texts, device: torch.device) -> dict[st
     if neighbours is not None:
         columns |= {"neighbours": _lists(neighbours, neighbours >= 0), "weights": _lists(weights, neighbours >= 0)}
     made = {"encoder": about["encoder"], "anchors": o.anchors, "keep": o.keep, "nearest": o.nearest, "edge": o.edge}
-    totals = made | _totals(texts, chosen, truth) | _reasons(texts, found[:, 0], classes, neighbours)
+    totals = made | _totals(texts, found[:, 0], chosen, truth) | _reasons(texts, found[:, 0], classes, neighbours)
     totals["without_anchors"] = _without(texts, chosen)
     distributed.by_rank0(lambda: _write(folder, columns, made, totals))
     return totals
@@ -253,13 +253,15 @@ def _lists(values: np.ndarray, there: np.ndarray) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(ends), pa.array(values[there]))
 
 
-def _totals(texts: Texts, chosen: np.ndarray, truth: np.ndarray | None) -> dict[str, Any]:
+def _totals(texts: Texts, distances: np.ndarray, chosen: np.ndarray, truth: np.ndarray | None) -> dict[str, Any]:
     anchor, labels = chosen == 1, texts.labels
+    compared = np.unique(labels[np.isfinite(distances)])
     totals: dict[str, Any] = {
         "images": len(texts),
         "anchor_images": int(anchor.sum()),
         "classes": texts.num_classes,
         "classes_with_anchors": len(np.unique(labels[anchor])),
+        "classes_of_anchors_only": len(np.setdiff1d(compared, labels[np.isfinite(distances) & ~anchor])),
         "anchors_of_an_empty_text": int(pc.equal(texts.text, "").to_numpy(zero_copy_only=False)[anchor].sum()),
     }
     if truth is not None:
@@ -310,6 +312,8 @@ def summary(folder: Path, t: dict[str, Any]) -> str:
     if few := t["without_anchors"]:
         such = ", ".join(map(escaped, few[:_NAMED])) + (", …" if len(few) > _NAMED else "")
         lines.append(f"no anchor in {len(few):,} of {t['classes']:,} classes: {such}")
+    if few := t["classes_of_anchors_only"]:
+        lines.append(f"classes in which every image that was compared is an anchor (lower --anchors): {few:,}")
     if few := t["anchors_of_an_empty_text"]:
         lines.append(f"anchors without a text of their own, for which the texts of similar images speak: {few:,}")
     if "anchors_right" in t:
