@@ -55,10 +55,13 @@ def test_it_is_the_formulas(n, monkeypatch):
     np.testing.assert_allclose(_Sparse(points).distances(), expected, atol=1e-6)
     whole = rerank.rerank(points)
     monkeypatch.setattr(rerank, "_DENSE", 0)
-    for block, columns in ((1, 7), (300, 1000), (1 << 30, 1 << 30)):
+    of_float32 = rerank_small(points.float()[None])[0]
+    for block, columns, held in ((1, 7, 0), (300, 1000, 0), (1 << 30, 1 << 30, 1 << 30)):
         monkeypatch.setattr(rerank, "_BLOCK", block)
         monkeypatch.setattr(rerank, "_COLUMNS", columns)
+        monkeypatch.setattr(rerank, "_HELD", held)
         assert torch.equal(rerank.rerank(points), whole)
+        torch.testing.assert_close(rerank.rerank(points.float()), of_float32, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("n", [2, 30, 90])

@@ -18,7 +18,7 @@ from mopro_fast.data.index import load_index
 from mopro_fast.downstream import row_map
 from mopro_fast.errors import UserError
 from mopro_fast.files import json_object
-from mopro_fast.text import graph, hashing, match
+from mopro_fast.text import embed, graph, hashing, match
 from mopro_fast.text.captions import captions
 
 NAMES = ["great grey owl", "steam locomotive", "red apple"]
@@ -152,48 +152,70 @@ def test_one_image_equal_texts_and_no_text(tmp_path, capfd):
     read_anchors(str(tmp_path / "T"), load_index(tmp_path / "data.txt", "train", num_classes=3, missing=True))
 
 
-def test_own_vectors(texts, tmp_path):
+def test_own_vectors(folder, texts, tmp_path):
     rng = np.random.default_rng(0)
     own, classes = rng.standard_normal((3 * EACH, 8)).astype(np.float32), rng.standard_normal((3, 8))
     np.save(tmp_path / "own.npy", own)
     np.save(tmp_path / "classes.npy", classes)
     words = ("--encoder", f"npy:{tmp_path / 'own.npy'}", "--class-embeddings", tmp_path / "classes.npy")
     text("embed", texts, *words)
-    unit = own / np.linalg.norm(own, axis=1, keepdims=True)
-    np.testing.assert_allclose(np.load(texts / "embeddings.npy"), unit, atol=1e-3)
-    text("match", texts, "--keep", "0")
+    np.testing.assert_array_equal(np.load(texts / "embeddings.npy"), own)
+    smoothed(folder, texts)
     before = (texts / "anchors.parquet").read_bytes()
-    np.save(tmp_path / "own.npy", own * np.float32(1e-12))  # float16 holds them as unit vectors only
-    text("embed", texts, *words)
-    assert not (texts / "anchors.parquet").exists()  # they were of other vectors
-    assert [path.read_bytes() for path in texts.glob("anchors-*.parquet")] == [before]  # a run may need them
-    text("match", texts, "--keep", "0")
-    assert (texts / "anchors.parquet").read_bytes() == before
+    assert list(texts.glob("matches-*.npy"))
+    for scale, kind in ((2.0**-120, np.float32), (1, np.float64)):  # lengths count in relation to one another
+        np.save(tmp_path / "own.npy", own.astype(kind) * kind(scale))
+        text("embed", texts, *words)
+        assert not (texts / "anchors.parquet").exists()  # they were of other vectors
+        assert [path.read_bytes() for path in texts.glob("anchors-*.parquet")] == [before]  # a run may need them
+        smoothed(folder, texts)
+        assert (texts / "anchors.parquet").read_bytes() == before
+    half, tables = own.astype(np.float16), []
+    for kind in (np.float16, np.float32):
+        np.save(tmp_path / "own.npy", half.astype(kind))
+        text("embed", texts, *words)
+        smoothed(folder, texts)
+        tables.append(pq.read_table(texts / "anchors.parquet"))
+    assert tables[0].equals(tables[1])
     np.save(tmp_path / "own.npy", own * 0)
     text("embed", texts, *words)
     with pytest.raises(UserError, match="no anchor: no image in"):
         text("match", texts, "--keep", "0")
     np.save(tmp_path / "own.npy", own[1:])
-    with pytest.raises(UserError, match=r"own\.npy \(it has 119 rows, and there are 120 texts"):
+    with pytest.raises(UserError, match=r"own\.npy \(it has 119 rows for 120 texts"):
         text("embed", texts, *words)
     np.save(tmp_path / "own.npy", own[:, 1:])
     with pytest.raises(UserError, match=r"have 7 numbers and the classes' 8"):
         text("embed", texts, *words)
     own[5, 2] = np.inf
     np.save(tmp_path / "own.npy", own)
-    with pytest.raises(UserError, match=r"vector 5 has a number that is not finite"):
+    with pytest.raises(UserError, match=r"vector 5 has numbers that are not finite"):
         text("embed", texts, *words)
+    for value in (1e200, 1e-200):
+        own = np.ones((3 * EACH, 8))
+        own[7] = value
+        np.save(tmp_path / "own.npy", own)
+        with pytest.raises(UserError, match=r"vector 7 has .* that float32 cannot hold"):
+            text("embed", texts, *words)
 
 
 @pytest.mark.parametrize(
     ("step", "words", "message"),
     [
         ("match", "T", "give --features CKPT, .* or --keep 0"),
-        ("match", "T --keep 0 --features features.npy", "--features has no effect with --keep 0"),
-        ("match", "T --keep 0 --edge similarity", "--edge has no effect with --keep 0"),
+        (
+            "match",
+            "T --keep 0 --features features.npy",
+            "--features .*features.npy and --keep 0: the former has no effect",
+        ),
+        ("match", "T --keep 0 --edge similarity", "--edge similarity and --keep 0: the former has"),
+        ("match", "T --keep 0 --seed 3", "--seed 3 and --anchors above 0"),
+        ("match", "T --keep 0 --batch-size 3", "the encoder's options and --keep 0"),
+        ("match", "T --features features.npy --data x", "--data x and --features FILE.npy"),
+        ("match", "T --features features.npy --image-size 7", "the encoder's options and --features FILE.npy"),
         ("match", "T --features features.npy --keep 30", "--keep 30 is more than --nearest 20"),
         ("match", "T --features texts.npy", r"cannot take .*texts\.npy \(No such file"),
-        ("match", "T --features short.npy", "it has 3 rows, and there are 120 images"),
+        ("match", "T --features short.npy", "it has 3 rows for 120 images"),
         ("match", "T --features wide", r"float64 \[120, 16\], not \[120, E\] of float32"),
         ("match", "T --features empty.npy", r"float32 \[120, 0\], not"),
         ("match", "T --features several.npz", "it holds several arrays"),
@@ -201,11 +223,11 @@ def test_own_vectors(texts, tmp_path):
         ("match", "T --keep 0 --anchors -3 --seed -1", "--seed must be at least 0, got -1"),
         ("match", "T --keep 0 --anchors 0", "--anchors must not be 0"),
         ("match", "T --keep 0 --truth wrong.txt", "no image of the texts, which are such as 000.jpg, but such as no"),
-        ("match", "T --keep 0 --truth high.txt", r"high\.txt:2: label 3, and the data's are below 3"),
+        ("match", "T --keep 0 --truth high.txt", r"high\.txt:2: label 3 is too large: the data has 0 to 2"),
         ("match", "T --keep 0 --truth twice.txt", r"twice\.txt:1: 000\.jpg has another label in another line"),
         ("match", "none --keep 0", "mopro-fast text read"),
         ("match", "unembedded --keep 0", "mopro-fast text embed"),
-        ("match", "other --keep 0", "is of other texts than"),
+        ("match", "other --keep 0", "was made from another texts.parquet"),
         ("embed", "T --encoder bert", "--encoder bert is none of hash, minilm and npy:FILE"),
         ("embed", "T --encoder npy:x.npy", "--class-embeddings"),
         ("embed", "T --encoder npy:x.npy --class-embeddings y.npy --classes z", "--classes has no effect with"),
@@ -333,7 +355,61 @@ def test_interrupted_it_goes_on_with_the_same_bytes(folder, texts, monkeypatch):
     assert len(rows) == 3 * EACH - 48 and (texts / "anchors.parquet").read_bytes() == expected
 
 
-def of_rank(_rank: int, _ranks: int, folder: Path, texts: Path) -> None:
+def test_changed_vectors_are_matched_again(texts):
+    text("match", texts, "--keep", "0")
+    before = pq.read_table(texts / "anchors.parquet")
+    np.save(texts / "embeddings.npy", np.load(texts / "embeddings.npy")[::-1].copy())
+    text("match", texts, "--keep", "0")
+    assert not pq.read_table(texts / "anchors.parquet").equals(before)
+
+
+def test_texts_are_not_replaced_before_the_anchors_of_the_old_ones_are_set_aside(folder, texts, monkeypatch):
+    text("match", texts, "--keep", "0")
+    (texts.parent / "other.csv").write_text("path,text\n000.jpg,an owl\n")
+    words = ["read", folder / "data.txt", "--texts", texts.parent / "other.csv", "--out", texts]
+    for name in ("set_aside", "files.replacing"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"mopro_fast.text.folder.{name}", Mock(side_effect=KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                text(*words)
+        assert (texts / "anchors.parquet").exists() == (name == "set_aside")
+    text(*words)
+    assert not (texts / "anchors.parquet").exists() and len(list(texts.glob("anchors-*.parquet"))) == 1
+
+
+def embedded(texts: Path) -> list[bytes]:
+    return [(texts / name).read_bytes() for name in ("embeddings.npy", "classes.npy", "text.json")]
+
+
+def test_embed_interrupted_goes_on_with_the_same_bytes(folder, texts, monkeypatch):
+    expected = embedded(texts)
+    monkeypatch.setattr(embed, "_BATCH", 8)
+    monkeypatch.setattr(row_map, "_SAVE_EVERY", 0)
+    write, written = row_map._write_part, []
+
+    def dies(*args) -> None:
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(write(*args))
+
+    for name in ("embeddings.npy", "classes.npy", "text.json"):
+        (texts / name).unlink()
+    for name, stop in (("row_map._write_part", dies), ("_write", Mock(side_effect=KeyboardInterrupt))):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"mopro_fast.text.embed.{name}", stop)
+            with pytest.raises(KeyboardInterrupt):
+                text("embed", texts, "--classes", folder / "classes.csv", "--device", "cpu")
+        assert list(texts.glob("texts-*.*")) and not (texts / "text.json").exists()
+    text("embed", texts, "--classes", folder / "classes.csv", "--device", "cpu")
+    assert embedded(texts) == expected and not list(texts.glob("texts-*.*"))
+
+
+def of_rank(rank: int, _ranks: int, folder: Path, texts: Path) -> None:
+    embed._BATCH = 8
+    o = embed.Embed(str(texts), str(folder / "classes.csv"))
+    before = embedded(texts)
+    embed.embed(o, texts, match.read_texts(texts), torch.device("cpu"))
+    assert rank or embedded(texts) == before
     graph._ROWS["cpu"] = 16
     o = match.Match(str(texts), str(folder / "features.npy"))
     match.match(o, texts, match.read_texts(texts), torch.device("cpu"))

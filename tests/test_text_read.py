@@ -266,7 +266,7 @@ def test_records_that_are_refused(refusal, web, records, says):
         ('path,text\nz.jpg,x\n./google/q0001/a.jpg,"b\nflickr/q0001/e.JPEG,"c"\n', "another image, flickr/q0001/e"),
         ("a;b\n", "its columns are 'a;b'"),
         ("path,text\na.jpg,b,c\n", "Expected 2 columns, got 3"),
-        ("path,text\nz.jpg,b\n", "none of 1 records is of an image of the data: they name such as z.jpg"),
+        ("path,text\nz.jpg,b\n", "no record, of 1, names an image of the data: records have names such as z.jpg"),
         ("path,text\n", "TMP/texts.csv has no rows"),
         ("", "Empty"),
         ("path,text\n".encode("utf-16"), "UTF-16"),
@@ -277,6 +277,12 @@ def test_records_that_are_refused(refusal, web, records, says):
 def test_tables_that_are_refused(refusal, tmp_path, table, says):
     (tmp_path / "texts.csv").write_bytes(table if isinstance(table, bytes) else table.encode())
     assert says in refusal("--texts", tmp_path / "texts.csv")
+
+
+def test_a_text_in_parquet_may_name_other_images(read, tmp_path):
+    columns = {"path": ["google/q0001/a.jpg"], "text": ["a tench\ngoogle/q0002/b.jpg, a shark"]}
+    pq.write_table(pa.table(columns), tmp_path / "texts.parquet")
+    assert read("--texts", tmp_path / "texts.parquet")[0][1].startswith("tench")
 
 
 def test_parquet_that_is_refused(refusal, tmp_path):
@@ -308,7 +314,7 @@ def test_tars_that_are_refused(refusal, tmp_path):
         ({"google/q0001/a.json": b"["}, "google/q0001/a.json in TMP"),
         ({"google/q0001/a.json": b"[]"}, "(it is no object)"),
         ({"google/q0001/a.jpg": b""}, "no tar has a .txt or .json member"),
-        ({"z/a.txt": b"a"}, "they name such as z/a, the data has such as google/q0002/b"),
+        ({"z/a.txt": b"a"}, "records have names such as z/a, the data such as google/q0002/b"),
     ):
         write_tar(path, members)
         assert says in refusal("--texts", path)

@@ -162,6 +162,8 @@ def _join(path: Path, unread: np.ndarray, rows: int) -> None:
                 file.write(piece[: rows - first])
             for part in _parts(path):
                 ids, values = (_read_part(part, name) for name in ("ids", "values"))
+                order = ids.argsort()
+                ids, values = ids[order], values[order]
                 runs = np.flatnonzero(np.diff(ids, prepend=-2) != 1)  # where ids do not follow one another
                 for first, some in zip(runs, np.split(values, runs[1:]), strict=True):
                     file.seek(start + int(ids[first]) * each)

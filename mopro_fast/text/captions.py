@@ -6,49 +6,12 @@ import numpy as np
 
 EMPTY = 0.2  # of all captions; the others are, 15 : 30 : 45, of the three kinds below
 KINDS = {"another": 15, "about": 30, "name": 45}
-_FILLER = [
-    "photo",
-    "picture",
-    "image",
-    "gallery",
-    "wallpaper",
-    "album",
-    "stock",
-    "download",
-    "best",
-    "free",
-    "amazing",
-    "beautiful",
-    "vintage",
-    "original",
-    "weekend",
-    "holiday",
-    "garden",
-    "market",
-    "museum",
-    "street",
-    "family",
-    "friends",
-    "morning",
-    "summer",
-    "winter",
-    "collection",
-    "archive",
-    "review",
-    "blog",
-    "news",
-    "travel",
-    "postcard",
-    "poster",
-    "print",
-    "canvas",
-    "hobby",
-    "project",
-    "student",
-    "teacher",
-    "budget",
-    "catalogue",
-]
+_FILLING = """
+photo picture image gallery wallpaper album stock download best free amazing beautiful vintage original weekend
+holiday garden market museum street family friends morning summer winter collection archive review blog news travel
+postcard poster print canvas hobby project student teacher budget catalogue
+"""
+_FILLER = _FILLING.split()
 
 
 def captions(true: np.ndarray, classes: Sequence[tuple[str, str]], seed: int) -> list[str]:

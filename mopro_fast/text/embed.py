@@ -28,7 +28,7 @@ from mopro_fast.text.folder import (
     read_vectors,
     set_aside,
 )
-from mopro_fast.text.hashing import Hashing
+from mopro_fast.text.hashing import WIDTH, Hashing
 from mopro_fast.text.words import class_texts
 
 _BATCH = 1024  # texts
@@ -49,7 +49,7 @@ class Embed:
     """For classes that are synsets: their texts from WordNet, its folder dict or nltk's corpora/wordnet."""
     encoder: str = "hash"
     """hash: words that texts share, nothing to download; minilm: all-MiniLM-L6-v2; npy:FILE: your own vectors, [n, E]
-    in the order of texts.parquet."""
+    in the order of texts.parquet, which count by their length where texts are averaged."""
     class_embeddings: str | None = None
     """With npy:FILE: the classes' vectors, a .npy file [C, E]."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -91,29 +91,26 @@ def embed(o: Embed, folder: Path, texts: Texts, device: torch.device) -> str:
     if given:
         vectors = _given(o, texts)
         distinct, (images, classes) = np.arange(len(texts)), vectors
-        about |= {"identity": hashlib.sha256(repr([files.sha256_of(v.filename) for v in vectors]).encode()).hexdigest()}
+        about |= {"identity": [files.sha256_of(v.filename) for v in vectors]}
     else:
         names, of_classes = class_texts(o.classes, o.wordnet, texts.about["classes"], texts.num_classes)
         encoded = texts.text.cast(pa.large_string()).combine_chunks().dictionary_encode()
         distinct = encoded.indices.to_numpy(zero_copy_only=False)
         every = pa.chunked_array([encoded.dictionary, pa.array(of_classes, pa.large_string())])
         encoder = _encoder(o.encoder, every, device)
-        found, path = _encode(folder, encoder, every, device)
+        found = _encode(folder, encoder, every, device)
         images, classes = found[: len(encoded.dictionary)], found[len(encoded.dictionary) :]
         about |= {"identity": encoder.identity}
         about["classes"] = [{"name": n, "text": t} for n, t in zip(names, of_classes, strict=True)]
     distributed.by_rank0(lambda: _write(folder, images, distinct, classes, about))
-    if not given and distributed.world()[0] == 0:
-        path.unlink(missing_ok=True)
-        for left in folder.glob("texts-*.parts"):  # of a call that was interrupted, with other texts
-            shutil.rmtree(left)
+    distributed.by_rank0(lambda: _clear(folder))
     return f"{folder / EMBEDDINGS}: {len(texts)} texts and {len(classes)} classes, {images.shape[1]} numbers each"
 
 
 def _encoder(name: str, texts: pa.ChunkedArray, device: torch.device) -> Encoder:
     """texts: strings, all that will be encoded."""
     if name == "hash":
-        return Encoder(Hashing(texts), Hashing.width, Hashing.identity)
+        return Encoder(Hashing(texts), WIDTH, Hashing.identity)
     from mopro_fast.text.minilm import MiniLM
 
     model = MiniLM(device)
@@ -124,8 +121,8 @@ def _encoder(name: str, texts: pa.ChunkedArray, device: torch.device) -> Encoder
     )
 
 
-def _encode(folder: Path, encoder: Encoder, texts: pa.ChunkedArray, device: torch.device) -> tuple[np.ndarray, Path]:
-    """float16 [len(texts), width], memory-mapped; and where it lies."""
+def _encode(folder: Path, encoder: Encoder, texts: pa.ChunkedArray, device: torch.device) -> np.ndarray:
+    """float16 [len(texts), width], memory-mapped."""
 
     @torch.inference_mode()
     def one(rows: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -140,7 +137,16 @@ def _encode(folder: Path, encoder: Encoder, texts: pa.ChunkedArray, device: torc
             sha.update(part or b"")
     batches = [np.arange(i, min(i + _BATCH, len(texts))) for i in range(0, len(texts), _BATCH)]
     path = folder / f"texts-{sha.hexdigest()[:16]}.npy"
-    return row_map.compute(path, len(texts), encoder.width, batches, values, dtype=np.float16, unit="texts"), path
+    return row_map.compute(path, len(texts), encoder.width, batches, values, dtype=np.float16, unit="texts")
+
+
+def _clear(folder: Path) -> None:
+    """Remove what :func:`_encode` has written, also in calls that were interrupted, with other texts."""
+    for left in folder.glob("texts-*.*"):
+        if left.suffix == ".npy":
+            left.unlink()
+        elif left.suffix == ".parts":
+            shutil.rmtree(left)
 
 
 def _write(folder: Path, images: np.ndarray, distinct: np.ndarray, classes: np.ndarray, about: dict[str, Any]) -> None:
@@ -148,22 +154,13 @@ def _write(folder: Path, images: np.ndarray, distinct: np.ndarray, classes: np.n
         set_aside(folder)
     (folder / ABOUT).unlink(missing_ok=True)  # what it says is not of the files below
     with files.replacing(folder / EMBEDDINGS) as file:
-        shape = (len(distinct), images.shape[1])
-        np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
+        shape, kind = (len(distinct), images.shape[1]), "<f2" if images.dtype == np.float16 else "<f4"
+        np.lib.format.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": shape})
         for first in range(0, len(distinct), _PIECE):
-            some = images[distinct[first : first + _PIECE]]
-            if some.dtype != np.float16:  # own vectors, which float16 may not hold as they are
-                some = _units(some)
-            file.write(some.astype("<f2"))
+            file.write(images[distinct[first : first + _PIECE]].astype(kind))
     with files.replacing(folder / CLASSES) as file:
-        np.save(file, classes.astype("<f4") if classes.dtype == np.float16 else _units(classes).astype("<f4"))
+        np.save(file, classes.astype("<f4"))
     files.write_json(folder / ABOUT, about)
-
-
-def _units(vectors: np.ndarray) -> np.ndarray:
-    """float64 [n, E], of length 1, or 0."""
-    norms = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
-    return np.divide(vectors, norms, where=norms > 0, out=np.zeros(vectors.shape))
 
 
 def _given(o: Embed, texts: Texts) -> list[np.memmap]:
@@ -175,8 +172,14 @@ def _given(o: Embed, texts: Texts) -> list[np.memmap]:
     ):
         found.append(read_vectors(name, rows, what, "give a vector for each, in order"))
         for first in range(0, rows, _PIECE):
-            for i in np.flatnonzero(~np.isfinite(found[-1][first : first + _PIECE]).all(1))[:1].tolist():
-                raise UserError(f"{name}: vector {first + i} has a number that is not finite")
+            some = found[-1][first : first + _PIECE]
+            with np.errstate(over="ignore"):
+                kept = some.astype(np.float32)
+            lost = ~np.isfinite(kept).all(1) | (some.any(1) & ~kept.any(1))
+            for i in np.flatnonzero(lost)[:1].tolist():
+                raise UserError(
+                    f"{name}: vector {first + i} has numbers that are not finite, or that float32 cannot hold"
+                )
     if found[0].shape[1] != found[1].shape[1]:
         raise UserError(
             f"the images' vectors have {found[0].shape[1]} numbers and the classes' {found[1].shape[1]}: take one "

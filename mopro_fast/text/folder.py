@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import zipfile
@@ -137,12 +138,19 @@ def write_texts(folder: Path, index: Index, text: pa.Array, about: dict[str, Any
     }
     about = {**about, "start": os.path.abspath(index.root), "digest": index.digest()}
     about["classes"] = index.classes or synsets(about["data"])
-    table = pa.table(columns).replace_schema_metadata({_KEY: json.dumps(about).encode()})
-    before = files.sha256_of(folder / TEXTS) if (folder / TEXTS).is_file() else None
-    with files.replacing(folder / TEXTS) as file:
-        pq.write_table(table, file)
-    if before != files.sha256_of(folder / TEXTS):
-        set_aside(folder)
+    write_table(folder, TEXTS, columns, about)
+
+
+def write_table(folder: Path, name: str, columns: dict[str, Any], about: dict[str, Any]) -> None:
+    """Replace texts.parquet or anchors.parquet; before, set the anchors aside, unless it has these bytes already."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns).replace_schema_metadata({_KEY: json.dumps(about).encode()}), sink)
+    new = sink.getvalue()
+    if (folder / name).is_file() and files.sha256_of(folder / name) == hashlib.sha256(new).hexdigest():
+        return
+    set_aside(folder)
+    with files.replacing(folder / name) as file:
+        file.write(new)
 
 
 @contextlib.contextmanager
@@ -190,7 +198,7 @@ def read_vectors(path: str | Path, rows: int, what: str, otherwise: str, dtype: 
             name = "a float type" if dtype is None else np.dtype(dtype).name
             raise ValueError(f"it holds {found.dtype} {list(found.shape)}, not [{rows}, E] of {name}")
         if len(found) != rows:
-            raise ValueError(f"it has {len(found)} rows, and there are {rows} {what}")
+            raise ValueError(f"it has {len(found)} rows for {rows} {what}")
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot take {path} ({first_line(error)}): {otherwise}") from None
     return found

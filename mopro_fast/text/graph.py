@@ -27,7 +27,7 @@ _COLUMNS = 8192  # images that these are compared with at a time
 _PRODUCTS = {"cpu": 1 << 21, "cuda": 1 << 26}  # numbers of candidates' features at a time
 _ENTRIES = 1 << 15  # neighbours' vectors at a time, or a row's if it has more
 _TINY = 2.0 * np.finfo(np.float32).tiny
-_FARTHEST = 1 - 1e-3  # distances are clipped to [1e-3, this]
+_CLIP = 1e-3  # distances are clipped to [this, 1 - this]
 
 Edge = Literal["distance", "similarity"]
 
@@ -163,7 +163,7 @@ def _decided(
     found, others = places.gather(1, at), others.take_along_dim(at[..., None], 1)
     distances = rerank_small(torch.cat((own[:, None], others), 1))
     distances, order = distances.sort(stable=True, dim=1)
-    return found.gather(1, order).int(), distances.clamp(1 - _FARTHEST, _FARTHEST)
+    return found.gather(1, order).int(), distances.clamp(_CLIP, 1 - _CLIP)
 
 
 @dataclass(eq=False)

@@ -17,8 +17,7 @@ class Hashing:
     A word adds ±1 to four numbers that its blake2b digest chooses. A text without words is 0.
     """
 
-    width = WIDTH
-    identity = "words hashed to 384 numbers, 1"
+    identity = f"words hashed to {WIDTH} numbers, version 1"
 
     def __init__(self, texts: pa.ChunkedArray) -> None:
         """texts: strings [N], all that will be encoded; words are what white space parts."""

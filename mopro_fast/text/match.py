@@ -1,7 +1,6 @@
 """``mopro-fast text match FOLDER``: the images whose texts are nearest to their class's text, as anchors.parquet."""
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,7 +10,6 @@ from typing import Annotated, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 import tyro
 from torch import Tensor
@@ -37,12 +35,11 @@ from mopro_fast.text.folder import (
     own,
     read_texts,
     read_vectors,
-    set_aside,
+    write_table,
 )
 from mopro_fast.text.rerank import rerank
 
 _VERSION = "1"  # of what a distance means: raise it, and everything is computed again
-_KEY = b"mopro_fast.text"
 _NAMED = 5  # classes without anchors that are named
 _WHY = {  # of images that are not compared
     "no_label": "without a label",
@@ -50,7 +47,7 @@ _WHY = {  # of images that are not compared
     "no_features": "without features (unreadable, or features that are 0 or not finite)",
     "no_text": "without a text, their own or of similar images",
 }
-_OF_FEATURES = ("data", "root", "nearest", "edge")  # options that do nothing with --keep 0
+_OF_IMAGES = ("data", "root", "encoder")  # options that have an effect where images are looked at
 
 
 @dataclass
@@ -61,7 +58,7 @@ class Match:
     """What `mopro-fast text read` and `embed` wrote. anchors.parquet comes beside it, for `train --anchors FOLDER`."""
     features: str | None = None
     """The images' features: a checkpoint or a run's folder, whose encoder sees every image once; or a .npy file,
-    float32 [n, F] in the order of texts.parquet. Not needed with --keep 0."""
+    float32 [n, F] in the order of texts.parquet. --keep 0 needs none."""
     data: str | None = None
     """Where the images are now (default: where they were when their texts were read); packed images, too."""
     root: str | None = None
@@ -77,7 +74,7 @@ class Match:
     truth: str | None = None
     """A list ("path label" per line) of images whose labels you trust: how many anchors are right."""
     seed: int = 0
-    """Of random anchors."""
+    """Of random anchors, --anchors -K."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
 
 
@@ -106,18 +103,25 @@ def _require_options(o: Match) -> None:
         raise UserError(f"--keep {o.keep} is more than --nearest {o.nearest}: the ones that stay are among the nearest")
     if o.keep and o.features is None:
         raise UserError("give --features CKPT, whose encoder says which images are similar, or --keep 0")
+    idle = {"--anchors above 0": ["seed"]} if o.anchors > 0 else {}
     if not o.keep:
-        given = [name for name in _OF_FEATURES if getattr(o, name) != getattr(Match, name)]
-        given += ["features"] if o.features is not None else []
-        if given:
-            raise UserError(f"--{given[0]} has no effect with --keep 0: leave one of them out")
+        idle["--keep 0"] = ["features", "nearest", "edge", *_OF_IMAGES]
+    elif _is_array(o.features):
+        idle["--features FILE.npy"] = _OF_IMAGES
+    default = Match("", encoder=EncoderConfig(device=o.encoder.device))
+    for where, names in idle.items():
+        for name in names:
+            given = {"encoder": "the encoder's options"}.get(name, f"--{name} {getattr(o, name)}")
+            if getattr(o, name) != getattr(default, name):
+                raise UserError(f"{given} and {where}: the former has no effect with the latter, leave one of them out")
 
 
 def match(o: Match, folder: Path, texts: Texts, device: torch.device) -> dict[str, Any]:
     """Write anchors.parquet and match.json; -> what is in the latter. Raises a UserError. Collective."""
     about, vectors, classes = _embeddings(folder, texts)
     truth = None if o.truth is None else _truth(o.truth, texts)
-    key = [_VERSION, about["texts"], about["identity"], hashlib.sha256(classes.tobytes()).hexdigest()]
+    shas = distributed.by_rank0(lambda: [files.sha256_of(folder / name) for name in (EMBEDDINGS, CLASSES)])
+    key = [_VERSION, about["texts"], *shas]
     taken, neighbours, weights, smoothing = texts.labels >= 0, None, None, None
     if o.keep:
         features, made_of = _features(o, folder, texts)
@@ -139,7 +143,8 @@ def match(o: Match, folder: Path, texts: Texts, device: torch.device) -> dict[st
     columns |= {"dist": found[:, 0], "sim": found[:, 1], "anchor": chosen}
     if neighbours is not None:
         columns |= {"neighbours": _lists(neighbours, neighbours >= 0), "weights": _lists(weights, neighbours >= 0)}
-    made = {"encoder": about["encoder"], "anchors": o.anchors, "keep": o.keep, "nearest": o.nearest, "edge": o.edge}
+    made = {name: getattr(o, name) for name in ("anchors", "keep", "nearest", "edge", "seed")}
+    made = {"texts": about["texts"], "encoder": about["encoder"]} | made
     totals = made | _totals(texts, found[:, 0], chosen, truth) | _reasons(texts, found[:, 0], classes, neighbours)
     totals["without_anchors"] = _without(texts, chosen)
     distributed.by_rank0(lambda: _write(folder, columns, made, totals))
@@ -153,10 +158,10 @@ def _embeddings(folder: Path, texts: Texts) -> tuple[dict[str, Any], np.ndarray,
     if not about:
         raise UserError(f"no {folder / ABOUT}: {again} first")
     if about.get("texts") != files.sha256_of(folder / TEXTS):
-        raise UserError(f"{folder / EMBEDDINGS} is of other texts than {folder / TEXTS}: {again} again")
+        raise UserError(f"{folder / EMBEDDINGS} was made from another {TEXTS}: {again} again")
     found = []
-    for name, rows in ((EMBEDDINGS, len(texts)), (CLASSES, texts.num_classes)):
-        found.append(read_vectors(folder / name, rows, "in the texts", f"{again} again"))
+    for name, rows, what in ((EMBEDDINGS, len(texts), "texts"), (CLASSES, texts.num_classes, "classes")):
+        found.append(read_vectors(folder / name, rows, what, f"{again} again"))
     return about, found[0], np.array(found[1])
 
 
@@ -171,10 +176,13 @@ def _features(o: Match, folder: Path, texts: Texts) -> tuple[np.ndarray, str]:
 
 
 def _is_array(path: str) -> bool:
-    if path.endswith((".npy", ".npz")) or not os.path.isfile(path):
-        return path.endswith((".npy", ".npz"))
-    with files.open_regular(path) as file:
-        return file.read(len(np.lib.format.MAGIC_PREFIX)) == np.lib.format.MAGIC_PREFIX
+    if path.endswith((".npy", ".npz")):
+        return True
+    try:
+        with files.open_regular(path) as file:
+            return file.read(len(np.lib.format.MAGIC_PREFIX)) == np.lib.format.MAGIC_PREFIX
+    except OSError:
+        return False  # a folder, or nothing: who reads the checkpoint says so
 
 
 def _truth(path: str, texts: Texts) -> np.ndarray:
@@ -193,7 +201,7 @@ def _truth(path: str, texts: Texts) -> np.ndarray:
     end = max(texts.num_classes, len(texts.about["classes"] or ()))
     if texts.about["keep_classes"] is None:
         for i in np.flatnonzero(labels >= end)[:1].tolist():
-            raise UserError(f"--truth {path}:{lines[i]}: label {labels[i]}, and the data's are below {end}")
+            raise UserError(f"--truth {path}:{lines[i]}: label {labels[i]} is too large: the data has 0 to {end - 1}")
     at = np.full(len(texts), -1)
     at[rows[known]] = labels[known]
     for i in np.flatnonzero(known & (at[rows] != labels))[:1].tolist():
@@ -223,8 +231,8 @@ def _distances(
     def one(rows: np.ndarray) -> tuple[Tensor, Tensor]:
         own = np.array(vectors[rows], np.float32) if smoothing is None else smoothing.mean(vectors, rows)
         points = torch.from_numpy(np.concatenate((classes[texts.labels[rows[:1]]], own))).to(device)
-        norms = torch.linalg.vector_norm(points, dim=1, keepdim=True, dtype=torch.float64).float()
-        points, there = points / norms, norms[1:, 0] > 0
+        norms = torch.linalg.vector_norm(points, dim=1, keepdim=True, dtype=torch.float64)
+        points, there = (points / norms).float(), norms[1:, 0] > 0
         found = points.new_full((len(rows), 2), torch.nan)
         if norms[0] > 0 and there.any():
             some = torch.cat((points[:1], points[1:][there]))
@@ -249,8 +257,7 @@ def _choose(o: Match, texts: Texts, distances: np.ndarray) -> np.ndarray:
 
 
 def _lists(values: np.ndarray, there: np.ndarray) -> pa.Array:
-    ends = np.append(0, there.sum(1).cumsum()).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(ends), pa.array(values[there]))
+    return pa.LargeListArray.from_arrays(pa.array(np.append(0, there.sum(1).cumsum())), pa.array(values[there]))
 
 
 def _totals(texts: Texts, distances: np.ndarray, chosen: np.ndarray, truth: np.ndarray | None) -> dict[str, Any]:
@@ -315,7 +322,7 @@ def summary(folder: Path, t: dict[str, Any]) -> str:
     if few := t["classes_of_anchors_only"]:
         lines.append(f"classes in which every image that was compared is an anchor (lower --anchors): {few:,}")
     if few := t["anchors_of_an_empty_text"]:
-        lines.append(f"anchors without a text of their own, for which the texts of similar images speak: {few:,}")
+        lines.append(f"anchors with an empty text, chosen by the texts of similar images: {few:,}")
     if "anchors_right" in t:
         right = [
             f"{t[f'{what}_right']:,} of {known:,} ({t[f'{what}_right'] / known:.1%})" if known else "none is known"
@@ -327,11 +334,5 @@ def summary(folder: Path, t: dict[str, Any]) -> str:
 
 
 def _write(folder: Path, columns: dict[str, Any], made: dict[str, Any], totals: dict[str, Any]) -> None:
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns).replace_schema_metadata({_KEY: json.dumps(made).encode()}), sink)
-    new = sink.getvalue()
-    if not (folder / TABLE).is_file() or files.sha256_of(folder / TABLE) != hashlib.sha256(new).hexdigest():
-        set_aside(folder)
-        with files.replacing(folder / TABLE) as file:
-            file.write(new)
+    write_table(folder, TABLE, columns, made)
     files.write_json(folder / REPORT, totals)

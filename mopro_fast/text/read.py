@@ -28,7 +28,7 @@ from mopro_fast.data.paths import Paths, plain, shown
 from mopro_fast.errors import UserError
 from mopro_fast.text import records
 from mopro_fast.text.folder import OWNER, TEXTS, made_by, require_same_data, write_texts
-from mopro_fast.text.words import PARQUET, read_dictionary, read_table
+from mopro_fast.text.words import is_parquet, read_dictionary, read_table
 
 READ = "read.json"
 OF_IMAGES = ("images", "empty", "no_record", "repeated", "duplicates")
@@ -210,7 +210,10 @@ def _of_tables(found: list[str], index: Index, rules: records.Rules) -> Source:
         names, values = (columns.pop(name).combine_chunks() for name in ("path", "text"))
         if not len(names):
             raise UserError(f"{path} has no rows: give a table with a row per image, or remove it")
-        _require_closed(path, names, values, index)
+        with files.open_regular(path) as file:
+            csv = not is_parquet(file)
+        if csv:
+            _require_closed(path, names, values, index)
         rows = index.rows_of(Paths(names))
         kept = np.flatnonzero(rows >= 0)
         if not len(kept):
@@ -262,9 +265,8 @@ def _files_of(texts: str) -> list[str]:
 def _is_tar(path: str) -> bool:
     try:
         with files.open_regular(path) as file:
-            if file.read(len(PARQUET)) == PARQUET:
+            if is_parquet(file):
                 return False
-            file.seek(0)
             return path.endswith((".tar", ".tar.gz", ".tgz")) or tarfile.is_tarfile(file)
     except OSError as error:
         raise UserError(f"cannot read --texts {path}: {error.strerror}") from None
@@ -326,8 +328,8 @@ def _matched(source: Source, names: Paths, counts: Counter[str]) -> pa.Array:
 
 def _no_match(source: str, rows: int, name: str, image: str) -> UserError:
     return UserError(
-        f"{source}: none of {rows} records is of an image of the data: they name such as {shown(name)}, the data has "
-        f"such as {shown(image)}"
+        f"{source}: no record, of {rows}, names an image of the data: records have names such as {shown(name)}, the "
+        f"data such as {shown(image)}"
     )
 
 

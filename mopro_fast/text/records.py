@@ -64,7 +64,7 @@ def of_json(path: str, folder: str, rules: Rules) -> Iterator[Found]:
             continue
         names.append(os.fsencode(folder) + b"/" + name.encode("utf-8", "replace"))
         texts.append(_text(_parts(record, rules, counts), rules, counts, whole))
-    yield _found(names, texts, counts)
+    yield _found(pa.array(names, pa.large_binary()), texts, counts)
 
 
 def of_tar(path: str, rules: Rules) -> Iterator[Found]:
@@ -101,7 +101,7 @@ def of_tar(path: str, rules: Rules) -> Iterator[Found]:
         at = f"{escaped(member.name)} in " if member is not None else ""
         raise UserError(f"cannot read {at}{path} ({escaped(first_line(error))}): make the tar again") from None
     texts = objects | plain
-    yield _found([os.fsencode(key) for key in texts], list(texts.values()), counts)
+    yield _found(pa.array(map(os.fsencode, texts), pa.large_binary()), texts.values(), counts)
 
 
 def of_column(names: pa.Array, values: pa.Array, rules: Rules) -> Iterator[Found]:
@@ -148,10 +148,6 @@ def _text(parts: Iterable[str], rules: Rules, counts: Counter[str], whole: bool)
     return image_text(parts, read_dictionary(rules.dictionary) if rules.dictionary else None)
 
 
-def _found(names: list[bytes] | pa.Array, texts: list[str], counts: Counter[str]) -> Found:
+def _found(names: pa.Array, texts: Iterable[str], counts: Counter[str]) -> Found:
     column = (text.encode("utf-8", "replace") for text in texts)  # half a pair of surrogates is no text
-    return Found(
-        names if isinstance(names, pa.Array) else pa.array(names, pa.large_binary()),
-        pa.array(column, pa.large_binary()).cast(pa.large_string()),
-        counts,
-    )
+    return Found(names, pa.array(column, pa.large_binary()).cast(pa.large_string()), counts)

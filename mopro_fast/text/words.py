@@ -32,7 +32,7 @@ than that the their theirs them themselves then there these they this those thro
 when where which while who whom why with would you your yours yourself yourselves
 """
 STOP_WORDS = frozenset(_STOP_WORDS.split())
-PARQUET = b"PAR1"  # how its files begin
+_PARQUET = b"PAR1"  # how its files begin
 _SUFFIXES = re.compile(r"\.(?:jpe?g|png|gif)")
 _TAG = re.compile(r"<[^>\n]{0,4095}>")  # a limit, or many "<" would take the square of their number
 _TOP = "net|com|org|info|edu|gov|uk|de|ca|jp|fr|au|us|ru|ch|it|nel|se|no|es|mil|cn"
@@ -83,11 +83,9 @@ def read_table(path: str, required: Iterable[str], optional: Iterable[str] = ())
     wanted = [*required, *optional]
     try:
         with open_regular(path) as file:
-            head = file.read(len(PARQUET))
-            file.seek(0)
-            if head.startswith(_UTF16):
+            if file.peek(2)[:2] in _UTF16:
                 raise ValueError("it is UTF-16 text: save it as UTF-8")
-            table, there = _parquet(file, wanted) if head == PARQUET else _csv(path, wanted)
+            table, there = _parquet(file, wanted) if is_parquet(file) else _csv(path, wanted)
         if lacks := [name for name in required if name not in table.column_names]:
             raise ValueError(f"it has no column {lacks[0]}: its columns are {', '.join(map(repr, there))}")
         return {name: table[name].cast(pa.large_binary()) for name in wanted if name in table.column_names}
@@ -96,6 +94,13 @@ def read_table(path: str, required: Iterable[str], optional: Iterable[str] = ())
         raise UserError(
             f"cannot read {path} ({escaped(first_line(error))}): give CSV or Parquet with the columns {first}{last}"
         ) from None
+
+
+def is_parquet(file: BinaryIO) -> bool:
+    """Whether the file, at its beginning, is one; there it stays."""
+    head = file.read(len(_PARQUET))
+    file.seek(0)
+    return head == _PARQUET
 
 
 def _parquet(file: BinaryIO, wanted: list[str]) -> tuple[pa.Table, list[str]]:
@@ -172,7 +177,8 @@ def read_class_texts(path: str, index_classes: list[str] | None, num_classes: in
             given, *said = ((value or b"").decode().strip() for value in values)
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: row {row}: {first_line(error)}: save it as UTF-8") from None
-        label = numbers.get(given, int(given) if given.isascii() and given.isdecimal() else -1)
+        label = int(given) if re.fullmatch("[0-9]{1,9}", given) else -1
+        label = numbers.get(given, label)
         if label >= num_classes:
             unused.append(given)
             continue
