@@ -1,5 +1,6 @@
 """`mopro-fast text read`: the same texts from every source; what is counted, and what is refused in one line."""
 
+import gzip
 import io
 import json
 import os
@@ -259,11 +260,15 @@ def test_records_that_are_refused(refusal, web, records, says):
         ("image,text\na.jpg,b\n", "no column path"),
         ("path, text\na.jpg,b\n", "no column text: its columns are 'path', ' text'"),
         (
-            'path,text\nz.jpg,"b\ngoogle/q0001/a.jpg,c\n',
+            'path,text\nz.jpg,"b\ngoogle/q0001/a.jpg,c\n"\n',
             "row 1, of z.jpg: its text has a line that names another image",
         ),
         ('text,path\n"b,z.jpg\nc,google/q0001/a.jpg\n"d",y.jpg\n', "row 1, of y.jpg: its text has a line"),
         ('path,text\nz.jpg,x\n./google/q0001/a.jpg,"b\nflickr/q0001/e.JPEG,"c"\n', "another image, flickr/q0001/e"),
+        ('path,text\nz.jpg,"b\n/nowhere/x.jpg,c\n', "a quote that is not closed takes all after it into the last row"),
+        ('path,text\ngoogle/q0001/a.jpg,"b', "a quote that is not closed"),
+        ('path,text\n"a.jpg,b\n",c\n', "row 1: the path a.jpg,b\\n has a line break"),
+        ("path,text,text\na.jpg,b,c\n", "it has the column text twice"),
         ("a;b\n", "its columns are 'a;b'"),
         ("path,text\na.jpg,b,c\n", "Expected 2 columns, got 3"),
         ("path,text\nz.jpg,b\n", "no record, of 1, names an image of the data: records have names such as z.jpg"),
@@ -272,11 +277,26 @@ def test_records_that_are_refused(refusal, web, records, says):
         ("path,text\n".encode("utf-16"), "UTF-16"),
         (b"PAR1", "TMP/texts.csv"),
     ],
-    ids=range(12),
+    ids=range(16),
 )
 def test_tables_that_are_refused(refusal, tmp_path, table, says):
     (tmp_path / "texts.csv").write_bytes(table if isinstance(table, bytes) else table.encode())
     assert says in refusal("--texts", tmp_path / "texts.csv")
+
+
+def test_cut_gzip_and_broken_links(refusal, web, tmp_path):
+    table = "path,text\n" + "".join(f"google/q0001/a.jpg,text {i}\n" for i in range(5000))
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(table.encode())[:-300])
+    assert "cannot read TMP/a.csv.gz" in refusal("--texts", tmp_path / "a.csv.gz")
+    (web / "META" / BAD).unlink()
+    (web / "META" / BAD).symlink_to("away")
+    assert f"cannot read TMP/web/META/{BAD}" in refusal()
+
+
+@pytest.mark.parametrize("last", ["", '""', '"""a"""', '"a"', 'a "b', '"a""b"', '""""'])
+def test_a_last_cell_that_is_whole(read, tmp_path, last):
+    (tmp_path / "a.csv").write_text(f"path,text\ngoogle/q0001/a.jpg,{last}\n")
+    read("--texts", tmp_path / "a.csv")
 
 
 def test_a_text_in_parquet_may_name_other_images(read, tmp_path):
@@ -288,7 +308,7 @@ def test_a_text_in_parquet_may_name_other_images(read, tmp_path):
 def test_parquet_that_is_refused(refusal, tmp_path):
     for columns, says in (
         ({"path": ["a", None], "text": ["a", "b"]}, "1 rows have no path"),
-        ({"path": ["a", "b"], "text": [1.5, 2.5]}, "text is not text"),
+        ({"path": ["a", "b"], "text": [1.5, 2.5]}, "text holds double, not text"),
         ({"path": ["a", "b"]}, "no column text"),
     ):
         pq.write_table(pa.table(columns), tmp_path / "texts.parquet")
@@ -307,6 +327,7 @@ def test_tars_that_are_refused(refusal, tmp_path):
         (more[:1024], "TMP/texts.tar (no member and no end of archive at byte 1024, as if it was cut)"),
         (more[:1300], "at byte 1024"),
         (more[:1024] + b"x" * 512 + more[1536:], "at byte 1024"),
+        (whole + more, "as of two tars in one"),
     ):
         path.write_bytes(data)
         assert says in refusal("--texts", path)

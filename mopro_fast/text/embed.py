@@ -14,7 +14,8 @@ import tyro
 from torch import Tensor
 
 from mopro_fast import distributed, files
-from mopro_fast.console import tell
+from mopro_fast.console import escaped, plural, tell
+from mopro_fast.distributed import say
 from mopro_fast.downstream import row_map
 from mopro_fast.errors import UserError
 from mopro_fast.text.folder import (
@@ -29,7 +30,7 @@ from mopro_fast.text.folder import (
     set_aside,
 )
 from mopro_fast.text.hashing import WIDTH, Hashing
-from mopro_fast.text.words import class_texts
+from mopro_fast.text.words import class_texts, clean
 
 _BATCH = 1024  # texts
 _PIECE = 1 << 14  # rows written at a time
@@ -96,12 +97,17 @@ def embed(o: Embed, folder: Path, texts: Texts, device: torch.device) -> str:
         names, of_classes = class_texts(o.classes, o.wordnet, texts.about["classes"], texts.num_classes)
         encoded = texts.text.cast(pa.large_string()).combine_chunks().dictionary_encode()
         distinct = encoded.indices.to_numpy(zero_copy_only=False)
-        every = pa.chunked_array([encoded.dictionary, pa.array(of_classes, pa.large_string())])
+        _tell_equal(names, of_classes)
+        # Words that cleaning takes from images' texts would only blur a class's vector of words.
+        said = [clean(text) or text for text in of_classes] if o.encoder == "hash" else of_classes
+        every = pa.chunked_array([encoded.dictionary, pa.array(said, pa.large_string())])
         encoder = _encoder(o.encoder, every, device)
         found = _encode(folder, encoder, every, device)
         images, classes = found[: len(encoded.dictionary)], found[len(encoded.dictionary) :]
         about |= {"identity": encoder.identity}
         about["classes"] = [{"name": n, "text": t} for n, t in zip(names, of_classes, strict=True)]
+    if empty := sum(int((~images[i : i + _PIECE].any(1)).sum()) for i in range(0, len(images), _PIECE) if given):
+        say(f"{plural(empty, 'vector')} of texts {'is' if empty == 1 else 'are'} 0: as of texts that say nothing")
     distributed.by_rank0(lambda: _write(folder, images, distinct, classes, about))
     distributed.by_rank0(lambda: _clear(folder))
     return f"{folder / EMBEDDINGS}: {len(texts)} texts and {len(classes)} classes, {images.shape[1]} numbers each"
@@ -149,8 +155,19 @@ def _clear(folder: Path) -> None:
             shutil.rmtree(left)
 
 
+def _tell_equal(names: list[str], texts: list[str]) -> None:
+    """Say which classes cannot be told apart."""
+    first: dict[str, int] = {}
+    equal = [(first[text], i) for i, text in enumerate(texts) if first.setdefault(text, i) != i]
+    if equal:
+        i, j = equal[0]
+        such = f"{i} ({escaped(names[i])}) and {j} ({escaped(names[j])})"
+        say(f"equal texts of classes, which therefore cannot be told apart: {len(equal)}, such as {such}")
+
+
 def _write(folder: Path, images: np.ndarray, distinct: np.ndarray, classes: np.ndarray, about: dict[str, Any]) -> None:
-    if files.json_object(folder / ABOUT) != about:
+    old = files.json_object(folder / ABOUT)
+    if {name: old.get(name) for name in about} != about:
         set_aside(folder)
     (folder / ABOUT).unlink(missing_ok=True)  # what it says is not of the files below
     with files.replacing(folder / EMBEDDINGS) as file:
@@ -160,7 +177,8 @@ def _write(folder: Path, images: np.ndarray, distinct: np.ndarray, classes: np.n
             file.write(images[distinct[first : first + _PIECE]].astype(kind))
     with files.replacing(folder / CLASSES) as file:
         np.save(file, classes.astype("<f4"))
-    files.write_json(folder / ABOUT, about)
+    vectors = [files.sha256_of(folder / name) for name in (EMBEDDINGS, CLASSES)]
+    files.write_json(folder / ABOUT, about | {"vectors": vectors})
 
 
 def _given(o: Embed, texts: Texts) -> list[np.memmap]:

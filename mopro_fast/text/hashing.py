@@ -9,6 +9,7 @@ from scipy.sparse import csr_matrix
 
 WIDTH = 384
 _EACH = 4  # numbers of the vector that a word adds to
+_BETWEEN = r"[^\pL\pM\pN]+"  # what parts words
 
 
 class Hashing:
@@ -17,11 +18,12 @@ class Hashing:
     A word adds ±1 to four numbers that its blake2b digest chooses. A text without words is 0.
     """
 
-    identity = f"words hashed to {WIDTH} numbers, version 1"
+    identity = f"words hashed to {WIDTH} numbers, version 2"
 
     def __init__(self, texts: pa.ChunkedArray) -> None:
-        """texts: strings [N], all that will be encoded; words are what white space parts."""
-        words = pc.utf8_split_whitespace(texts.combine_chunks().cast(pa.large_string()))
+        """texts: strings [N], all that will be encoded; words are runs of letters and digits, in lower case and NFC."""
+        texts = pc.utf8_normalize(pc.utf8_lower(texts.combine_chunks().cast(pa.large_string())), "NFC")
+        words = pc.split_pattern_regex(texts, _BETWEEN)
         flat = pc.list_flatten(words).dictionary_encode()
         self._rows, known = len(texts), flat.dictionary
         code = flat.indices.to_numpy(zero_copy_only=False).astype(np.int64)

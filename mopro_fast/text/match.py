@@ -40,6 +40,8 @@ from mopro_fast.text.folder import (
 from mopro_fast.text.rerank import rerank
 
 _VERSION = "1"  # of what a distance means: raise it, and everything is computed again
+_SAMPLE = 200  # images of a class that are compared with all classes
+_PIECE = 1 << 12  # images compared with all classes at a time
 _NAMED = 5  # classes without anchors that are named
 _WHY = {  # of images that are not compared
     "no_label": "without a label",
@@ -66,7 +68,8 @@ class Match:
     anchors: int = 50
     """K: anchors of each class; -K: K random ones, to compare with."""
     keep: int = 5
-    """Each text is replaced by the mean over the texts of this many similar images; 0: the texts as they are."""
+    """Each text is replaced by the mean over the texts of similar images, the nearest ones, the image itself among
+    them, but without its own text; 0: the texts as they are."""
     nearest: int = 20
     """k: how many images, the most similar ones, are re-ranked to find these."""
     edge: graph.Edge = "distance"
@@ -99,6 +102,8 @@ def _require_options(o: Match) -> None:
     for name, least in (("keep", 0), ("nearest", 2), ("seed", 0)):
         if getattr(o, name) < least:
             raise UserError(f"--{name} must be at least {least}, got {getattr(o, name)}")
+    if o.keep == 1:
+        raise UserError("--keep 1 keeps of each image's nearest ones only the image itself: give at least 2, or 0")
     if o.keep > o.nearest:
         raise UserError(f"--keep {o.keep} is more than --nearest {o.nearest}: the ones that stay are among the nearest")
     if o.keep and o.features is None:
@@ -120,8 +125,7 @@ def match(o: Match, folder: Path, texts: Texts, device: torch.device) -> dict[st
     """Write anchors.parquet and match.json; -> what is in the latter. Raises a UserError. Collective."""
     about, vectors, classes = _embeddings(folder, texts)
     truth = None if o.truth is None else _truth(o.truth, texts)
-    shas = distributed.by_rank0(lambda: [files.sha256_of(folder / name) for name in (EMBEDDINGS, CLASSES)])
-    key = [_VERSION, about["texts"], *shas]
+    key = [_VERSION, about["texts"], *about["vectors"]]
     taken, neighbours, weights, smoothing = texts.labels >= 0, None, None, None
     if o.keep:
         features, made_of = _features(o, folder, texts)
@@ -134,10 +138,11 @@ def match(o: Match, folder: Path, texts: Texts, device: torch.device) -> dict[st
         taken &= pc.not_equal(texts.text, "").to_numpy(zero_copy_only=False)
     found = _distances(folder / f"matches-{_digest(key)}.npy", texts, taken, vectors, classes, smoothing, device)
     chosen = _choose(o, texts, found[:, 0])
+    reasons = _reasons(texts, found[:, 0], classes, neighbours)
     if not chosen.any():
         raise UserError(
-            f"no anchor: no image in {folder / TEXTS} has a text, or similar images with texts, and a class with a text"
-            f": look at that table, and at the classes' texts that `mopro-fast text embed` was given"
+            f"no anchor: no image in {folder / TEXTS} could be compared: {_told(reasons)}: look at that table, and at "
+            "what `mopro-fast text embed` was given"
         )
     columns = {"id": np.arange(len(texts)), "path": texts.paths.for_table(), "label": texts.labels}
     columns |= {"dist": found[:, 0], "sim": found[:, 1], "anchor": chosen}
@@ -145,8 +150,10 @@ def match(o: Match, folder: Path, texts: Texts, device: torch.device) -> dict[st
         columns |= {"neighbours": _lists(neighbours, neighbours >= 0), "weights": _lists(weights, neighbours >= 0)}
     made = {name: getattr(o, name) for name in ("anchors", "keep", "nearest", "edge", "seed")}
     made = {"texts": about["texts"], "encoder": about["encoder"]} | made
-    totals = made | _totals(texts, found[:, 0], chosen, truth) | _reasons(texts, found[:, 0], classes, neighbours)
-    totals["without_anchors"] = _without(texts, chosen)
+    totals = made | {"features": o.features, "truth": o.truth} | _totals(texts, found[:, 0], chosen, truth) | reasons
+    totals["without_anchors"] = _named(texts, np.setdiff1d(np.arange(texts.num_classes), texts.labels[chosen == 1]))
+    doubtful = distributed.by_rank0(lambda: _doubtful(texts, found[:, 0], vectors, classes, smoothing))
+    totals["doubtful"] = _named(texts, doubtful)
     distributed.by_rank0(lambda: _write(folder, columns, made, totals))
     return totals
 
@@ -162,6 +169,9 @@ def _embeddings(folder: Path, texts: Texts) -> tuple[dict[str, Any], np.ndarray,
     found = []
     for name, rows, what in ((EMBEDDINGS, len(texts), "texts"), (CLASSES, texts.num_classes, "classes")):
         found.append(read_vectors(folder / name, rows, what, f"{again} again"))
+    shas = distributed.by_rank0(lambda: [files.sha256_of(folder / name) for name in (EMBEDDINGS, CLASSES)])
+    if about.get("vectors") != shas:
+        raise UserError(f"{folder / EMBEDDINGS} or {CLASSES} is not what was written there: {again} again")
     return about, found[0], np.array(found[1])
 
 
@@ -171,7 +181,9 @@ def _features(o: Match, folder: Path, texts: Texts) -> tuple[np.ndarray, str]:
         frozen = Frozen(o.features, o.encoder, folder)
         found = frozen.features(texts.index(o.data, o.root), "features")
         return found, os.path.basename(found.filename)
-    found = read_vectors(o.features, len(texts), "images", "give each image's features, in order", np.float32)
+    found = read_vectors(
+        o.features, len(texts), "images", "save each image's features as float32, in order", np.float32
+    )
     return found, distributed.by_rank0(lambda: files.sha256_of(o.features))
 
 
@@ -198,10 +210,12 @@ def _truth(path: str, texts: Texts) -> np.ndarray:
     if not known.all():
         such = shown(names[int(known.argmin())])
         say(f"--truth {path}: {int((~known).sum()):,} of {len(names):,} images have no text here, such as {such}")
-    end = max(texts.num_classes, len(texts.about["classes"] or ()))
-    if texts.about["keep_classes"] is None:
-        for i in np.flatnonzero(labels >= end)[:1].tolist():
-            raise UserError(f"--truth {path}:{lines[i]}: label {labels[i]} is too large: the data has 0 to {end - 1}")
+    beyond = known & (labels >= texts.num_classes)
+    for i in np.flatnonzero(beyond)[:1].tolist():
+        say(
+            f"--truth {path}: {plural(int(beyond.sum()), 'label')} of classes that no image has, such as {labels[i]} "
+            f"in line {lines[i]}: taken as none of the data's classes; labels begin at 0"
+        )
     at = np.full(len(texts), -1)
     at[rows[known]] = labels[known]
     for i in np.flatnonzero(known & (at[rows] != labels))[:1].tolist():
@@ -298,27 +312,62 @@ def _reasons(texts: Texts, distances: np.ndarray, classes: np.ndarray, neighbour
     return found
 
 
-def _without(texts: Texts, chosen: np.ndarray) -> list[str]:
-    """The classes without anchors, by number and name."""
+def _told(reasons: dict[str, int]) -> str:
+    return ", ".join(f"{reasons[name]:,} {what}" for name, what in _WHY.items() if reasons[name])
+
+
+def _doubtful(
+    texts: Texts, distances: np.ndarray, vectors: np.ndarray, classes: np.ndarray, smoothing: graph.Smoothing | None
+) -> np.ndarray:
+    """int64: the classes of whose images, a sample, more have a text nearest to one other class's text than to its own.
+
+    Such a class's text says little of its images, or stands beside the wrong class.
+    """
+    rows, end = np.flatnonzero(np.isfinite(distances)), texts.num_classes
+    rows = rows[texts.labels[rows].argsort(kind="stable")]
+    count = np.bincount(texts.labels[rows], minlength=end)
+    place = np.arange(len(rows)) - (count.cumsum() - count)[texts.labels[rows]]  # within its class
+    rows = rows[place % (-(-count // _SAMPLE))[texts.labels[rows]] == 0]
+    units = classes / np.maximum(np.linalg.norm(classes.astype(np.float64), axis=1, keepdims=True), 1e-300)
+    pairs = [np.empty(0, np.int64)]
+    for some in np.split(rows, range(_PIECE, len(rows), _PIECE)):
+        own = vectors[some].astype(np.float64) if smoothing is None else smoothing.mean(vectors, some)
+        cosines, label = own @ units.T, texts.labels[some]
+        nearest, least = cosines.max(1), 1e-6 * np.linalg.norm(own, axis=1)
+        own = cosines[np.arange(len(some)), label] > nearest - least  # also where classes' texts are equal
+        pairs.append((label * end + np.where(own, label, cosines.argmax(1)))[nearest > least])
+    pairs, count = np.unique(np.concatenate(pairs), return_counts=True)
+    label, nearest = np.divmod(pairs, end)
+    own, other = np.zeros((2, end), np.int64)
+    np.maximum.at(own, label[label == nearest], count[label == nearest])
+    np.maximum.at(other, label[label != nearest], count[label != nearest])
+    return np.flatnonzero(other > own)
+
+
+def _named(texts: Texts, labels: np.ndarray) -> list[str]:
+    """Classes by number and, where the data has it, name."""
     names = texts.about["classes"] or []
-    there = set(texts.labels[chosen == 1].tolist())
-    return [
-        f"{label} ({names[label]})" if label < len(names) else str(label)
-        for label in range(texts.num_classes)
-        if label not in there
-    ]
+    return [f"{label} ({names[label]})" if label < len(names) else str(label) for label in labels.tolist()]
 
 
 def summary(folder: Path, t: dict[str, Any]) -> str:
+    def such(names: list[str]) -> str:
+        return ", ".join(map(escaped, names[:_NAMED])) + (", …" if len(names) > _NAMED else "")
+
+    kind = "anchor" if t["anchors"] > 0 else "random anchor"
     lines = [
-        f"{folder / TABLE}: {plural(t['anchor_images'], 'anchor')} in {t['classes_with_anchors']:,} of "
+        f"{folder / TABLE}: {plural(t['anchor_images'], kind)} in {t['classes_with_anchors']:,} of "
         f"{t['classes']:,} classes, of {plural(t['images'], 'image')}"
     ]
-    if some := ", ".join(f"{t[name]:,} {what}" for name, what in _WHY.items() if t[name]):
+    if some := _told(t):
         lines.append(f"images that were not compared: {some}")
     if few := t["without_anchors"]:
-        such = ", ".join(map(escaped, few[:_NAMED])) + (", …" if len(few) > _NAMED else "")
-        lines.append(f"no anchor in {len(few):,} of {t['classes']:,} classes: {such}")
+        lines.append(f"no anchor in {len(few):,} of {t['classes']:,} classes: {such(few)}")
+    if few := t["doubtful"]:
+        lines.append(
+            f"in {len(few):,} of {t['classes']:,} classes more texts are nearest to one other class's text than to "
+            f"their own: {such(few)}: look whether these classes' texts are right"
+        )
     if few := t["classes_of_anchors_only"]:
         lines.append(f"classes in which every image that was compared is an anchor (lower --anchors): {few:,}")
     if few := t["anchors_of_an_empty_text"]:
@@ -330,6 +379,8 @@ def summary(folder: Path, t: dict[str, Any]) -> str:
             for known in (t[f"{what}_known"],)
         ]
         lines.append(f"anchors right: {right[0]}; of all images whose label is known: {right[1]}")
+        if t["images_right"] == t["images_known"] > 0:
+            lines.append("every label in --truth is the web label: if it is the data's own list, this says nothing")
     return "\n".join([*lines, f"train with --anchors {folder}"])
 
 

@@ -7,6 +7,7 @@ and how. The result does not depend on the number of processes.
 import glob
 import os
 import tarfile
+import zlib
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import closing
@@ -175,7 +176,7 @@ def _of_meta(o: Read, index: Index, images: Paths, rules: records.Rules) -> Sour
     folders = sorted(folder for folder in folders if folder and not os.path.isabs(folder))
     meta = o.meta if o.meta is not None else _meta_beside(o, index, folders)
     where = {folder: os.path.join(meta, f"{folder}.json") for folder in folders}
-    there = [folder for folder in folders if os.path.isfile(where[folder])]
+    there = [folder for folder in folders if os.path.lexists(where[folder])]  # one that cannot be read is an error
     if not there:
         such = where[folders[0]] if folders else os.path.join(meta, "FOLDER.json")
         raise UserError(f"{meta} has no records of the images of {o.data}: looked for files such as {shown(such)}")
@@ -227,20 +228,28 @@ def _of_tables(found: list[str], index: Index, rules: records.Rules) -> Source:
 
 
 def _require_closed(path: str, names: pa.Array, values: pa.Array, index: Index) -> None:
-    """Refuse a text that has a line with the path of another image: a quote of CSV is open, and took rows into it."""
-    rows = np.flatnonzero(pc.fill_null(pc.match_substring(values, b"\n"), False).to_numpy(zero_copy_only=False))
+    """Refuse a path with a line break, and a text that has a line with the path of another image: a quote is open."""
+    for i in _where(pc.match_substring_regex(names, r"[\r\n]"))[:1].tolist():
+        raise UserError(f"{path}: row {i + 1}: the path {shown(Paths(names)[i])} has a line break: close its quote")
+    rows = _where(pc.match_substring(values, b"\n"))
     for some in np.split(rows, range(_ROWS, len(rows), _ROWS)):
         cells = pc.split_pattern_regex(values.take(pa.array(some)), r'"?[\r\n,]"?')
         row, cells = some[pc.list_parent_indices(cells)], pc.list_flatten(cells)
-        named = pc.match_substring_regex(cells, r"^\S.*\.\w+$").to_numpy(zero_copy_only=False)
-        row, cells = row[named], Paths(cells.filter(pa.array(named)))
-        image = index.rows_of(cells)
-        own = index.rows_of(Paths(names.take(pa.array(row))))
+        like_paths = _where(pc.match_substring_regex(cells, r"[./]"))
+        row, cells = row[like_paths], Paths(cells.take(pa.array(like_paths)))
+        image, own = index.paths.rows_of(cells), index.rows_of(Paths(names.take(pa.array(row))))
+        odd = _where(pc.match_substring_regex(cells.column, r"^\.{0,2}/"))
+        image[odd] = index.rows_of(cells[odd])
         for i in np.flatnonzero((image >= 0) & (image != own))[:1].tolist():
             raise UserError(
                 f"{path}: row {row[i] + 1}, of {shown(Paths(names)[row[i]])}: its text has a line that names another "
                 f"image, {shown(cells[i])}, as where a quote is not closed: close it, or write the text in one line"
             )
+
+
+def _where(mask: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """int64: the rows where a mask, bool [n], is true."""
+    return np.flatnonzero(pc.fill_null(mask, False).to_numpy(zero_copy_only=False))
 
 
 def _count_strangers(source: str, names: Paths, absent: np.ndarray, counts: Counter[str]) -> None:
@@ -268,6 +277,8 @@ def _is_tar(path: str) -> bool:
             if is_parquet(file):
                 return False
             return path.endswith((".tar", ".tar.gz", ".tgz")) or tarfile.is_tarfile(file)
+    except (EOFError, zlib.error):
+        return False  # compressed and cut: who reads the table says so
     except OSError as error:
         raise UserError(f"cannot read --texts {path}: {error.strerror}") from None
 

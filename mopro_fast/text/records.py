@@ -97,6 +97,9 @@ def of_tar(path: str, rules: Rules) -> Iterator[Found]:
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
                 raise ValueError(f"no member and no end of archive at byte {tar.offset}, as if it was cut")
+            while rest := tar.fileobj.read(_MOST_MEMBER):
+                if rest.strip(tarfile.NUL):
+                    raise ValueError(f"more after its end at byte {tar.offset}, as of two tars in one: keep them apart")
     except (OSError, ValueError, RecursionError, EOFError, tarfile.TarError, zlib.error) as error:
         at = f"{escaped(member.name)} in " if member is not None else ""
         raise UserError(f"cannot read {at}{path} ({escaped(first_line(error))}): make the tar again") from None

@@ -42,6 +42,9 @@ _SHORTEST = 3  # letters
 _UTF16 = b"\xff\xfe", b"\xfe\xff"
 _BLOCK = 1 << 25  # bytes of CSV parsed at a time; no row may be longer
 _SYNSET = re.compile(r"([nvar])(\d{8})")
+_TEXT = [
+    getattr(pa.types, f"is_{name}") for name in ("string", "large_string", "string_view", "binary", "large_binary")
+]
 _DATA = {"n": "data.noun", "v": "data.verb", "a": "data.adj", "s": "data.adj", "r": "data.adv"}
 _RELATED = ("@", "@i", "~", "~i", ";c", ";r", ";u")  # hypernyms, hyponyms, each with instances; the three domains
 _OF_SYNSET = "0000"  # a pointer's source and target: not of a single word
@@ -112,8 +115,8 @@ def _parquet(file: BinaryIO, wanted: list[str]) -> tuple[pa.Table, list[str]]:
         kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
         if pa.types.is_integer(kind):
             kind = pa.large_string()
-        elif not any(is_one(kind) for is_one in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary)):
-            raise ValueError(f"{field.name} is not text")
+        elif not any(is_text(kind) for is_text in _TEXT):
+            raise ValueError(f"{field.name} holds {field.type}, not text")
         table = table.set_column(i, field.name, table[field.name].cast(kind))
     return table, there
 
@@ -125,11 +128,27 @@ def _csv(path: str, wanted: list[str]) -> tuple[pa.Table, list[str]]:
     with csv.open_csv(path, reading, parsing) as head:
         there = head.schema.names
     found = [name for name in wanted if name in there]
+    if twice := [name for name in found if there.count(name) > 1]:
+        raise ValueError(f"it has the column {twice[0]} twice")
     if not found:
         raise ValueError(f"its columns are {', '.join(map(repr, there))}")
     types = dict.fromkeys(found, pa.binary())
     converting = csv.ConvertOptions(check_utf8=False, column_types=types, include_columns=found)
-    return csv.read_csv(path, reading, parsing, converting), there
+    table = csv.read_csv(path, reading, parsing, converting)
+    if there[-1] in found and len(table):
+        _require_closed(path, table[there[-1]][-1].as_py())
+    return table, there
+
+
+def _require_closed(path: str, last: bytes) -> None:
+    """Raise a ValueError where the last cell of a CSV file has a quote that opens and does not close."""
+    cell = b'"' + last.replace(b'"', b'""').rstrip(b"\r\n")
+    tail = b""
+    with pa.input_stream(path) as file:
+        while piece := file.read(_BLOCK):
+            tail = (tail + piece)[-len(last) - 64 :]
+    if tail.rstrip(b"\r\n").endswith((b"," + cell, b"\n" + cell)):
+        raise ValueError("a quote that is not closed takes all after it into the last row")
 
 
 def class_texts(
