@@ -276,8 +276,9 @@ def test_records_that_are_refused(refusal, web, records, says):
         ("", "Empty"),
         ("path,text\n".encode("utf-16"), "UTF-16"),
         (b"PAR1", "TMP/texts.csv"),
+        (gzip.compress(b"path,text\n"), "it is compressed: call it .csv.gz"),
     ],
-    ids=range(16),
+    ids=range(17),
 )
 def test_tables_that_are_refused(refusal, tmp_path, table, says):
     (tmp_path / "texts.csv").write_bytes(table if isinstance(table, bytes) else table.encode())

@@ -39,6 +39,7 @@ _TOP = "net|com|org|info|edu|gov|uk|de|ca|jp|fr|au|us|ru|ch|it|nel|se|no|es|mil|
 _URL = re.compile(rf"(?<!\S)\S+\.(?:{_TOP})\S*|http\S+")
 _WORD = re.compile(r"\w+")
 _SHORTEST = 3  # letters
+_GZIP = b"\x1f\x8b"
 _UTF16 = b"\xff\xfe", b"\xfe\xff"
 _BLOCK = 1 << 25  # bytes of CSV parsed at a time; no row may be longer
 _SYNSET = re.compile(r"([nvar])(\d{8})")
@@ -86,8 +87,10 @@ def read_table(path: str, required: Iterable[str], optional: Iterable[str] = ())
     wanted = [*required, *optional]
     try:
         with open_regular(path) as file:
-            if file.peek(2)[:2] in _UTF16:
+            if (head := file.peek(2)[:2]) in _UTF16:
                 raise ValueError("it is UTF-16 text: save it as UTF-8")
+            if head == _GZIP and not path.endswith(".gz"):
+                raise ValueError("it is compressed: call it .csv.gz")
             table, there = _parquet(file, wanted) if is_parquet(file) else _csv(path, wanted)
         if lacks := [name for name in required if name not in table.column_names]:
             raise ValueError(f"it has no column {lacks[0]}: its columns are {', '.join(map(repr, there))}")
