@@ -68,8 +68,8 @@ class Match:
     anchors: int = 50
     """K: anchors of each class; -K: K random ones, to compare with."""
     keep: int = 5
-    """Each text is replaced by the mean over the texts of similar images, the nearest ones, the image itself among
-    them, but without its own text; 0: the texts as they are."""
+    """How many of the most similar images, the image itself among them, speak for each text: it is replaced by the
+    mean of their texts, without its own. 0: the texts as they are."""
     nearest: int = 20
     """k: how many images, the most similar ones, are re-ranked to find these."""
     edge: graph.Edge = "distance"
