@@ -96,8 +96,12 @@ def _run(argv: list[str]) -> int:
         from mopro_fast.config import nearest
 
         raise UserError(f"unknown command {name!r}{nearest(name, COMMANDS)}")
-    if os.environ.get("RANK", "").strip() not in ("", "0") and " ".join(argv[: 2 if name == "text" else 1]) in ONE_RANK:
-        return 0
+    told = " ".join(argv[: 2 if name == "text" else 1])
+    if told in ONE_RANK and not {"-h", "--help"} & {*rest}:
+        rank, ranks = (os.environ.get(n, "").strip() for n in ("RANK", "WORLD_SIZE"))
+        if rank.isdecimal() and ranks.isdecimal() and 0 < int(rank) < int(ranks):
+            say(f"rank {rank} of {ranks}: nothing to do, rank 0 does `mopro-fast {told}` alone")
+            return 0
     return import_module(f"mopro_fast.{COMMANDS[name][0]}").main([_at_home(word) for word in rest]) or 0
 
 

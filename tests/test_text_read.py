@@ -1,5 +1,6 @@
 """`mopro-fast text read`: the same texts from every source; what is counted, and what is refused in one line."""
 
+import csv
 import gzip
 import io
 import json
@@ -261,9 +262,9 @@ def test_records_that_are_refused(refusal, web, records, says):
         ("path, text\na.jpg,b\n", "no column text: its columns are 'path', ' text'"),
         (
             'path,text\nz.jpg,"b\ngoogle/q0001/a.jpg,c\n"\n',
-            "row 1, of z.jpg: its text has a line that names another image",
+            "row 1, of z.jpg: its text holds the row of another image",
         ),
-        ('text,path\n"b,z.jpg\nc,google/q0001/a.jpg\n"d",y.jpg\n', "row 1, of y.jpg: its text has a line"),
+        ('text,path\n"b,z.jpg\nc,google/q0001/a.jpg\n"d",y.jpg\n', "row 1, of y.jpg: its text holds the row"),
         ('path,text\nz.jpg,x\n./google/q0001/a.jpg,"b\nflickr/q0001/e.JPEG,"c"\n', "another image, flickr/q0001/e"),
         ('path,text\nz.jpg,"b\n/nowhere/x.jpg,c\n', "a quote that is not closed takes all after it into the last row"),
         ('path,text\ngoogle/q0001/a.jpg,"b', "a quote that is not closed"),
@@ -276,13 +277,53 @@ def test_records_that_are_refused(refusal, web, records, says):
         ("", "Empty"),
         ("path,text\n".encode("utf-16"), "UTF-16"),
         (b"PAR1", "TMP/texts.csv"),
-        (gzip.compress(b"path,text\n"), "it is compressed: call it .csv.gz"),
+        (gzip.compress(b"path,text\n"), "TMP/texts.csv has no rows"),
+        ('path,text,more\nz.jpg,x,"open\ngoogle/q0001/a.jpg,c,\n', "a quote that is not closed takes all after it"),
     ],
-    ids=range(17),
+    ids=range(18),
 )
 def test_tables_that_are_refused(refusal, tmp_path, table, says):
     (tmp_path / "texts.csv").write_bytes(table if isinstance(table, bytes) else table.encode())
     assert says in refusal("--texts", tmp_path / "texts.csv")
+
+
+def test_texts_of_several_lines_may_name_images(read, tmp_path):
+    texts = [
+        "album:\ngoogle/q0001/c.d.png\nflickr/q0001/e.JPEG, the last",
+        "see\ngoogle/q0002/b.jpg,tench",
+        "tench, shark",
+    ]
+    rows = zip(["google/q0001/a.jpg", "google/q0001/none.jpg", "google/q0002/b.jpg"], texts, strict=True)
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("path", "text"), *rows, ("flickr/q0001/e.JPEG", 'x "quoted"\nend')])
+    assert read("--texts", tmp_path / "a.csv")[0][0] == "tench shark"
+
+
+def test_parts_of_a_table(read, refusal, tmp_path):
+    """Some are empty, in some is no image of the data, a column without a text has no type, a name says not all."""
+    parts = [["google/q0001/a.jpg"], [], ["away.jpg"], ["google/q0002/b.jpg"]]
+    for i, names in enumerate(parts):
+        text = pa.array([None] * len(names)) if i == 2 else pa.array(["tench"] * len(names), pa.string())
+        pq.write_table(pa.table({"path": pa.array(names, pa.string()), "text": text}), tmp_path / f"part{i}.parquet")
+    assert read("--texts", tmp_path / "part*.parquet")[0][:2] == ["tench", "tench"]
+    for i in (0, 3):
+        (tmp_path / f"part{i}.parquet").unlink()
+    assert "no record, of 1, names an image of the data" in refusal("--texts", tmp_path / "part*.parquet")
+    (tmp_path / "B.CSV.GZ").write_bytes(gzip.compress(b"path,text\ngoogle/q0001/a.jpg,koi\n"))
+    assert read("--texts", tmp_path / "B.CSV.GZ")[0][1] == "koi"
+
+
+@pytest.mark.parametrize("options", [(), ("-H", "ustar"), ("-H", "pax"), ("-H", "v7"), ("-z",)], ids=range(5))
+def test_tars_of_other_writers(read, tmp_path, options):
+    for name in ("a.txt", "a.jpg"):
+        (tmp_path / "google/q0001").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "google/q0001" / name).write_bytes(b"tench" * 3000)
+    subprocess.run(["tar", *options, "-cf", "texts.tar", "google"], cwd=tmp_path, check=True)
+    assert read("--texts", tmp_path / "texts.tar")[0][1] == "tench" * 3000
+    if not options:
+        with (tmp_path / "texts.tar").open("ab") as file:
+            file.write(b"anything" * 100)
+        assert read("--texts", tmp_path / "texts.tar")[0][1] == "tench" * 3000
 
 
 def test_cut_gzip_and_broken_links(refusal, web, tmp_path):
@@ -325,10 +366,10 @@ def test_tars_that_are_refused(refusal, tmp_path):
     for data, says in (
         (b"no tar", "cannot read TMP/texts.tar"),
         (whole[:2000], "cannot read google/q0001/a.txt in TMP/texts.tar (unexpected end of data)"),
-        (more[:1024], "TMP/texts.tar (no member and no end of archive at byte 1024, as if it was cut)"),
+        (more[:1024], "TMP/texts.tar (its end is missing: no end-of-archive block at byte 1024, as if it was cut)"),
         (more[:1300], "at byte 1024"),
         (more[:1024] + b"x" * 512 + more[1536:], "at byte 1024"),
-        (whole + more, "as of two tars in one"),
+        (whole + more, "another one follows its end at byte"),
     ):
         path.write_bytes(data)
         assert says in refusal("--texts", path)
@@ -387,11 +428,15 @@ def test_texts_of_other_data_are_not_replaced(read, web, tmp_path):
     read(data=tmp_path / "moved")  # the same data, elsewhere
 
 
-def test_of_several_ranks_the_first_reads(web, tmp_path, monkeypatch):
+def test_of_several_ranks_the_first_reads(web, tmp_path, monkeypatch, capfd):
     words = ["text", "read", str(web), "--out", str(tmp_path / "out")]
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli._run(words) == 0 and not (tmp_path / "out").exists()
-    monkeypatch.setenv("RANK", "0")
+    assert "rank 1 of 2: nothing to do, rank 0 does `mopro-fast text read` alone" in capfd.readouterr().err
+    with pytest.raises(SystemExit):
+        cli._run(["text", "read", "--help"])
+    monkeypatch.setenv("WORLD_SIZE", "1")  # as in a shell of a cluster's pod
     assert cli._run(words) == 0 and (tmp_path / "out/texts.parquet").exists()
 
 

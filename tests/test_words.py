@@ -120,6 +120,11 @@ def test_class_tables_that_contradict_the_data(tmp_path, capfd):
     message = r"row 1: the class 0 \(cat in the data\) is named 'House-Dog', which is the data's name of class 1"
     with pytest.raises(UserError, match=message):
         read_class_texts(swapped, ["cat", "house dog"], 2)
+    cars = table(tmp_path, "label,name\njaguar,Panthera onca\njaguar_car,Jaguar\n")
+    assert read_class_texts(cars, ["jaguar", "jaguar_car"], 2)[0] == ["Panthera onca", "Jaguar"]
+    assert "row 2: the class 1 (jaguar_car in the data) is named 'Jaguar', which is" in capfd.readouterr().err
+    own = table(tmp_path, "label,name\nCrane,Crane\ncrane,crane\n")
+    assert read_class_texts(own, ["Crane", "crane"], 2)[0] == ["Crane", "crane"] and not capfd.readouterr().err
     right = table(tmp_path, "label,name\n0,Cat\n1,a dog\n2,bird\n9,fish\n")
     assert read_class_texts(right, ["cat", "house dog", "bird"], 2) == (["Cat", "a dog"], ["cat", "a dog"])
     assert "2 rows of classes that no image has, such as '2': not used" in capfd.readouterr().err

@@ -1,6 +1,7 @@
 """``mopro-fast text embed FOLDER``: a vector for every text and every class."""
 
 import hashlib
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,12 +29,15 @@ from mopro_fast.text.folder import (
     read_texts,
     read_vectors,
     set_aside,
+    some_of,
 )
 from mopro_fast.text.hashing import WIDTH, Hashing
 from mopro_fast.text.words import class_texts, clean
 
 _BATCH = 1024  # texts
 _PIECE = 1 << 14  # rows written at a time
+_SAMPLE = 100  # images of a class whose texts are compared with all classes'
+_COMPARED = 1 << 12  # of these, at a time
 _NPY = "npy:"
 
 
@@ -110,7 +114,13 @@ def embed(o: Embed, folder: Path, texts: Texts, device: torch.device) -> str:
         say(f"{plural(empty, 'vector')} of texts {'is' if empty == 1 else 'are'} 0: as of texts that say nothing")
     distributed.by_rank0(lambda: _write(folder, images, distinct, classes, about))
     distributed.by_rank0(lambda: _clear(folder))
-    return f"{folder / EMBEDDINGS}: {len(texts)} texts and {len(classes)} classes, {images.shape[1]} numbers each"
+    said = f"{folder / EMBEDDINGS}: {len(texts)} texts and {len(classes)} classes, {images.shape[1]} numbers each"
+    if few := texts.named(_doubtful(texts.labels, images, distinct, classes)):
+        said += (
+            f"\nin {len(few):,} of {len(classes):,} classes more texts are nearest to one other class's text than to "
+            f"their own: {some_of(few)}: look whether these classes' texts are right"
+        )
+    return said
 
 
 def _encoder(name: str, texts: pa.ChunkedArray, device: torch.device) -> Encoder:
@@ -148,10 +158,10 @@ def _encode(folder: Path, encoder: Encoder, texts: pa.ChunkedArray, device: torc
 
 def _clear(folder: Path) -> None:
     """Remove what :func:`_encode` has written, also in calls that were interrupted, with other texts."""
-    for left in folder.glob("texts-*.*"):
-        if left.suffix == ".npy":
+    for left in folder.iterdir():
+        if re.fullmatch(r"texts-[0-9a-f]{16}\.npy", left.name):
             left.unlink()
-        elif left.suffix == ".parts":
+        elif re.fullmatch(r"texts-[0-9a-f]{16}\.parts", left.name):
             shutil.rmtree(left)
 
 
@@ -163,6 +173,34 @@ def _tell_equal(names: list[str], texts: list[str]) -> None:
         i, j = equal[0]
         such = f"{i} ({escaped(names[i])}) and {j} ({escaped(names[j])})"
         say(f"equal texts of classes, which therefore cannot be told apart: {len(equal)}, such as {such}")
+
+
+def _doubtful(labels: np.ndarray, images: np.ndarray, distinct: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """int64: the classes of whose images, a sample, more have a text nearest to one other class's text than to its own.
+
+    Such a class's text says little of its images, or stands beside the wrong class. labels: int64 [n]; -1: none.
+    images, distinct: image i's vector is ``images[distinct[i]]``.
+    """
+    rows, end = np.flatnonzero(labels >= 0), len(classes)
+    rows = rows[labels[rows].argsort(kind="stable")]
+    count = np.bincount(labels[rows], minlength=end)
+    place = np.arange(len(rows)) - (count.cumsum() - count)[labels[rows]]  # within its class
+    rows = rows[place % (-(-count // _SAMPLE))[labels[rows]] == 0]
+    units = classes / np.maximum(np.linalg.norm(classes.astype(np.float64), axis=1, keepdims=True), 1e-300)
+    units = units.astype(np.float32)
+    pairs = [np.empty(0, np.int64)]
+    for some in np.split(rows, range(_COMPARED, len(rows), _COMPARED)):
+        x, label = images[distinct[some]].astype(np.float32), labels[some]
+        cosines, least = x @ units.T, 1e-6 * np.linalg.norm(x, axis=1)
+        greatest = cosines.max(1)
+        own = cosines[np.arange(len(some)), label] > greatest - least  # also where classes' texts are equal
+        pairs.append((label * end + np.where(own, label, cosines.argmax(1)))[greatest > least])
+    pairs, count = np.unique(np.concatenate(pairs), return_counts=True)
+    label, nearest = np.divmod(pairs, end)
+    own, other = np.zeros((2, end), np.int64)
+    np.maximum.at(own, label[label == nearest], count[label == nearest])
+    np.maximum.at(other, label[label != nearest], count[label != nearest])
+    return np.flatnonzero(other > own)
 
 
 def _write(folder: Path, images: np.ndarray, distinct: np.ndarray, classes: np.ndarray, about: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mopro_fast import distributed, files
-from mopro_fast.console import say
+from mopro_fast.console import escaped, say
 from mopro_fast.data.anchors import TABLE
 from mopro_fast.data.index import Index, load_index, synsets
 from mopro_fast.data.paths import TEXT, WHOLE, Paths, read_table, shown
@@ -26,6 +26,7 @@ from mopro_fast.errors import UserError, first_line
 OWNER = "text"  # of the folder, for files.own_folder
 TEXTS, EMBEDDINGS, CLASSES, ABOUT = "texts.parquet", "embeddings.npy", "classes.npy", "text.json"
 REPORT = "match.json"
+_NAMED = 5  # classes
 HINT = "make room there, or work with a copy of the folder where you can write"
 _KEY = b"mopro_fast.text"
 _NONE = type(None)
@@ -74,6 +75,7 @@ class Texts:
         elif not os.path.exists(a["data"]):
             raise UserError(f"{shown(a['data'])} is gone: say where the images lie now, --data PATH")
         index = load_index(data or a["data"], "train", num_classes=None, **options)
+        require_list(index, root)
         if index.digest() == a["digest"]:
             return index
         rows = index.rows_of(self.paths)
@@ -85,9 +87,25 @@ class Texts:
             )
         return index.take(rows).with_labels(self.labels)
 
+    def named(self, labels: np.ndarray) -> list[str]:
+        """Classes by number and, where the data has it, name."""
+        names = self.about["classes"] or []
+        return [f"{label} ({names[label]})" if label < len(names) else str(label) for label in labels.tolist()]
+
     def rows_of(self, names: Paths) -> np.ndarray:
         """int64: the first row of each of these paths, also of absolute ones and such as ./a.jpg; -1: none."""
         return Index(self.about["start"], self.paths, self.labels, None, TEXTS).rows_of(names)
+
+
+def some_of(names: list[str]) -> str:
+    """The first names, for messages."""
+    return ", ".join(map(escaped, names[:_NAMED])) + (", …" if len(names) > _NAMED else "")
+
+
+def require_list(index: Index, root: str | None) -> None:
+    """Raise a UserError where ``root`` has no effect."""
+    if root is not None and index.list_file is None:
+        raise UserError(f"--root {root} has no effect: {shown(index.source)} is no list file")
 
 
 def made_by(folder: Path) -> str | None:

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +15,7 @@ import tyro
 from torch import Tensor
 
 from mopro_fast import distributed, files
-from mopro_fast.console import escaped, plural, tell
+from mopro_fast.console import plural, tell
 from mopro_fast.data.anchors import TABLE
 from mopro_fast.data.lists import read_list
 from mopro_fast.data.paths import Paths, shown
@@ -35,21 +35,18 @@ from mopro_fast.text.folder import (
     own,
     read_texts,
     read_vectors,
+    some_of,
     write_table,
 )
 from mopro_fast.text.rerank import rerank
 
 _VERSION = "1"  # of what a distance means: raise it, and everything is computed again
-_SAMPLE = 200  # images of a class that are compared with all classes
-_PIECE = 1 << 12  # images compared with all classes at a time
-_NAMED = 5  # classes without anchors that are named
 _WHY = {  # of images that are not compared
     "no_label": "without a label",
     "no_class_text": "whose class has no text",
     "no_features": "without features (unreadable, or features that are 0 or not finite)",
     "no_text": "without a text, their own or of similar images",
 }
-_OF_IMAGES = ("data", "root", "encoder")  # options that have an effect where images are looked at
 
 
 @dataclass
@@ -108,17 +105,15 @@ def _require_options(o: Match) -> None:
         raise UserError(f"--keep {o.keep} is more than --nearest {o.nearest}: the ones that stay are among the nearest")
     if o.keep and o.features is None:
         raise UserError("give --features CKPT, whose encoder says which images are similar, or --keep 0")
-    idle = {"--anchors above 0": ["seed"]} if o.anchors > 0 else {}
-    if not o.keep:
-        idle["--keep 0"] = ["features", "nearest", "edge", *_OF_IMAGES]
-    elif _is_array(o.features):
-        idle["--features FILE.npy"] = _OF_IMAGES
-    default = Match("", encoder=EncoderConfig(device=o.encoder.device))
-    for where, names in idle.items():
-        for name in names:
-            given = {"encoder": "the encoder's options"}.get(name, f"--{name} {getattr(o, name)}")
-            if getattr(o, name) != getattr(default, name):
-                raise UserError(f"{given} and {where}: the former has no effect with the latter, leave one of them out")
+    given = {f.name: getattr(x, f.name) for x in (o, o.encoder) for f in fields(x) if getattr(x, f.name) != f.default}
+    of_images = {"data", "root", *(f.name for f in fields(EncoderConfig))} - {"device"}
+    idle = {"--anchors above 0": {"seed"} if o.anchors > 0 else set()}
+    idle["--keep 0"] = set() if o.keep else {"features", "nearest", "edge", *of_images}
+    idle["--features FILE.npy"] = of_images if o.keep and _is_array(o.features) else set()
+    for with_it, names in idle.items():
+        for name in [name for name in given if name in names]:
+            option = f"--{name.replace('_', '-')} {given[name]}"
+            raise UserError(f"{option} and {with_it}: the former has no effect with the latter, leave one of them out")
 
 
 def match(o: Match, folder: Path, texts: Texts, device: torch.device) -> dict[str, Any]:
@@ -151,9 +146,8 @@ def match(o: Match, folder: Path, texts: Texts, device: torch.device) -> dict[st
     made = {name: getattr(o, name) for name in ("anchors", "keep", "nearest", "edge", "seed")}
     made = {"texts": about["texts"], "encoder": about["encoder"]} | made
     totals = made | {"features": o.features, "truth": o.truth} | _totals(texts, found[:, 0], chosen, truth) | reasons
-    totals["without_anchors"] = _named(texts, np.setdiff1d(np.arange(texts.num_classes), texts.labels[chosen == 1]))
-    doubtful = distributed.by_rank0(lambda: _doubtful(texts, found[:, 0], vectors, classes, smoothing))
-    totals["doubtful"] = _named(texts, doubtful)
+    without = np.setdiff1d(np.arange(texts.num_classes), texts.labels[chosen == 1])
+    totals["without_anchors"] = texts.named(without)
     distributed.by_rank0(lambda: _write(folder, columns, made, totals))
     return totals
 
@@ -316,44 +310,7 @@ def _told(reasons: dict[str, int]) -> str:
     return ", ".join(f"{reasons[name]:,} {what}" for name, what in _WHY.items() if reasons[name])
 
 
-def _doubtful(
-    texts: Texts, distances: np.ndarray, vectors: np.ndarray, classes: np.ndarray, smoothing: graph.Smoothing | None
-) -> np.ndarray:
-    """int64: the classes of whose images, a sample, more have a text nearest to one other class's text than to its own.
-
-    Such a class's text says little of its images, or stands beside the wrong class.
-    """
-    rows, end = np.flatnonzero(np.isfinite(distances)), texts.num_classes
-    rows = rows[texts.labels[rows].argsort(kind="stable")]
-    count = np.bincount(texts.labels[rows], minlength=end)
-    place = np.arange(len(rows)) - (count.cumsum() - count)[texts.labels[rows]]  # within its class
-    rows = rows[place % (-(-count // _SAMPLE))[texts.labels[rows]] == 0]
-    units = classes / np.maximum(np.linalg.norm(classes.astype(np.float64), axis=1, keepdims=True), 1e-300)
-    pairs = [np.empty(0, np.int64)]
-    for some in np.split(rows, range(_PIECE, len(rows), _PIECE)):
-        own = vectors[some].astype(np.float64) if smoothing is None else smoothing.mean(vectors, some)
-        cosines, label = own @ units.T, texts.labels[some]
-        nearest, least = cosines.max(1), 1e-6 * np.linalg.norm(own, axis=1)
-        own = cosines[np.arange(len(some)), label] > nearest - least  # also where classes' texts are equal
-        pairs.append((label * end + np.where(own, label, cosines.argmax(1)))[nearest > least])
-    pairs, count = np.unique(np.concatenate(pairs), return_counts=True)
-    label, nearest = np.divmod(pairs, end)
-    own, other = np.zeros((2, end), np.int64)
-    np.maximum.at(own, label[label == nearest], count[label == nearest])
-    np.maximum.at(other, label[label != nearest], count[label != nearest])
-    return np.flatnonzero(other > own)
-
-
-def _named(texts: Texts, labels: np.ndarray) -> list[str]:
-    """Classes by number and, where the data has it, name."""
-    names = texts.about["classes"] or []
-    return [f"{label} ({names[label]})" if label < len(names) else str(label) for label in labels.tolist()]
-
-
 def summary(folder: Path, t: dict[str, Any]) -> str:
-    def such(names: list[str]) -> str:
-        return ", ".join(map(escaped, names[:_NAMED])) + (", …" if len(names) > _NAMED else "")
-
     kind = "anchor" if t["anchors"] > 0 else "random anchor"
     lines = [
         f"{folder / TABLE}: {plural(t['anchor_images'], kind)} in {t['classes_with_anchors']:,} of "
@@ -362,12 +319,7 @@ def summary(folder: Path, t: dict[str, Any]) -> str:
     if some := _told(t):
         lines.append(f"images that were not compared: {some}")
     if few := t["without_anchors"]:
-        lines.append(f"no anchor in {len(few):,} of {t['classes']:,} classes: {such(few)}")
-    if few := t["doubtful"]:
-        lines.append(
-            f"in {len(few):,} of {t['classes']:,} classes more texts are nearest to one other class's text than to "
-            f"their own: {such(few)}: look whether these classes' texts are right"
-        )
+        lines.append(f"no anchor in {len(few):,} of {t['classes']:,} classes: {some_of(few)}")
     if few := t["classes_of_anchors_only"]:
         lines.append(f"classes in which every image that was compared is an anchor (lower --anchors): {few:,}")
     if few := t["anchors_of_an_empty_text"]:

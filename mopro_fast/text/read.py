@@ -28,7 +28,7 @@ from mopro_fast.data.index import Index, Layout, load_index
 from mopro_fast.data.paths import Paths, plain, shown
 from mopro_fast.errors import UserError
 from mopro_fast.text import records
-from mopro_fast.text.folder import OWNER, TEXTS, made_by, require_same_data, write_texts
+from mopro_fast.text.folder import OWNER, TEXTS, made_by, require_list, require_same_data, write_texts
 from mopro_fast.text.words import is_parquet, read_dictionary, read_table
 
 READ = "read.json"
@@ -129,7 +129,10 @@ def read(o: Read) -> dict[str, int]:
     options = {"layout": o.layout, "root": o.root and os.path.abspath(o.root), "keep_classes": o.keep_classes}
     index = load_index(os.path.abspath(o.data), "train", num_classes=None, missing=True, **options)
     if index.labels.max() < 0:
-        raise UserError(f"no image of {o.data} has a label: anchors are sought among the images of each web label")
+        raise UserError(
+            f"no image of {o.data} has a label: give data with web labels, a class's anchors are images of its label"
+        )
+    require_list(index, o.root)
     require_same_data(out, index, os.path.abspath(o.data))
     with files.own_folder(out, OWNER, made_by):
         rules = records.Rules(o.tags, o.raw, o.dictionary and os.path.abspath(o.dictionary))
@@ -209,42 +212,54 @@ def _of_tables(found: list[str], index: Index, rules: records.Rules) -> Source:
         if columns["path"].null_count:
             raise UserError(f"{path}: {columns['path'].null_count} rows have no path: remove them")
         names, values = (columns.pop(name).combine_chunks() for name in ("path", "text"))
-        if not len(names):
-            raise UserError(f"{path} has no rows: give a table with a row per image, or remove it")
+        rows = index.rows_of(Paths(names))
         with files.open_regular(path) as file:
             csv = not is_parquet(file)
         if csv:
-            _require_closed(path, names, values, index)
-        rows = index.rows_of(Paths(names))
-        kept = np.flatnonzero(rows >= 0)
-        if not len(kept):
-            raise _no_match(path, len(rows), Paths(names)[0], index.paths[0])
+            _require_no_row_inside(path, names, values, rows, index)
+        counts["rows"] += len(rows)
+        if len(rows):
+            such = Paths(names)[0]
         _count_strangers(path, Paths(names), rows < 0, counts)
+        kept = np.flatnonzero(rows >= 0)
         for first in range(0, len(kept), _ROWS):
             some = kept[first : first + _ROWS]
             tasks.append((index.paths[rows[some]].column, values.take(pa.array(some)), rules))
+    if not counts["rows"]:
+        raise UserError(f"{found[0]} has no rows: give a table with a row per image")
+    if not tasks:
+        raise _no_match(found[0], counts["rows"], such, index.paths[0])
     images = index.paths[index.paths.rows_of(index.paths)]
     return Source(records.of_column, tasks, "parts", images, counts)
 
 
-def _require_closed(path: str, names: pa.Array, values: pa.Array, index: Index) -> None:
-    """Refuse a path with a line break, and a text that has a line with the path of another image: a quote is open."""
+def _require_no_row_inside(path: str, names: pa.Array, values: pa.Array, images: np.ndarray, index: Index) -> None:
+    """Refuse a path with a line break, and a text that holds the row of an image that has none: a quote is open.
+
+    images: int64 [rows], the image of each row; -1: none.
+    """
+    has_row = np.zeros(len(index), bool)
+    has_row[images[images >= 0]] = True
     for i in _where(pc.match_substring_regex(names, r"[\r\n]"))[:1].tolist():
         raise UserError(f"{path}: row {i + 1}: the path {shown(Paths(names)[i])} has a line break: close its quote")
     rows = _where(pc.match_substring(values, b"\n"))
     for some in np.split(rows, range(_ROWS, len(rows), _ROWS)):
-        cells = pc.split_pattern_regex(values.take(pa.array(some)), r'"?[\r\n,]"?')
-        row, cells = some[pc.list_parent_indices(cells)], pc.list_flatten(cells)
-        like_paths = _where(pc.match_substring_regex(cells, r"[./]"))
-        row, cells = row[like_paths], Paths(cells.take(pa.array(like_paths)))
-        image, own = index.paths.rows_of(cells), index.rows_of(Paths(names.take(pa.array(row))))
-        odd = _where(pc.match_substring_regex(cells.column, r"^\.{0,2}/"))
-        image[odd] = index.rows_of(cells[odd])
-        for i in np.flatnonzero((image >= 0) & (image != own))[:1].tolist():
-            raise UserError(
-                f"{path}: row {row[i] + 1}, of {shown(Paths(names)[row[i]])}: its text has a line that names another "
-                f"image, {shown(cells[i])}, as where a quote is not closed: close it, or write the text in one line"
-            )
+        lines = pc.split_pattern_regex(values.take(pa.array(some)), r"[\r\n]+")
+        row, lines = some[pc.list_parent_indices(lines)], pc.list_flatten(lines)
+        for rest in (
+            r"(?s)^\"?([^,]*?)\"?,.*$",
+            r"(?s)^.*,\"?([^,]*?)\"?$",
+        ):  # the path is the first column, or the last
+            cells = Paths(pc.replace_substring_regex(lines, rest, r"\1"))
+            image = index.paths.rows_of(cells)
+            odd = _where(pc.match_substring_regex(cells.column, r"^\.{0,2}/"))
+            image[odd] = index.rows_of(cells[odd])
+            inside = np.flatnonzero((image >= 0) & pc.match_substring(lines, b",").to_numpy(zero_copy_only=False))
+            for i in inside[~has_row[image[inside]]][:1].tolist():
+                raise UserError(
+                    f"{path}: row {row[i] + 1}, of {shown(Paths(names)[row[i]])}: its text holds the row of another "
+                    f"image, {shown(cells[i])}, as where a quote is not closed: close it"
+                )
 
 
 def _where(mask: pa.Array | pa.ChunkedArray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Records about images from a file of them, as the processes of `mopro-fast text read` read and clean them."""
 
+import contextlib
 import json
 import os
 import tarfile
@@ -96,15 +97,23 @@ def of_tar(path: str, rules: Rules) -> Iterator[Found]:
             member = None
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-                raise ValueError(f"no member and no end of archive at byte {tar.offset}, as if it was cut")
-            while rest := tar.fileobj.read(_MOST_MEMBER):
-                if rest.strip(tarfile.NUL):
-                    raise ValueError(f"more after its end at byte {tar.offset}, as of two tars in one: keep them apart")
+                raise ValueError(f"its end is missing: no end-of-archive block at byte {tar.offset}, as if it was cut")
+            _require_one(tar)
     except (OSError, ValueError, RecursionError, EOFError, tarfile.TarError, zlib.error) as error:
         at = f"{escaped(member.name)} in " if member is not None else ""
         raise UserError(f"cannot read {at}{path} ({escaped(first_line(error))}): make the tar again") from None
     texts = objects | plain
     yield _found(pa.array(map(os.fsencode, texts), pa.large_binary()), texts.values(), counts)
+
+
+def _require_one(tar: tarfile.TarFile) -> None:
+    """Raise a ValueError where another archive follows, as after `cat a.tar b.tar`. Other bytes may."""
+    while block := tar.fileobj.read(tarfile.BLOCKSIZE):
+        if block.strip(tarfile.NUL):
+            with contextlib.suppress(tarfile.HeaderError):
+                tarfile.TarInfo.frombuf(block, tar.encoding, tar.errors)
+                raise ValueError(f"another one follows its end at byte {tar.offset}: keep the two apart")
+            return
 
 
 def of_column(names: pa.Array, values: pa.Array, rules: Rules) -> Iterator[Found]:

@@ -89,9 +89,8 @@ def read_table(path: str, required: Iterable[str], optional: Iterable[str] = ())
         with open_regular(path) as file:
             if (head := file.peek(2)[:2]) in _UTF16:
                 raise ValueError("it is UTF-16 text: save it as UTF-8")
-            if head == _GZIP and not path.endswith(".gz"):
-                raise ValueError("it is compressed: call it .csv.gz")
-            table, there = _parquet(file, wanted) if is_parquet(file) else _csv(path, wanted)
+            kind = "gzip" if head == _GZIP else "detect"  # by the file's name
+            table, there = _parquet(file, wanted) if is_parquet(file) else _csv(path, wanted, kind)
         if lacks := [name for name in required if name not in table.column_names]:
             raise ValueError(f"it has no column {lacks[0]}: its columns are {', '.join(map(repr, there))}")
         return {name: table[name].cast(pa.large_binary()) for name in wanted if name in table.column_names}
@@ -113,10 +112,10 @@ def _parquet(file: BinaryIO, wanted: list[str]) -> tuple[pa.Table, list[str]]:
     """-> the wanted columns, and the names of all."""
     there = pq.read_schema(file).names
     file.seek(0)
-    table = pq.read_table(file, columns=[name for name in wanted if name in there])
+    table = pq.read_table(file, columns=[name for name in wanted if name in there], use_threads=False)
     for i, field in enumerate(table.schema):
         kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-        if pa.types.is_integer(kind):
+        if pa.types.is_integer(kind) or pa.types.is_null(kind):
             kind = pa.large_string()
         elif not any(is_text(kind) for is_text in _TEXT):
             raise ValueError(f"{field.name} holds {field.type}, not text")
@@ -124,32 +123,37 @@ def _parquet(file: BinaryIO, wanted: list[str]) -> tuple[pa.Table, list[str]]:
     return table, there
 
 
-def _csv(path: str, wanted: list[str]) -> tuple[pa.Table, list[str]]:
+def _csv(path: str, wanted: list[str], compression: str) -> tuple[pa.Table, list[str]]:
     """-> the wanted columns, and the names of all."""
     reading = csv.ReadOptions(use_threads=False, block_size=_BLOCK)  # threads would not say in which row an error is
     parsing = csv.ParseOptions(newlines_in_values=True)
-    with csv.open_csv(path, reading, parsing) as head:
+
+    def opened() -> pa.NativeFile:
+        return pa.input_stream(path, compression)
+
+    with opened() as file, csv.open_csv(file, reading, parsing) as head:
         there = head.schema.names
     found = [name for name in wanted if name in there]
     if twice := [name for name in found if there.count(name) > 1]:
         raise ValueError(f"it has the column {twice[0]} twice")
     if not found:
         raise ValueError(f"its columns are {', '.join(map(repr, there))}")
-    types = dict.fromkeys(found, pa.binary())
-    converting = csv.ConvertOptions(check_utf8=False, column_types=types, include_columns=found)
-    table = csv.read_csv(path, reading, parsing, converting)
-    if there[-1] in found and len(table):
-        _require_closed(path, table[there[-1]][-1].as_py())
+    types = dict.fromkeys([*found, there[-1]], pa.binary())
+    converting = csv.ConvertOptions(check_utf8=False, column_types=types, include_columns=list(types))
+    with opened() as file:
+        table = csv.read_csv(file, reading, parsing, converting)
+    if len(table) and there.count(there[-1]) == 1:
+        with opened() as file:
+            _require_closed_end(file, table[there[-1]][-1].as_py())
     return table, there
 
 
-def _require_closed(path: str, last: bytes) -> None:
+def _require_closed_end(file: pa.NativeFile, last: bytes) -> None:
     """Raise a ValueError where the last cell of a CSV file has a quote that opens and does not close."""
     cell = b'"' + last.replace(b'"', b'""').rstrip(b"\r\n")
     tail = b""
-    with pa.input_stream(path) as file:
-        while piece := file.read(_BLOCK):
-            tail = (tail + piece)[-len(last) - 64 :]
+    while piece := file.read(_BLOCK):
+        tail = (tail + piece)[-len(cell) - 64 :]
     if tail.rstrip(b"\r\n").endswith((b"," + cell, b"\n" + cell)):
         raise ValueError("a quote that is not closed takes all after it into the last row")
 
@@ -191,8 +195,7 @@ def read_class_texts(path: str, index_classes: list[str] | None, num_classes: in
     numbers = {name: label for label, name in enumerate(index_classes or ())}
     names: list[str | None] = [None] * num_classes
     texts = [""] * num_classes
-    of_text = {_plain(name): label for name, label in numbers.items() if not _SYNSET.fullmatch(name)}
-    unused = []
+    unused, row_of = [], {}
     rows = zip(*(column.to_pylist() for column in columns.values()), strict=True)
     for row, values in enumerate(rows, start=1):
         try:
@@ -213,19 +216,34 @@ def read_class_texts(path: str, index_classes: list[str] | None, num_classes: in
         names[label], texts[label] = said[0], " ".join(filter(None, map(_plain, said)))
         if not texts[label]:
             raise UserError(f"{path}: row {row}: the class '{escaped(given)}' has no text: give it a name")
-        if (other := of_text.get(_plain(said[0]), label)) != label:
-            called = f" ({escaped(index_classes[label])} in the data)" if label < len(index_classes) else ""
-            raise UserError(
-                f"{path}: row {row}: the class {escaped(given)}{called} is named '{escaped(said[0])}', which is the "
-                f"data's name of class {other}: put each text beside its own class"
-            )
+        row_of[label] = row
     absent = [label for label, name in enumerate(names) if name is None]
     if absent:
         called = f" ({escaped(index_classes[absent[0]])})" if index_classes and absent[0] < len(index_classes) else ""
         raise UserError(f"{path}: {len(absent)} of {num_classes} classes have no row, such as {absent[0]}{called}")
+    _require_own(path, names, index_classes or [], row_of)
     if unused:
         say(f"{path}: {len(unused)} rows of classes that no image has, such as '{escaped(unused[0])}': not used")
     return names, texts
+
+
+def _require_own(path: str, names: list[str], classes: list[str], row_of: dict[int, int]) -> None:
+    """Refuse classes that have changed names with one another; say where one has another's name."""
+    labels = {_plain(name): label for label, name in enumerate(classes) if not _SYNSET.fullmatch(name)}
+    bears = [  # whose name each class has: its own, if it may be
+        label if label < len(classes) and _plain(name) == _plain(classes[label]) else labels.get(_plain(name), label)
+        for label, name in enumerate(names)
+    ]
+    for label, other in enumerate(bears):
+        if other == label or label >= len(classes):
+            continue
+        text = (
+            f"{path}: row {row_of[label]}: the class {label} ({escaped(classes[label])} in the data) is named "
+            f"'{escaped(names[label])}', which is the data's name of class {other}"
+        )
+        if other < len(bears) and bears[other] != other:
+            raise UserError(f"{text}: put each text beside its own class")
+        say(text)
 
 
 def wordnet_texts(folder: str, synsets: list[str]) -> tuple[list[str], list[str]]:
