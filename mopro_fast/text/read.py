@@ -206,7 +206,7 @@ def _meta_beside(o: Read, index: Index, folders: list[str]) -> str:
 def _of_tables(found: list[str], index: Index, rules: records.Rules) -> Source:
     """All rows, but cleaned are only those of images."""
     counts: Counter[str] = Counter()
-    tasks = []
+    tasks, strangers = [], []  # of the latter one per file
     for path in found:
         columns = read_table(path, ("path", "text"))
         if columns["path"].null_count:
@@ -218,9 +218,8 @@ def _of_tables(found: list[str], index: Index, rules: records.Rules) -> Source:
         if csv:
             _require_no_row_inside(path, names, values, rows, index)
         counts["rows"] += len(rows)
-        if len(rows):
-            such = Paths(names)[0]
-        _count_strangers(path, Paths(names), rows < 0, counts)
+        counts["no_image"] += int((rows < 0).sum())
+        strangers += Paths(names)[np.flatnonzero(rows < 0)[:1]].tolist()
         kept = np.flatnonzero(rows >= 0)
         for first in range(0, len(kept), _ROWS):
             some = kept[first : first + _ROWS]
@@ -228,7 +227,8 @@ def _of_tables(found: list[str], index: Index, rules: records.Rules) -> Source:
     if not counts["rows"]:
         raise UserError(f"{found[0]} has no rows: give a table with a row per image")
     if not tasks:
-        raise _no_match(found[0], counts["rows"], such, index.paths[0])
+        raise _no_match(found[0], counts["rows"], strangers[0], index.paths[0])
+    _tell_strangers(found[0] if len(found) == 1 else "the tables", counts, strangers)
     images = index.paths[index.paths.rows_of(index.paths)]
     return Source(records.of_column, tasks, "parts", images, counts)
 
@@ -240,7 +240,8 @@ def _require_no_row_inside(path: str, names: pa.Array, values: pa.Array, images:
     """
     has_row = np.zeros(len(index), bool)
     has_row[images[images >= 0]] = True
-    for i in _where(pc.match_substring_regex(names, r"[\r\n]"))[:1].tolist():
+    broken = _where(pc.match_substring(names, b"\n"))
+    for i in broken[images[broken] < 0][:1].tolist():
         raise UserError(f"{path}: row {i + 1}: the path {shown(Paths(names)[i])} has a line break: close its quote")
     rows = _where(pc.match_substring(values, b"\n"))
     for some in np.split(rows, range(_ROWS, len(rows), _ROWS)):
@@ -267,11 +268,10 @@ def _where(mask: pa.Array | pa.ChunkedArray) -> np.ndarray:
     return np.flatnonzero(pc.fill_null(mask, False).to_numpy(zero_copy_only=False))
 
 
-def _count_strangers(source: str, names: Paths, absent: np.ndarray, counts: Counter[str]) -> None:
-    """Count the records that are of no image."""
-    counts["no_image"] += int(absent.sum())
-    for i in np.flatnonzero(absent)[:1].tolist():
-        say(f"{source}: {int(absent.sum())} records are of no image of the data, such as {shown(names[i])}")
+def _tell_strangers(source: str, counts: Counter[str], names: list[str]) -> None:
+    """names: some of the records that are of no image."""
+    if names:
+        say(f"{source}: {counts['no_image']} records are of no image of the data, such as {shown(names[0])}")
 
 
 def _files_of(texts: str) -> list[str]:
@@ -344,7 +344,8 @@ def _matched(source: Source, names: Paths, counts: Counter[str]) -> pa.Array:
     if (record < 0).all():
         raise _no_match(where, len(names), names[0], images[0])
     absent = images.rows_of(names) < 0
-    _count_strangers(where, names, absent, counts)
+    counts["no_image"] += int(absent.sum())
+    _tell_strangers(where, counts, names[np.flatnonzero(absent)[:1]].tolist())
     counts["again"] += int(((names.rows_of(names) != np.arange(len(names))) & ~absent).sum())
     counts["no_record"] = int((record < 0).sum())
     for i in np.flatnonzero(record < 0)[:1].tolist():
