@@ -1,5 +1,6 @@
 """From texts to anchors: `mopro-fast text read`, `embed` and `match` one after another."""
 
+import contextlib
 import shutil
 from pathlib import Path
 from unittest.mock import Mock
@@ -341,7 +342,7 @@ def test_images_that_are_not_compared_are_told_apart(folder, texts, capfd):
     shutil.copy(texts / "embeddings.npy", texts.parent / "own.npy")
     own = ("--encoder", f"npy:{texts.parent / 'own.npy'}", "--class-embeddings", texts.parent / "few.npy")
     text("embed", texts, *own)
-    assert "vectors of texts are 0: as of texts that say nothing" in capfd.readouterr().err
+    assert "few.npy: vectors that are 0, as of classes without a text: 2" in capfd.readouterr().err
     text("match", texts, "--features", texts.parent / "some.npy", "--device", "cpu", "--anchors", "1")
     told, found = capfd.readouterr().out, json_object(texts / match.REPORT)
     assert (
@@ -388,13 +389,8 @@ def test_packed_images_and_images_that_are_gone(tmp_path):
         text("match", tmp_path / "T", *words)
 
 
-def test_interrupted_it_goes_on_with_the_same_bytes(folder, texts, monkeypatch):
-    monkeypatch.setitem(graph._ROWS, "cpu", 16)
-    smoothed(folder, texts)
-    expected = (texts / "anchors.parquet").read_bytes()
-    for path in [*texts.glob("graph-*"), *texts.glob("matches-*"), texts / "anchors.parquet"]:
-        path.unlink()
-    monkeypatch.setattr(row_map, "_SAVE_EVERY", 0)
+@contextlib.contextmanager
+def interrupted_after_three_parts():
     write, written = row_map._write_part, []
 
     def dies(*args) -> None:
@@ -402,11 +398,21 @@ def test_interrupted_it_goes_on_with_the_same_bytes(folder, texts, monkeypatch):
             raise KeyboardInterrupt
         written.append(write(*args))
 
-    monkeypatch.setattr(row_map, "_write_part", dies)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(row_map, "_SAVE_EVERY", 0)
+        patch.setattr(row_map, "_write_part", dies)
+        yield
+
+
+def test_interrupted_it_goes_on_with_the_same_bytes(folder, texts, monkeypatch):
+    monkeypatch.setitem(graph._ROWS, "cpu", 16)
+    smoothed(folder, texts)
+    expected = (texts / "anchors.parquet").read_bytes()
+    for path in [*texts.glob("graph-*"), *texts.glob("matches-*"), texts / "anchors.parquet"]:
+        path.unlink()
+    with interrupted_after_three_parts():
         smoothed(folder, texts)
     assert len(list(texts.glob("graph-*.parts/*.npz"))) == 3
-    monkeypatch.setattr(row_map, "_write_part", write)
     rows, decide = [], graph.neighbours
     monkeypatch.setattr(graph, "neighbours", lambda f, s, some, k: rows.extend(some.tolist()) or decide(f, s, some, k))
     smoothed(folder, texts)
@@ -434,23 +440,17 @@ def embedded(texts: Path) -> list[bytes]:
 def test_embed_interrupted_goes_on_with_the_same_bytes(folder, texts, monkeypatch):
     expected = embedded(texts)
     monkeypatch.setattr(embed, "_BATCH", 8)
-    monkeypatch.setattr(row_map, "_SAVE_EVERY", 0)
-    write, written = row_map._write_part, []
-
-    def dies(*args) -> None:
-        if len(written) == 3:
-            raise KeyboardInterrupt
-        written.append(write(*args))
-
     for name in ("embeddings.npy", "classes.npy", "text.json"):
         (texts / name).unlink()
-    for name, stop in (("row_map._write_part", dies), ("_write", Mock(side_effect=KeyboardInterrupt))):
-        with monkeypatch.context() as patch:
-            patch.setattr(f"mopro_fast.text.embed.{name}", stop)
-            with pytest.raises(KeyboardInterrupt):
-                text("embed", texts, "--classes", folder / "classes.csv", "--device", "cpu")
-        assert list(texts.glob("texts-*.*")) and not (texts / "text.json").exists()
-    text("embed", texts, "--classes", folder / "classes.csv", "--device", "cpu")
+    words = ("embed", texts, "--classes", folder / "classes.csv", "--device", "cpu")
+    with interrupted_after_three_parts():
+        text(*words)
+    assert len(list(texts.glob("texts-*.parts/*.npz"))) == 3 and not (texts / "text.json").exists()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(embed, "_write", Mock(side_effect=KeyboardInterrupt))
+        text(*words)
+    assert list(texts.glob("texts-*.npy")) and not (texts / "text.json").exists()
+    text(*words)
     assert embedded(texts) == expected and not list(texts.glob("texts-*.*"))
 
 

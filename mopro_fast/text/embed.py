@@ -15,7 +15,7 @@ import tyro
 from torch import Tensor
 
 from mopro_fast import distributed, files
-from mopro_fast.console import escaped, plural, tell
+from mopro_fast.console import escaped, tell
 from mopro_fast.distributed import say
 from mopro_fast.downstream import row_map
 from mopro_fast.errors import UserError
@@ -25,6 +25,7 @@ from mopro_fast.text.folder import (
     EMBEDDINGS,
     TEXTS,
     Texts,
+    digests,
     own,
     read_texts,
     read_vectors,
@@ -110,10 +111,7 @@ def embed(o: Embed, folder: Path, texts: Texts, device: torch.device) -> str:
         images, classes = found[: len(encoded.dictionary)], found[len(encoded.dictionary) :]
         about |= {"identity": encoder.identity}
         about["classes"] = [{"name": n, "text": t} for n, t in zip(names, of_classes, strict=True)]
-    if empty := sum(int((~images[i : i + _PIECE].any(1)).sum()) for i in range(0, len(images), _PIECE) if given):
-        say(f"{plural(empty, 'vector')} of texts {'is' if empty == 1 else 'are'} 0: as of texts that say nothing")
     distributed.by_rank0(lambda: _write(folder, images, distinct, classes, about))
-    distributed.by_rank0(lambda: _clear(folder))
     said = f"{folder / EMBEDDINGS}: {len(texts)} texts and {len(classes)} classes, {images.shape[1]} numbers each"
     if few := texts.named(_doubtful(texts.labels, images, distinct, classes)):
         said += (
@@ -215,8 +213,8 @@ def _write(folder: Path, images: np.ndarray, distinct: np.ndarray, classes: np.n
             file.write(images[distinct[first : first + _PIECE]].astype(kind))
     with files.replacing(folder / CLASSES) as file:
         np.save(file, classes.astype("<f4"))
-    vectors = [files.sha256_of(folder / name) for name in (EMBEDDINGS, CLASSES)]
-    files.write_json(folder / ABOUT, about | {"vectors": vectors})
+    files.write_json(folder / ABOUT, about | {"vectors": digests(folder)})
+    _clear(folder)
 
 
 def _given(o: Embed, texts: Texts) -> list[np.memmap]:
@@ -227,6 +225,7 @@ def _given(o: Embed, texts: Texts) -> list[np.memmap]:
         (o.class_embeddings, texts.num_classes, "classes"),
     ):
         found.append(read_vectors(name, rows, what, "give a vector for each, in order"))
+        empty = 0
         for first in range(0, rows, _PIECE):
             some = found[-1][first : first + _PIECE]
             with np.errstate(over="ignore"):
@@ -236,6 +235,9 @@ def _given(o: Embed, texts: Texts) -> list[np.memmap]:
                 raise UserError(
                     f"{name}: vector {first + i} has numbers that are not finite, or that float32 cannot hold"
                 )
+            empty += int((~kept.any(1)).sum())
+        if empty:
+            say(f"{name}: vectors that are 0, as of {what} without a text: {empty:,}")
     if found[0].shape[1] != found[1].shape[1]:
         raise UserError(
             f"the images' vectors have {found[0].shape[1]} numbers and the classes' {found[1].shape[1]}: take one "

@@ -202,6 +202,11 @@ def read_texts(folder: Path) -> Texts:
     return Texts(columns["path"], columns["label"], text, about)
 
 
+def digests(folder: Path) -> list[str]:
+    """sha256 of embeddings.npy and of classes.npy."""
+    return [files.sha256_of(folder / name) for name in (EMBEDDINGS, CLASSES)]
+
+
 def read_vectors(path: str | Path, rows: int, what: str, otherwise: str, dtype: type | None = None) -> np.memmap:
     """[rows, E] of a float type, or of ``dtype``, memory-mapped, from a .npy file. Raises a UserError.
 

@@ -32,6 +32,7 @@ from mopro_fast.text.folder import (
     REPORT,
     TEXTS,
     Texts,
+    digests,
     own,
     read_texts,
     read_vectors,
@@ -107,13 +108,14 @@ def _require_options(o: Match) -> None:
         raise UserError("give --features CKPT, whose encoder says which images are similar, or --keep 0")
     given = {f.name: getattr(x, f.name) for x in (o, o.encoder) for f in fields(x) if getattr(x, f.name) != f.default}
     of_images = {"data", "root", *(f.name for f in fields(EncoderConfig))} - {"device"}
-    idle = {"--anchors above 0": {"seed"} if o.anchors > 0 else set()}
-    idle["--keep 0"] = set() if o.keep else {"features", "nearest", "edge", *of_images}
-    idle["--features FILE.npy"] = of_images if o.keep and _is_array(o.features) else set()
-    for with_it, names in idle.items():
-        for name in [name for name in given if name in names]:
+    for applies, other, idle in (
+        (o.anchors > 0, "--anchors above 0", {"seed"}),
+        (not o.keep, "--keep 0", {"features", "nearest", "edge", *of_images}),
+        (o.keep and _is_array(o.features), "--features FILE.npy", of_images),
+    ):
+        for name in [name for name in given if applies and name in idle]:
             option = f"--{name.replace('_', '-')} {given[name]}"
-            raise UserError(f"{option} and {with_it}: the former has no effect with the latter, leave one of them out")
+            raise UserError(f"{option} and {other}: the former has no effect with the latter, leave one of them out")
 
 
 def match(o: Match, folder: Path, texts: Texts, device: torch.device) -> dict[str, Any]:
@@ -146,8 +148,7 @@ def match(o: Match, folder: Path, texts: Texts, device: torch.device) -> dict[st
     made = {name: getattr(o, name) for name in ("anchors", "keep", "nearest", "edge", "seed")}
     made = {"texts": about["texts"], "encoder": about["encoder"]} | made
     totals = made | {"features": o.features, "truth": o.truth} | _totals(texts, found[:, 0], chosen, truth) | reasons
-    without = np.setdiff1d(np.arange(texts.num_classes), texts.labels[chosen == 1])
-    totals["without_anchors"] = texts.named(without)
+    totals["without_anchors"] = texts.named(np.setdiff1d(np.arange(texts.num_classes), texts.labels[chosen == 1]))
     distributed.by_rank0(lambda: _write(folder, columns, made, totals))
     return totals
 
@@ -163,8 +164,7 @@ def _embeddings(folder: Path, texts: Texts) -> tuple[dict[str, Any], np.ndarray,
     found = []
     for name, rows, what in ((EMBEDDINGS, len(texts), "texts"), (CLASSES, texts.num_classes, "classes")):
         found.append(read_vectors(folder / name, rows, what, f"{again} again"))
-    shas = distributed.by_rank0(lambda: [files.sha256_of(folder / name) for name in (EMBEDDINGS, CLASSES)])
-    if about.get("vectors") != shas:
+    if about.get("vectors") != distributed.by_rank0(lambda: digests(folder)):
         raise UserError(f"{folder / EMBEDDINGS} or {CLASSES} is not what was written there: {again} again")
     return about, found[0], np.array(found[1])
 
