@@ -32,8 +32,10 @@ from mopro_fast.data.pipeline import Batch
 from mopro_fast.errors import UserError
 from mopro_fast.models import mopro as mopro_module
 from mopro_fast.models.build import build, build_encoder
+from mopro_fast.models.method import Method
 from mopro_fast.models.mopro import MoPro, StepOutput
-from mopro_fast.models.resnet import Bottleneck, GroupedBatchNorm2d
+from mopro_fast.models.resnet import GroupedBatchNorm2d
+from mopro_fast.models.speedups import SPEEDUPS, turn_on
 from mopro_fast.training.step import Shuffle, TrainStep
 
 OURS, OFFICIAL = "ours", "official, float32 NCHW"
@@ -127,12 +129,9 @@ def ordinary_encoder(case: Case) -> Module:
     return plain_norms(build_encoder(replace(case, bn_group=0).config())).to(case.device)
 
 
-def fused_key_convolutions(config: TrainConfig) -> MoPro:
-    model = build(config)
-    for m in model.encoder_k.modules():
-        if isinstance(m, Bottleneck):
-            m.fused_conv = True
-    return model
+def sped_up(*names: str) -> Callable[[TrainConfig], Method]:
+    """With these of models/speedups.py, all of them where none is named."""
+    return lambda config: turn_on(build(config), *names)
 
 
 def without_fused_ops(case: Case) -> Callable[[], Any]:
@@ -246,7 +245,6 @@ def variants(case: Case, clone: Path | None, everything: bool) -> dict[str, Call
             made |= {
                 "ours, no CUDA graph": partial(ours, cuda_graph=False),
                 "ours, BatchNorm in plain PyTorch": partial(ours, model=built_plainly),
-                "ours, key encoder's 1×1 convolutions with BatchNorm": partial(ours, model=fused_key_convolutions),
                 "ours, BatchNorm in plain PyTorch, encoders under torch.compile": partial(
                     ours, model=built_plainly, compile=True
                 ),
@@ -255,6 +253,8 @@ def variants(case: Case, clone: Path | None, everything: bool) -> dict[str, Call
                 "ours, ops in plain PyTorch": without_fused_ops,
                 "ours, float32": partial(ours, precision="fp32"),
             }
+            made |= {f"ours, {name} on": partial(ours, model=sped_up(name)) for name in SPEEDUPS}
+            made["ours, all speed-ups on"] = partial(ours, model=sped_up())
     return made
 
 

@@ -1,0 +1,82 @@
+"""Each of models/speedups.py: the whole step with it on is the plain, loop-written step of reference_step.py."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference_step import PlainMoPro
+from small_step import SGD, train_step
+from test_ops import DEVICE, rms_error
+from test_step import as_floats
+
+from mopro_fast import ops
+from mopro_fast.config import MoProConfig
+from mopro_fast.data.pipeline import Batch
+from mopro_fast.distributed import shuffle_order
+from mopro_fast.models import resnet
+from mopro_fast.models.mopro import MoPro
+from mopro_fast.models.resnet import Bottleneck, GroupedBatchNorm2d, ResNet
+from mopro_fast.models.speedups import SPEEDUPS, turn_on
+from mopro_fast.training.step import Shuffle
+
+ROWS, CLASSES, SIZE = 16, 5, 32
+CONFIG = MoProConfig(queue_size=20, key_momentum=0.9, proto_momentum=0.9, threshold=0.4, start_clean=2)
+TOLERANCE = 1e-4
+# A value that rounding moves across the kink of a ReLU changes the gradient by 4e-3, a term left out by more than 0.1.
+KINK = 0.01
+
+
+def encoder(bn_group: int) -> ResNet:
+    """A stem as for ImageNet, two blocks in layer1 and one in each other: all that joins and all that does not."""
+    torch.manual_seed(5)
+    return ResNet("resnet17", CLASSES, 8, width=0.125, stem="imagenet", bn_group=bn_group)
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("epoch", [0, 2])
+@pytest.mark.parametrize("name, bn_group", [*((name, 8) for name in SPEEDUPS), ("all", 8), ("all", 0)])
+def test_the_step_is_the_plain_one(name: str, bn_group: int, epoch: int, monkeypatch) -> None:
+    monkeypatch.setitem(resnet.LAYERS, "resnet17", (Bottleneck, (2, 1, 1, 1)))
+    g = torch.Generator().manual_seed(epoch)
+    view_q, view_k = torch.randint(256, (2, ROWS, SIZE, SIZE, 3), dtype=torch.uint8, generator=g)
+    labels = torch.randint(CLASSES, (ROWS,), generator=g)
+    prototypes = F.normalize(torch.randn(CLASSES, 8, generator=g), dim=1)
+
+    plain_encoder = encoder(bn_group)
+    for m in plain_encoder.modules():
+        if isinstance(m, GroupedBatchNorm2d):
+            m.fused = "off"
+    model = MoPro(encoder(bn_group), encoder(bn_group), CONFIG).train()
+    plain = PlainMoPro(plain_encoder, model.queue, CONFIG, 1)
+    for one in (model, plain):
+        one.prototypes.copy_(prototypes)
+    optimizer = torch.optim.SGD(plain.encoder_q[0].parameters(), **SGD)
+    order = shuffle_order(0, 0, ROWS)
+    ((want,), gradients) = plain.step(as_floats(view_q)[None], as_floats(view_k)[None], labels[None], epoch, order)
+    optimizer.step()
+    plain.update_key_encoder()
+
+    turn_on(model.to(DEVICE, memory_format=torch.channels_last), *([] if name == "all" else [name]))
+    step = train_step(model, ROWS, device=DEVICE, precision="fp32", cuda_graph=False)
+    batch = Batch(*(x.to(DEVICE) for x in (view_q, view_k, labels, torch.arange(ROWS))))
+    ((batch, place),) = Shuffle(0, ROWS)([batch], 0)
+    with ops.use_backend("triton"), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        out = step(batch, place, epoch, 0, SGD["lr"])
+
+    for metric in ("loss", "loss_cls", "loss_proto", "loss_inst"):
+        assert out.metrics[metric].item() == pytest.approx(want[metric], rel=TOLERANCE)
+    assert torch.equal(out.labels.cpu(), want["labels"]) and torch.equal(out.kept.cpu(), want["kept"])
+    ours = torch.cat([p.grad.flatten() for p in model.encoder_q.parameters()])
+    assert rms_error(ours, torch.cat([g.flatten() for g in gradients.values()])) < KINK
+    assert rms_error(model.queue, plain.queue) < TOLERANCE and rms_error(model.prototypes, plain.prototypes) < TOLERANCE
+    for mine, theirs in ((model.encoder_q, plain.encoder_q[0]), (model.encoder_k, plain.encoder_k[0])):
+        for (entry, a), b in zip(mine.state_dict().items(), theirs.state_dict().values(), strict=True):
+            moved = entry.endswith(("weight", "bias"))  # by a gradient
+            assert a.shape == b.shape and rms_error(a.float(), b.float()) < (KINK if moved else TOLERANCE), entry
+
+
+def test_without_a_name_all_are_turned_on(monkeypatch) -> None:
+    seen = []
+    for name in SPEEDUPS:
+        monkeypatch.setitem(SPEEDUPS, name, lambda model, name=name: seen.append((model, name)))
+    model = object()
+    assert turn_on(model) is model and seen == [(model, name) for name in SPEEDUPS]
