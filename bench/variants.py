@@ -133,7 +133,7 @@ def conv1x1_stats_(function: Callable, s: SimpleNamespace, layout: torch.memory_
 
 def conv2d_between_ops(x: Tensor, weight: Tensor, running_mean: Tensor, running_var: Tensor, norm: tuple[Tensor, ...]):
     """PyTorch's convolution between our normalising pass and our statistics: what conv1x1_stats_ saves."""
-    y = F.conv2d(torch.ops.mopro_fast.batch_norm_act(x, *norm, None, True), weight.to(x.dtype))
+    y = F.conv2d(torch.ops.mopro_fast.batch_norm_act(x, *norm, None, True)[0], weight.to(x.dtype))
     return y, *torch.ops.mopro_fast.batch_norm_stats_(y, running_mean, running_var, 0.1, 1e-5, 0)
 
 

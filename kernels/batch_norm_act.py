@@ -6,7 +6,9 @@
 Mean and rstd are batch_norm_stats.py's (two launches), the rest is one launch. Backward: sums per split, combined in
 their order by a second launch, then dx. Nothing is atomic.
 Values moved per element, forward with statistics + backward: 3 + 5 (x alone tells where y > 0), with a residual 4 + 7.
-BatchNorm, add and ReLU as kernels of their own, in place where they can be, move 5 + 8 and 8 + 8.
+BatchNorm, add and ReLU as kernels of their own, in place where they can be, move 5 + 8 and 8 + 8. Where two read y, an
+addition of their gradients moves 3 more; joined, dy = dy₁ + dy₂ as it is read, 1 more. With a sign bit per value of y,
+written forward, backward reads 1/16 in the place of y.
 Source: Ioffe and Szegedy 2015 (arXiv 1502.03167); groups are the ranks of a run that does not share statistics.
 """
 
@@ -26,15 +28,16 @@ from mopro_fast.kernels.batch_norm_stats import (
     split_tile,
     tiling,
 )
+from mopro_fast.ops.batch_norm_act import signs_shape
 
 
 @triton.jit
 def batch_norm_act_fwd_kernel(
-    x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr,
+    x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr, signs_ptr,
     positions, split_positions, splits, channels,
-    RESIDUAL: tl.constexpr, RELU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    RESIDUAL: tl.constexpr, RELU: tl.constexpr, SIGNS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Grid (groups·splits·channel blocks)."""
+    """Grid (groups·splits·channel blocks). SIGNS: a bit per value is written, 0 where y ≤ 0."""
     part, c = part_of(channels, BLOCK_C)
     group, start, count = split_of(part, positions, split_positions, splits)
     mean, rstd = of_group(mean_ptr, group, c, channels), of_group(rstd_ptr, group, c, channels)
@@ -49,18 +52,24 @@ def batch_norm_act_fwd_kernel(
             y += load(residual_ptr + here, ok)
         if RELU:
             y = tl.where(y <= 0, 0.0, y)  # NaN stays NaN
+        y = y.to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + here, y, ok)
+        if SIGNS:
+            at_byte, byte_ok = of_bytes(start + first + rows, first + rows < count, c, channels, BLOCK_C)
+            tl.store(signs_ptr + at_byte, packed(y, BLOCK_P, BLOCK_C), byte_ok)
 
 
 @triton.jit
 def batch_norm_act_bwd_sums_kernel(
-    dy_ptr, x_ptr, y_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, g_ptr, split_g_ptr, split_gx_ptr,
+    dy_ptr, dy2_ptr, x_ptr, y_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, g_ptr, split_g_ptr, split_gx_ptr,
     positions, split_positions, splits, channels,
-    RELU: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    RELU: tl.constexpr, RESIDUAL: tl.constexpr, JOINED: tl.constexpr, SIGNS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Grid (groups·splits·channel blocks): Σ g and Σ g·x̂ of a split → [groups, splits, C].
 
-    RESIDUAL: where y > 0 is read from y, and g is written, the residual's gradient.
+    RESIDUAL: where y > 0 is read from y, and g is written, the residual's gradient. JOINED: dy is dy + dy2, rounded as
+    if it had been stored. SIGNS: y is the forward pass's signs.
     """
     part, c = part_of(channels, BLOCK_C)
     group, start, count = split_of(part, positions, split_positions, splits)
@@ -74,8 +83,15 @@ def batch_norm_act_bwd_sums_kernel(
         ok = (first + rows < count)[:, None] & (c < channels)[None, :]
         here = (start + first) * channels + at
         g, x = load(dy_ptr + here, ok), load(x_ptr + here, ok)
+        if JOINED:
+            g = (g + load(dy2_ptr + here, ok)).to(dy_ptr.dtype.element_ty).to(tl.float32)
         if RESIDUAL:
-            g = tl.where(load(y_ptr + here, ok) <= 0, 0.0, g)
+            if SIGNS:
+                at_byte, byte_ok = of_bytes(start + first + rows, first + rows < count, c, channels, BLOCK_C)
+                y = unpacked(tl.load(y_ptr + at_byte, byte_ok, 0), BLOCK_P, BLOCK_C)
+            else:
+                y = load(y_ptr + here, ok)
+            g = tl.where(y <= 0, 0.0, g)
             tl.store(g_ptr + here, g, ok)
         elif RELU:
             g = tl.where(affine(x, mean, scale, bias) <= 0, 0.0, g)
@@ -139,6 +155,28 @@ def batch_norm_act_bwd_kernel(
 
 
 @triton.jit
+def of_bytes(position, position_ok, c, channels, BLOCK_C: tl.constexpr):
+    """Offsets into the signs [positions, C/8] for channels c, and which of them exist; 8 divides C."""
+    byte = tl.min(c, 0) // 8 + tl.arange(0, BLOCK_C // 8)
+    at = position[:, None] * (channels // 8) + byte[None, :]
+    return at, position_ok[:, None] & (byte < channels // 8)[None, :]
+
+
+@triton.jit
+def packed(y, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Signs of y [P, C] → bytes [P, C/8]. Bit i is channel i of its eight: 0 where y ≤ 0; NaN counts as above."""
+    bits = tl.reshape(tl.where(y <= 0, 0, 1), [BLOCK_P, BLOCK_C // 8, 8])
+    return tl.sum(bits << tl.arange(0, 8)[None, None, :], 2).to(tl.uint8)
+
+
+@triton.jit
+def unpacked(bytes, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """-> int32 [P, C], 0 or 1"""
+    bits = (bytes.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return tl.reshape(bits, [BLOCK_P, BLOCK_C])
+
+
+@triton.jit
 def of_group(ptr, group, c, channels):
     """Of [groups, C], the group's channels."""
     return tl.load(ptr + group * channels + c, c < channels, 0.0)
@@ -160,23 +198,30 @@ ELEMENTWISE = {"tile_bytes": 4096, "per_sm": 6}
 
 
 def batch_norm_act(
-    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool
-) -> Tensor:
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool,
+    signs: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """-> y; its signs, uint8 [N, H, W, C/8], without elements unless they are wanted"""
     x, (mean, rstd, weight, bias) = channels_last(x), (t.contiguous() for t in (mean, rstd, weight, bias))
     y = torch.empty_like(x, memory_format=torch.channels_last)
+    bits = torch.empty(signs_shape(x) if signs else 0, dtype=torch.uint8, device=x.device)
     if y.numel():
         t = tiling(x, len(mean), **ELEMENTWISE)
         batch_norm_act_fwd_kernel[t.grid](
-            x, mean, rstd, weight, bias, y if residual is None else channels_last(residual), y, *t.integers,
-            RESIDUAL=residual is not None, RELU=relu, **t.blocks,
+            x, mean, rstd, weight, bias, y if residual is None else channels_last(residual), y, bits, *t.integers,
+            RESIDUAL=residual is not None, RELU=relu, SIGNS=signs, **t.blocks,
         )  # fmt: skip
-    return y
+    return y, bits
 
 
 def batch_norm_act_backward(
-    dy: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, relu: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> gradients of x, weight, bias; of the residual where y is given, else no elements"""
+    dy: Tensor, dy2: Tensor | None, x: Tensor, y: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor,
+    bias: Tensor, relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dy2: added to dy; only where y is given. y: or its signs.
+
+    -> gradients of x, weight, bias; of the residual where y is given, else no elements
+    """
     dy, x = channels_last(dy), channels_last(x)
     mean, rstd, weight, bias = (t.contiguous() for t in (mean, rstd, weight, bias))
     groups, channels = mean.shape
@@ -185,11 +230,13 @@ def batch_norm_act_backward(
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     if not x.numel():
         return dx, dweight.zero_(), dbias.zero_(), g
+    signs = y is not None and y.dtype == torch.uint8
     t = tiling(x, groups, tile_bytes=8192, per_sm=2)
     split_g, split_gx = (new(x, groups, t.splits, channels) for _ in range(2))
     batch_norm_act_bwd_sums_kernel[t.grid](
-        dy, x, x if y is None else channels_last(y), mean, rstd, weight, bias, g, split_g, split_gx, *t.integers,
-        RELU=relu, RESIDUAL=y is not None, **t.blocks, num_warps=8,
+        dy, dy if dy2 is None else channels_last(dy2), x, x if y is None else y if signs else channels_last(y),
+        mean, rstd, weight, bias, g, split_g, split_gx, *t.integers,
+        RELU=relu, RESIDUAL=y is not None, JOINED=dy2 is not None, SIGNS=signs, **t.blocks, num_warps=8,
     )  # fmt: skip
     g_sum, gx_sum = new(x, groups, channels), new(x, groups, channels)
     grid, blocks = finish_tiling(groups, t.splits, channels)

@@ -14,9 +14,9 @@ def bottleneck(block: nn.Module, x: Tensor) -> Tensor:
     """
     residual = x if block.downsample is None else block.downsample(x)
     y, norm = _conv1x1(block.conv1, block.bn1, x, None)
-    y = block.conv2(torch.ops.mopro_fast.batch_norm_act(y, *norm, None, True))
+    y = block.conv2(torch.ops.mopro_fast.batch_norm_act(y, *norm, None, True)[0])
     y, norm = _conv1x1(block.conv3, block.bn3, y, _norm(block.bn2, y))
-    return torch.ops.mopro_fast.batch_norm_act(y, *norm, residual, True)
+    return torch.ops.mopro_fast.batch_norm_act(y, *norm, residual, True)[0]
 
 
 def _conv1x1(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, norm: tuple | None) -> tuple[Tensor, tuple]:

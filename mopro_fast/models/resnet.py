@@ -17,6 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from mopro_fast import ops
 from mopro_fast.models import forward_only
 
+Fork = Literal["off", "on", "signs"]
+"""How a block hands its output on: once, twice, or twice with the signs kept (``ops.batch_norm_act``)."""
+Pair = Tensor | tuple[Tensor, Tensor]
+"""What a block reads: one activation, or it twice, for its convolution and for its residual."""
+
 
 class GroupedBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm, then the residual and the ReLU behind it, in training with the statistics of groups of ``group`` rows.
@@ -32,13 +37,16 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
     group: int = 0
     fused: Literal["auto", "on", "off"] = "auto"
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, relu: bool = False, fork: Fork = "off"
+    ) -> Tensor | tuple[Tensor, Tensor]:
         if self.training and self.group and len(x) % self.group:
             raise ValueError(f"the batch of {len(x)} rows is not a multiple of bn_group={self.group}")
         if self.training and self._is_fused(x.device.type):
             return ops.batch_norm_act(
                 x, self.weight, self.bias, self.running_mean, self.running_var, residual,
-                relu=relu, group=self.group, momentum=self.momentum, eps=self.eps,
+                relu=relu, group=self.group, momentum=self.momentum, eps=self.eps, fork=fork != "off",
+                signs=fork == "signs",
             )  # fmt: skip
         if self.training and self.group not in (0, len(x)):
             x = self._by_groups(x)
@@ -47,7 +55,8 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
             x = F.batch_norm(x, *statistics, self.weight, self.bias, self.training, self.momentum, self.eps)
         if residual is not None:
             x = x.add_(residual)
-        return F.relu(x, inplace=True) if relu else x
+        x = F.relu(x, inplace=True) if relu else x
+        return x if fork == "off" else (x, x)
 
     def _is_fused(self, device: str) -> bool:
         return self.fused == "on" or (self.fused == "auto" and ops.backends.is_fused("batch_norm_act", device))
@@ -65,7 +74,10 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
 
 
 class BasicBlock(nn.Module):
+    """fork: of its output. Off: not measured on a GPU yet."""
+
     expansion = 1
+    fork: Fork = "off"
 
     def __init__(self, inplanes: int, planes: int, stride: int, downsample: nn.Module | None) -> None:
         super().__init__()
@@ -75,17 +87,23 @@ class BasicBlock(nn.Module):
         self.bn2 = GroupedBatchNorm2d(planes)
         self.downsample = downsample
 
-    def forward(self, x: Tensor) -> Tensor:
-        residual = x if self.downsample is None else self.downsample(x)
+    def forward(self, x: Pair) -> Pair:
+        x, residual = x if isinstance(x, tuple) else (x, x)
+        residual = residual if self.downsample is None else self.downsample(residual)
         x = self.bn1(self.conv1(x), relu=True)
-        return self.bn2(self.conv2(x), residual, relu=True)
+        return self.bn2(self.conv2(x), residual, relu=True, fork=self.fork)
 
 
 class Bottleneck(nn.Module):
-    """fused_conv: without a gradient, run as ``forward_only.bottleneck``. Off: not measured on a GPU yet."""
+    """Both are off, for they are not measured on a GPU yet.
+
+    fused_conv: without a gradient, run as ``forward_only.bottleneck``.
+    fork:       of its output.
+    """
 
     expansion = 4
     fused_conv: bool = False
+    fork: Fork = "off"
 
     def __init__(self, inplanes: int, planes: int, stride: int, downsample: nn.Module | None) -> None:
         super().__init__()
@@ -97,13 +115,14 @@ class Bottleneck(nn.Module):
         self.bn3 = GroupedBatchNorm2d(planes * self.expansion)
         self.downsample = downsample
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Pair) -> Pair:
         if self.fused_conv and self.training and not torch.is_grad_enabled():
             return forward_only.bottleneck(self, x)
-        residual = x if self.downsample is None else self.downsample(x)
+        x, residual = x if isinstance(x, tuple) else (x, x)
+        residual = residual if self.downsample is None else self.downsample(residual)
         x = self.bn1(self.conv1(x), relu=True)
         x = self.bn2(self.conv2(x), relu=True)
-        return self.bn3(self.conv3(x), residual, relu=True)
+        return self.bn3(self.conv3(x), residual, relu=True, fork=self.fork)
 
 
 LAYERS: dict[str, tuple[type[nn.Module], tuple[int, int, int, int]]] = {
@@ -176,9 +195,12 @@ class ResNet(nn.Module):
         if self.training:  # in one launch, not 53
             torch._foreach_add_([norm.num_batches_tracked for norm in self._norms], 1)
         x = self.maxpool(self.bn1(self.conv1(x), relu=True))
-        for block in (*self.layer1, *self.layer2, *self.layer3, *self.layer4):
+        for block in self.blocks():
             x = _recomputed(block, x) if self.recompute and torch.is_grad_enabled() else block(x)
         return _pooled(x)
+
+    def blocks(self) -> list[nn.Module]:
+        return [*self.layer1, *self.layer2, *self.layer3, *self.layer4]
 
     def project(self, features: Tensor) -> Tensor:
         """pooled features → embedding of unit length, float32 whatever autocast says."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from mopro_fast.models.method import Method
-from mopro_fast.models.resnet import Bottleneck
+from mopro_fast.models.resnet import Bottleneck, Fork
 
 M = TypeVar("M", bound=Method)
 
@@ -20,6 +20,19 @@ def turn_on(model: M, *names: str) -> M:
     return model
 
 
+def residual_joins(model: Method) -> None:
+    _fork(model, "on")
+
+
+def sign_bits(model: Method) -> None:
+    _fork(model, "signs")
+
+
+def _fork(model: Method, how: Fork) -> None:
+    for block in model.encoder_q.blocks()[:-1]:  # the last one's output has one reader
+        block.fork = how
+
+
 def key_convolutions(model: Method) -> None:
     for m in model.encoder_k.modules():
         if isinstance(m, Bottleneck):
@@ -27,5 +40,7 @@ def key_convolutions(model: Method) -> None:
 
 
 SPEEDUPS: dict[str, Callable[[Method], None]] = {
+    "residual-joins": residual_joins,
+    "sign-bits": sign_bits,
     "key-convolutions": key_convolutions,
 }

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mopro_fast.ops import backends, checks
 
@@ -37,26 +38,57 @@ def _channels_last(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
-def _backward_fake(dy, x, y, mean, rstd, weight, bias, relu):
+def signs_shape(x: Tensor) -> tuple[int, int, int, int]:
+    """Of the bytes with a bit per value of x, whose channels 8 divides."""
+    n, channels, height, width = x.shape
+    return n, height, width, channels // 8
+
+
+def _fake(x, mean, rstd, weight, bias, residual, relu, signs=False):
+    return _channels_last(x), x.new_empty(signs_shape(x) if signs else 0, dtype=torch.uint8)
+
+
+def _backward_fake(dy, dy2, x, y, mean, rstd, weight, bias, relu):
     dresidual = x.new_empty(0) if y is None else _channels_last(x)
     return _channels_last(x), torch.empty_like(weight), torch.empty_like(bias), dresidual
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, mean, rstd, weight, bias, residual, ctx.relu = inputs
+    x, mean, rstd, weight, bias, residual, ctx.relu, _ = inputs
     ctx.with_residual = residual is not None
-    y = output if ctx.relu and ctx.with_residual else None  # else x alone tells where y is above 0
+    y = output[0] if ctx.relu and ctx.with_residual else None  # else x alone tells where y is above 0
     ctx.save_for_backward(x, y, mean, rstd, weight, bias)
 
 
-def _backward(ctx, dy: Tensor):
+def _backward(ctx, dy: Tensor, _):
     x, y, mean, rstd, weight, bias = ctx.saved_tensors
     dx, dweight, dbias, dresidual = torch.ops.mopro_fast.batch_norm_act_backward(
-        dy, x, y, mean, rstd, weight, bias, ctx.relu
+        dy, None, x, y, mean, rstd, weight, bias, ctx.relu
     )
     if ctx.with_residual and y is None:
         dresidual = dy
-    return dx, None, None, dweight, dbias, dresidual if ctx.with_residual else None, None
+    return dx, None, None, dweight, dbias, dresidual if ctx.with_residual else None, None, None
+
+
+class _Forked(torch.autograd.Function):
+    """batch_norm_act with a residual and a ReLU, its output handed on twice."""
+
+    @staticmethod
+    def forward(ctx, x, mean, rstd, weight, bias, residual, signs: bool) -> tuple[Tensor, Tensor]:
+        y, bits = torch.ops.mopro_fast.batch_norm_act(x, mean, rstd, weight, bias, residual, True, signs)
+        ctx.save_for_backward(x, bits if signs else y, mean, rstd, weight, bias)
+        ctx.set_materialize_grads(False)
+        return y, y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor | None, dy2: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            dy, dy2 = dy2, None
+        if dy is None:
+            return (None,) * 7
+        dx, dweight, dbias, dresidual = torch.ops.mopro_fast.batch_norm_act_backward(dy, dy2, *ctx.saved_tensors, True)
+        return dx, None, None, dweight, dbias, dresidual, None
 
 
 backends.define(
@@ -66,15 +98,15 @@ backends.define(
 )
 # mean and rstd are functions of x: x's gradient has their part, and they have none.
 backends.define(
-    "batch_norm_act(Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, Tensor? residual, bool relu) "
-    "-> Tensor",
-    lambda x, *_: _channels_last(x),
+    "batch_norm_act(Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, Tensor? residual, bool relu, "
+    "bool signs=False) -> (Tensor, Tensor)",
+    _fake,
     _backward,
     _setup,
 )
 backends.define(
-    "batch_norm_act_backward(Tensor dy, Tensor x, Tensor? y, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, "
-    "bool relu) -> (Tensor, Tensor, Tensor, Tensor)",
+    "batch_norm_act_backward(Tensor dy, Tensor? dy2, Tensor x, Tensor? y, Tensor mean, Tensor rstd, Tensor weight, "
+    "Tensor bias, bool relu) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward_fake,
 )
 
@@ -91,7 +123,9 @@ def batch_norm_act(
     group: int = 0,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Tensor:
+    fork: bool = False,
+    signs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """``relu(batch_norm(x) + residual)`` in training; each group of rows has the statistics of its own rows.
 
     x:            [N, C, H, W], at least two values per channel and group; gets a gradient.
@@ -103,6 +137,10 @@ def batch_norm_act(
     group:        consecutive rows that share statistics; 0: all N. N must be a multiple of it.
     momentum:     in [0, 1].
     eps:          above 0, added to the (biased) variance.
+    fork:         return the output twice, for two readers: the backward pass adds their gradients as it reads them.
+                  Needs a residual and the ReLU.
+    signs:        with fork: keep a bit per value for the backward pass, which then does not read the output. Without
+                  effect unless 8 divides C.
 
     Returns [N, C, H, W] in x's type with channels_last strides; other inputs are brought to these strides first.
     Statistics are float32, as sums of squared distances from means, so that nothing cancels; float64 inputs with
@@ -116,6 +154,10 @@ def batch_norm_act(
     if residual is not None:
         checks.tensor("residual", residual, tuple(x.shape), (x.dtype,), device)
     check_statistics(x, x.shape[1], running_mean, running_var, group, momentum, eps)
+    if fork and (residual is None or not relu):
+        raise ValueError("fork needs a residual and relu=True")
     with torch.no_grad():
         mean, rstd = torch.ops.mopro_fast.batch_norm_stats_(x, running_mean, running_var, momentum, eps, group)
-    return torch.ops.mopro_fast.batch_norm_act(x, mean, rstd, weight, bias, residual, relu)
+    if fork:
+        return _Forked.apply(x, mean, rstd, weight, bias, residual, signs and x.shape[1] % 8 == 0)
+    return torch.ops.mopro_fast.batch_norm_act(x, mean, rstd, weight, bias, residual, relu)[0]

@@ -342,22 +342,32 @@ def batch_norm_stats_(
 
 
 def batch_norm_act(
-    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool
-) -> Tensor:
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool,
+    signs: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """-> y; a bit per value, 0 where y ≤ 0: uint8 [N, H, W, C/8], no elements unless wanted."""
     y = _affine(_by_group(wide(x)[0], len(mean)), mean, rstd, weight, bias)
     if residual is not None:
         y += _by_group(residual, len(mean))
-    return _from_groups(y.relu_() if relu else y, x)
+    y = _from_groups(y.relu_() if relu else y, x)
+    if not signs:
+        return y, x.new_empty(0, dtype=torch.uint8)
+    above = (~(y <= 0)).permute(0, 2, 3, 1).unflatten(3, (-1, 8))
+    return y, (above * 2 ** torch.arange(8, device=x.device)).sum(4).to(torch.uint8)
 
 
 def batch_norm_act_backward(
-    dy: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, relu: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> gradients of x, weight, bias; of the residual where y is given, else no elements."""
+    dy: Tensor, dy2: Tensor | None, x: Tensor, y: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor,
+    bias: Tensor, relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """y: or its signs. -> gradients of x, weight, bias; of the residual where y is given, else no elements."""
     groups, like = len(mean), x
-    x, g = (_by_group(t, groups) for t in wide(x, dy))
+    x, g = (_by_group(t, groups) for t in wide(x, dy if dy2 is None else dy + dy2))
     if relu:
-        positive = _affine(x, mean, rstd, weight, bias) if y is None else _by_group(y, groups)
+        if y is None:
+            positive = _affine(x, mean, rstd, weight, bias)
+        else:
+            positive = _by_group(y if y.dtype != torch.uint8 else _unpacked(y), groups)
         g = torch.where(positive <= 0, 0, g)
     x_hat = (x - mean[:, None]).mul_(rstd[:, None])
     g_sum, gx_sum, positions = g.sum(1), (g * x_hat).sum(1), max(1, x.shape[1])  # [groups, C]
@@ -371,7 +381,7 @@ def conv1x1_stats_(
     eps: float, group: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> y in x's type, its mean and 1/√(var + eps) [groups, Cout]"""
-    z = batch_norm_act(x, *norm, None, True) if norm else x
+    z = batch_norm_act(x, *norm, None, True)[0] if norm else x
     z, weight = wide(z, weight.to(x.dtype))
     y = F.linear(z.permute(0, 2, 3, 1), weight.flatten(1)).to(x.dtype).permute(0, 3, 1, 2)
     return y, *batch_norm_stats_(y, running_mean, running_var, momentum, eps, group)
@@ -381,6 +391,12 @@ def _by_group(x: Tensor, groups: int) -> Tensor:
     """[N, C, H, W] -> [groups, positions, C], without a copy where x is channels_last."""
     n, channels, height, width = x.shape
     return x.permute(0, 2, 3, 1).reshape(groups, n // max(1, groups) * height * width, channels)
+
+
+def _unpacked(signs: Tensor) -> Tensor:
+    """uint8 [N, H, W, C/8] -> [N, C, H, W], 0 or 1."""
+    bits = signs[..., None].bitwise_right_shift(torch.arange(8, dtype=torch.uint8, device=signs.device)) & 1
+    return bits.flatten(3).permute(0, 3, 1, 2)
 
 
 def _from_groups(x: Tensor, like: Tensor) -> Tensor:
