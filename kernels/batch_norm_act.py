@@ -18,7 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from mopro_fast.kernels.batch_norm_stats import (
+    arrivals,
+    arrived_last,
     channels_last,
+    finish_in_last,
     finish_tiling,
     group_tile,
     load,
@@ -62,14 +65,16 @@ def batch_norm_act_fwd_kernel(
 @triton.jit
 def batch_norm_act_bwd_sums_kernel(
     dy_ptr, dy2_ptr, x_ptr, y_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, g_ptr, split_g_ptr, split_gx_ptr,
-    positions, split_positions, splits, channels,
-    RELU: tl.constexpr, RESIDUAL: tl.constexpr, JOINED: tl.constexpr, SIGNS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    group_g_ptr, group_gx_ptr, dweight_ptr, dbias_ptr, arrivals_ptr,
+    groups, positions, split_positions, splits, channels,
+    RELU: tl.constexpr, RESIDUAL: tl.constexpr, JOINED: tl.constexpr, SIGNS: tl.constexpr, LAST: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Grid (groups·splits·channel blocks): Σ g and Σ g·x̂ of a split → [groups, splits, C].
 
     RESIDUAL: where y > 0 is read from y, and g is written, the residual's gradient. JOINED: dy is dy + dy2, rounded as
-    if it had been stored. SIGNS: y is the forward pass's signs.
+    if it had been stored. SIGNS: y is the forward pass's signs. LAST: the last program of a channel block does what
+    batch_norm_act_bwd_finish_kernel does.
     """
     part, c = part_of(channels, BLOCK_C)
     group, start, count = split_of(part, positions, split_positions, splits)
@@ -100,6 +105,12 @@ def batch_norm_act_bwd_sums_kernel(
     out = part * channels + c
     tl.store(split_g_ptr + out, tl.sum(g_sum, 0), c < channels)
     tl.store(split_gx_ptr + out, tl.sum(gx_sum, 0) * rstd, c < channels)
+    if LAST:  # noqa: SIM102, a constant
+        if arrived_last(arrivals_ptr, groups * splits, channels, BLOCK_C):
+            finish_sums_of(
+                c, split_g_ptr, split_gx_ptr, group_g_ptr, group_gx_ptr, dweight_ptr, dbias_ptr,
+                groups, splits, channels, BLOCK_G, BLOCK_S, BLOCK_C, 4,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -109,13 +120,25 @@ def batch_norm_act_bwd_finish_kernel(
     BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Grid (channel blocks): both sums per group [groups, C], and over the groups the gradients of weight and bias."""
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    finish_sums_of(
+        tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C),
+        split_g_ptr, split_gx_ptr, g_ptr, gx_ptr, dweight_ptr, dbias_ptr,
+        groups, splits, channels, BLOCK_G, BLOCK_S, BLOCK_C, 1,
+    )  # fmt: skip
+
+
+@triton.jit
+def finish_sums_of(
+    c, split_g_ptr, split_gx_ptr, g_ptr, gx_ptr, dweight_ptr, dbias_ptr,
+    groups, splits, channels,
+    BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     dbias = tl.zeros([BLOCK_C], tl.float32)
     dweight = tl.zeros([BLOCK_C], tl.float32)
     for first_group in range(0, groups, BLOCK_G):
         g = tl.zeros([BLOCK_G, BLOCK_S, BLOCK_C], tl.float32)
         gx = tl.zeros([BLOCK_G, BLOCK_S, BLOCK_C], tl.float32)
-        for first in range(0, splits, BLOCK_S):
+        for first in tl.range(0, splits, BLOCK_S, num_stages=STAGES):
             at, ok = split_tile(first_group, groups, first, splits, c, channels, BLOCK_G, BLOCK_S)
             g += tl.load(split_g_ptr + at, ok, 0.0)
             gx += tl.load(split_gx_ptr + at, ok, 0.0)
@@ -199,7 +222,7 @@ ELEMENTWISE = {"tile_bytes": 4096, "per_sm": 6}
 
 def batch_norm_act(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool,
-    signs: bool = False,
+    signs: bool = False, one_launch: bool = False,  # noqa: ARG001, the backward pass's
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """-> y; its signs, uint8 [N, H, W, C/8], without elements unless they are wanted"""
     x, (mean, rstd, weight, bias) = channels_last(x), (t.contiguous() for t in (mean, rstd, weight, bias))
@@ -216,7 +239,7 @@ def batch_norm_act(
 
 def batch_norm_act_backward(
     dy: Tensor, dy2: Tensor | None, x: Tensor, y: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor,
-    bias: Tensor, relu: bool,
+    bias: Tensor, relu: bool, one_launch: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dy2: added to dy; only where y is given. y: or its signs.
 
@@ -233,16 +256,20 @@ def batch_norm_act_backward(
     signs = y is not None and y.dtype == torch.uint8
     t = tiling(x, groups, tile_bytes=8192, per_sm=2)
     split_g, split_gx = (new(x, groups, t.splits, channels) for _ in range(2))
+    g_sum, gx_sum = new(x, groups, channels), new(x, groups, channels)
+    counts = arrivals(x, channels) if one_launch else None
     batch_norm_act_bwd_sums_kernel[t.grid](
         dy, dy if dy2 is None else channels_last(dy2), x, x if y is None else y if signs else channels_last(y),
-        mean, rstd, weight, bias, g, split_g, split_gx, *t.integers,
-        RELU=relu, RESIDUAL=y is not None, JOINED=dy2 is not None, SIGNS=signs, **t.blocks, num_warps=8,
+        mean, rstd, weight, bias, g, split_g, split_gx,
+        g_sum, gx_sum, dweight, dbias, g_sum if counts is None else counts, groups, *t.integers,
+        RELU=relu, RESIDUAL=y is not None, JOINED=dy2 is not None, SIGNS=signs, LAST=counts is not None,
+        **t.blocks, **finish_in_last(groups, t.splits), num_warps=8, maxnreg=128,
     )  # fmt: skip
-    g_sum, gx_sum = new(x, groups, channels), new(x, groups, channels)
-    grid, blocks = finish_tiling(groups, t.splits, channels)
-    batch_norm_act_bwd_finish_kernel[grid](
-        split_g, split_gx, g_sum, gx_sum, dweight, dbias, groups, t.splits, channels, **blocks
-    )
+    if counts is None:
+        grid, blocks = finish_tiling(groups, t.splits, channels)
+        batch_norm_act_bwd_finish_kernel[grid](
+            split_g, split_gx, g_sum, gx_sum, dweight, dbias, groups, t.splits, channels, **blocks
+        )
     t = tiling(x, groups, **ELEMENTWISE)
     batch_norm_act_bwd_kernel[t.grid](
         dy if y is None else g, x, mean, rstd, weight, bias, g_sum, gx_sum, dx, *t.integers,

@@ -2,13 +2,14 @@
 
     n = n₁ + n₂    δ = mean₂ − mean₁    mean = mean₁ + δ·n₂/n    M2 = M2₁ + M2₂ + δ²·n₁·n₂/n       M2 = Σ(x − mean)²
 
-The positions of a group are cut into splits, one per program; a second launch combines them in their order. No
-large sums cancel, and nothing is atomic. Traffic: x once, and 8 bytes per split and channel. Loads are asynchronous
-(num_stages): docs/kernels.md, BatchNorm.
+The positions of a group are cut into splits, one per program; a second launch combines them in their order, or in one
+launch the program that arrives last. No large sums cancel, and nothing is atomic but the count of arrivals. Traffic: x
+once, and 8 bytes per split and channel. Loads are asynchronous (num_stages): docs/kernels.md, BatchNorm.
 Source: Welford 1962 within a program, Chan, Golub and LeVeque 1983 between them; BatchNorm is Ioffe and Szegedy's
 (arXiv 1502.03167).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,11 +23,14 @@ from mopro_fast.kernels.similarity import programs
 
 @triton.jit
 def batch_norm_stats_fwd_kernel(
-    x_ptr, split_mean_ptr, split_m2_ptr,
-    positions, split_positions, splits, channels,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_ptr, arrivals_ptr, split_mean_ptr, split_m2_ptr, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr,
+    groups, positions, split_positions, splits, channels, momentum, eps,
+    LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Grid (groups·splits·channel blocks): mean and M2 of a split → [groups, splits, C]. positions: P of a group."""
+    """Grid (groups·splits·channel blocks): mean and M2 of a split → [groups, splits, C]. positions: P of a group.
+
+    LAST: the last program of a channel block does what batch_norm_stats_finish_kernel does.
+    """
     part, c = part_of(channels, BLOCK_C)
     _, start, count = split_of(part, positions, split_positions, splits)
     rows = tl.arange(0, BLOCK_P)
@@ -47,6 +51,12 @@ def batch_norm_stats_fwd_kernel(
     out = part * channels + c
     tl.store(split_mean_ptr + out, mean, c < channels)
     tl.store(split_m2_ptr + out, m2, c < channels)
+    if LAST:  # noqa: SIM102, a constant
+        if arrived_last(arrivals_ptr, groups * splits, channels, BLOCK_C):
+            finish_stats_of(
+                c, split_mean_ptr, split_m2_ptr, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr,
+                groups, positions, split_positions, splits, channels, momentum, eps, BLOCK_G, BLOCK_S, BLOCK_C, 4,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -56,14 +66,26 @@ def batch_norm_stats_finish_kernel(
     BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Grid (channel blocks): mean and 1/√(var + eps) [groups, C]; one step of the running statistics to their mean."""
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    finish_stats_of(
+        tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C),
+        split_mean_ptr, split_m2_ptr, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr,
+        groups, positions, split_positions, splits, channels, momentum, eps, BLOCK_G, BLOCK_S, BLOCK_C, 1,
+    )  # fmt: skip
+
+
+@triton.jit
+def finish_stats_of(
+    c, split_mean_ptr, split_m2_ptr, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr,
+    groups, positions, split_positions, splits, channels, momentum, eps,
+    BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     mean_sum = tl.zeros([BLOCK_C], tl.float32)
     var_sum = tl.zeros([BLOCK_C], tl.float32)
     for first_group in range(0, groups, BLOCK_G):
         count = tl.zeros([1, 1], tl.float32)
         mean = tl.zeros([BLOCK_G, BLOCK_C], tl.float32)
         m2 = tl.zeros([BLOCK_G, BLOCK_C], tl.float32)
-        for first in range(0, splits, BLOCK_S):
+        for first in tl.range(0, splits, BLOCK_S, num_stages=STAGES):
             at, ok = split_tile(first_group, groups, first, splits, c, channels, BLOCK_G, BLOCK_S)
             left = positions - (first + tl.arange(0, BLOCK_S)).to(tl.int64) * split_positions
             more, more_mean, more_m2 = pool(
@@ -83,6 +105,18 @@ def batch_norm_stats_finish_kernel(
     old_var = tl.load(running_var_ptr + c, c < channels)
     tl.store(running_mean_ptr + c, old_mean + momentum * (mean_sum / groups - old_mean), c < channels)
     tl.store(running_var_ptr + c, old_var + momentum * (var_sum / groups - old_var), c < channels)
+
+
+@triton.jit
+def arrived_last(arrivals_ptr, programs, channels, BLOCK_C: tl.constexpr):
+    """Whether this program is the last of its channel block to come here, and sees what the others have stored. The
+    count is 0 again afterwards."""
+    count_ptr = arrivals_ptr + tl.program_id(0) % tl.cdiv(channels, BLOCK_C)
+    tl.debug_barrier()  # the stores of all threads of this program come before the count, which releases them
+    last = tl.atomic_add(count_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1
+    if last:
+        tl.store(count_ptr, 0)
+    return last
 
 
 @triton.jit
@@ -183,32 +217,68 @@ def finish_tiling(groups: int, splits: int, channels: int) -> tuple[tuple[int], 
     return (triton.cdiv(channels, block_c),), blocks
 
 
+def finish_in_last(groups: int, splits: int) -> dict[str, int]:
+    """Blocks of what the last program combines: 16 partial results of its channels in hand, and three times as many
+    under way, for there may be hundreds. More would spill. Not measured."""
+    block_s = min(16, triton.next_power_of_2(splits))
+    return {"BLOCK_G": min(16 // block_s, triton.next_power_of_2(groups)), "BLOCK_S": block_s}
+
+
+_ARRIVALS: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def arrivals(like: Tensor, channels: int) -> Tensor | None:
+    """Zeros for `arrived_last`, of this device and stream, whose kernels come one after another: graphs captured on one
+    stream must not be replayed at the same time. None where the first call is captured: the zeros would be written at
+    the replay; and for more channels than there are counts."""
+    capturing = like.is_cuda and torch.cuda.is_current_stream_capturing()
+    stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
+    key = like.device, stream
+    if key not in _ARRIVALS and not capturing:
+        _ARRIVALS[key] = torch.zeros(1024, dtype=torch.int32, device=like.device)
+    return _ARRIVALS.get(key) if channels <= 16 * 1024 else None
+
+
 def batch_norm_stats_(
-    x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float, group: int
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float, group: int,
+    one_launch: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """-> mean, rstd f32 [groups, C]"""
     x, channels = channels_last(x), x.shape[1]
     groups = len(x) // group if group else 1
     if not x.numel():
         return new(x, groups, channels).zero_(), new(x, groups, channels).fill_(eps**-0.5)
-    t = tiling(x, groups, tile_bytes=16384, per_sm=2)  # two, with 128 registers of 8 warps each. Not measured
+    counts = arrivals(x, channels) if one_launch else None
+    # Two, with 128 registers of 8 warps each; what finishes takes some of them. Not measured
+    t = tiling(x, groups, tile_bytes=16384 if counts is None else 8192, per_sm=2)
     split_mean, split_m2 = (new(x, groups, t.splits, channels) for _ in range(2))
-    batch_norm_stats_fwd_kernel[t.grid](x, split_mean, split_m2, *t.integers, **t.blocks, num_warps=8)
-    return finish_stats(split_mean, split_m2, t, running_mean, running_var, momentum, eps)
+
+    def first(*arguments: Tensor | float) -> bool:
+        batch_norm_stats_fwd_kernel[t.grid](
+            x, split_mean if counts is None else counts, *arguments,
+            LAST=counts is not None, **t.blocks, **finish_in_last(groups, t.splits), num_warps=8,
+        )  # fmt: skip
+        return counts is not None
+
+    return finish_stats(split_mean, split_m2, t, running_mean, running_var, momentum, eps, first)
 
 
 def finish_stats(
     split_mean: Tensor, split_m2: Tensor, t: Tiling, running_mean: Tensor, running_var: Tensor, momentum: float,
-    eps: float,
+    eps: float, first: Callable[..., bool] = lambda *_: False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Partial results f32 [groups, splits, C] -> mean, rstd; moves the running statistics."""
+    """Partial results f32 [groups, splits, C] -> mean, rstd; moves the running statistics.
+
+    first: makes the partial results, if they are not there yet, given the second launch's arguments; -> whether it has
+    done the second launch's work, too.
+    """
     groups, _, channels = split_mean.shape
     mean, rstd = new(split_mean, groups, channels), new(split_mean, groups, channels)
     running = running_mean.contiguous(), running_var.contiguous()
-    grid, blocks = finish_tiling(groups, t.splits, channels)
-    batch_norm_stats_finish_kernel[grid](
-        split_mean, split_m2, mean, rstd, *running, groups, *t.integers, momentum, eps, **blocks
-    )
+    arguments = (split_mean, split_m2, mean, rstd, *running, groups, *t.integers, momentum, eps)
+    if not first(*arguments):
+        grid, blocks = finish_tiling(groups, t.splits, channels)
+        batch_norm_stats_finish_kernel[grid](*arguments, **blocks)
     for given, own in zip((running_mean, running_var), running, strict=True):
         if given is not own:
             given.copy_(own)

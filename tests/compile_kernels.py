@@ -127,11 +127,19 @@ def calls():
         stats, channel = torch.empty(2 if group else 1, channels), torch.empty(channels)
         for dtype in types:
             x = torch.empty(2 * (group or 4), channels, side, side, dtype=dtype).to(memory_format=torch.channels_last)
-            yield kernels.batch_norm_stats_, (x, channel, channel, 0.1, 1e-5, group)
+            signs = torch.empty(len(x), side, side, channels // 8, dtype=torch.uint8)
+            for one_launch in (False, True):
+                yield kernels.batch_norm_stats_, (x, channel, channel, 0.1, 1e-5, group, one_launch)
+                yield kernels.batch_norm_act_backward, (
+                    x, x, x, x, stats, stats, channel, channel, True, one_launch
+                )  # fmt: skip
+            if channels % 8 == 0:
+                yield kernels.batch_norm_act, (x, stats, stats, channel, channel, x, True, True)
+                yield kernels.batch_norm_act_backward, (x, x, x, signs, stats, stats, channel, channel, True)
             for relu, residual in [(True, x), (True, None), (False, x), (False, None)]:
                 yield kernels.batch_norm_act, (x, stats, stats, channel, channel, residual, relu)
                 y = x if relu and residual is not None else None
-                yield kernels.batch_norm_act_backward, (x, x, y, stats, stats, channel, channel, relu)
+                yield kernels.batch_norm_act_backward, (x, None, x, y, stats, stats, channel, channel, relu)
     for in_channels, channels, side, group in [(64, 64, 56, 0), (256, 64, 56, 0), (512, 2048, 7, 32), (3, 5, 3, 0)]:
         of_x = [torch.empty(2 if group else 1, in_channels)] * 2 + [torch.empty(in_channels)] * 2
         for dtype in (f32, bf16, f16) if group else (f32, bf16):

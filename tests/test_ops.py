@@ -684,7 +684,7 @@ def some_arguments() -> dict[str, tuple]:
         "normalize": (pixels.view(6, 5, 4, 3), kept, BF16, maps.flatten()[:18].view(6, 3).clone()),
         "batch_norm_stats_": (x.detach(), bias.detach().clone(), weight.detach().abs(), 0.1, 1e-5, 2),
         "batch_norm_act": (x, *stats, weight, bias, residual, True),
-        "batch_norm_act_backward": (residual.detach(), x.detach(), maps[1], *channel, True),
+        "batch_norm_act_backward": (residual.detach(), maps[0], x.detach(), maps[1], *channel, True),
         "conv1x1_stats_": (
             x.detach(), torch.linspace(-1, 1, 35, device=DEVICE).view(7, 5, 1, 1), *torch.ones(2, 7, device=DEVICE),
             channel, 0.1, 1e-5, 2,

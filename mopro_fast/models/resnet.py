@@ -31,11 +31,13 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
     Parameters and buffers are those of BatchNorm2d; they stay float32 whatever x is. The encoder counts
     the batches.
 
-    fused: "auto" runs ``ops.batch_norm_act`` where it has a kernel, "on" everywhere, "off" nowhere.
+    fused:      "auto" runs ``ops.batch_norm_act`` where it has a kernel, "on" everywhere, "off" nowhere.
+    one_launch: of ``ops.batch_norm_act``. Off: not measured on a GPU yet.
     """
 
     group: int = 0
     fused: Literal["auto", "on", "off"] = "auto"
+    one_launch: bool = False
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, relu: bool = False, fork: Fork = "off"
@@ -46,7 +48,7 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
             return ops.batch_norm_act(
                 x, self.weight, self.bias, self.running_mean, self.running_var, residual,
                 relu=relu, group=self.group, momentum=self.momentum, eps=self.eps, fork=fork != "off",
-                signs=fork == "signs",
+                signs=fork == "signs", one_launch=self.one_launch,
             )  # fmt: skip
         if self.training and self.group not in (0, len(x)):
             x = self._by_groups(x)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from mopro_fast.models.method import Method
-from mopro_fast.models.resnet import Bottleneck, Fork
+from mopro_fast.models.resnet import Bottleneck, Fork, GroupedBatchNorm2d
 
 M = TypeVar("M", bound=Method)
 
@@ -33,6 +33,12 @@ def _fork(model: Method, how: Fork) -> None:
         block.fork = how
 
 
+def one_launch_norms(model: Method) -> None:
+    for m in model.modules():
+        if isinstance(m, GroupedBatchNorm2d):
+            m.one_launch = True
+
+
 def key_convolutions(model: Method) -> None:
     for m in model.encoder_k.modules():
         if isinstance(m, Bottleneck):
@@ -42,5 +48,6 @@ def key_convolutions(model: Method) -> None:
 SPEEDUPS: dict[str, Callable[[Method], None]] = {
     "residual-joins": residual_joins,
     "sign-bits": sign_bits,
+    "one-launch-norms": one_launch_norms,
     "key-convolutions": key_convolutions,
 }

@@ -29,7 +29,7 @@ def check_statistics(
         raise ValueError(f"x must have at least two values per channel and group, got shape {list(x.shape)}")
 
 
-def _stats_fake(x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float, group: int):
+def _stats_fake(x, running_mean, running_var, momentum, eps, group, one_launch=False):
     groups = len(x) // group if group else 1
     return tuple(x.new_empty(groups, x.shape[1], dtype=parameter_type(x)) for _ in range(2))
 
@@ -44,17 +44,17 @@ def signs_shape(x: Tensor) -> tuple[int, int, int, int]:
     return n, height, width, channels // 8
 
 
-def _fake(x, mean, rstd, weight, bias, residual, relu, signs=False):
+def _fake(x, mean, rstd, weight, bias, residual, relu, signs=False, one_launch=False):
     return _channels_last(x), x.new_empty(signs_shape(x) if signs else 0, dtype=torch.uint8)
 
 
-def _backward_fake(dy, dy2, x, y, mean, rstd, weight, bias, relu):
+def _backward_fake(dy, dy2, x, y, mean, rstd, weight, bias, relu, one_launch=False):
     dresidual = x.new_empty(0) if y is None else _channels_last(x)
     return _channels_last(x), torch.empty_like(weight), torch.empty_like(bias), dresidual
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, mean, rstd, weight, bias, residual, ctx.relu, _ = inputs
+    x, mean, rstd, weight, bias, residual, ctx.relu, _, ctx.one_launch = inputs
     ctx.with_residual = residual is not None
     y = output[0] if ctx.relu and ctx.with_residual else None  # else x alone tells where y is above 0
     ctx.save_for_backward(x, y, mean, rstd, weight, bias)
@@ -63,19 +63,20 @@ def _setup(ctx, inputs, output) -> None:
 def _backward(ctx, dy: Tensor, _):
     x, y, mean, rstd, weight, bias = ctx.saved_tensors
     dx, dweight, dbias, dresidual = torch.ops.mopro_fast.batch_norm_act_backward(
-        dy, None, x, y, mean, rstd, weight, bias, ctx.relu
+        dy, None, x, y, mean, rstd, weight, bias, ctx.relu, ctx.one_launch
     )
     if ctx.with_residual and y is None:
         dresidual = dy
-    return dx, None, None, dweight, dbias, dresidual if ctx.with_residual else None, None, None
+    return dx, None, None, dweight, dbias, dresidual if ctx.with_residual else None, None, None, None
 
 
 class _Forked(torch.autograd.Function):
     """batch_norm_act with a residual and a ReLU, its output handed on twice."""
 
     @staticmethod
-    def forward(ctx, x, mean, rstd, weight, bias, residual, signs: bool) -> tuple[Tensor, Tensor]:
+    def forward(ctx, x, mean, rstd, weight, bias, residual, signs: bool, one_launch: bool) -> tuple[Tensor, Tensor]:
         y, bits = torch.ops.mopro_fast.batch_norm_act(x, mean, rstd, weight, bias, residual, True, signs)
+        ctx.one_launch = one_launch
         ctx.save_for_backward(x, bits if signs else y, mean, rstd, weight, bias)
         ctx.set_materialize_grads(False)
         return y, y.view_as(y)
@@ -86,27 +87,29 @@ class _Forked(torch.autograd.Function):
         if dy is None:
             dy, dy2 = dy2, None
         if dy is None:
-            return (None,) * 7
-        dx, dweight, dbias, dresidual = torch.ops.mopro_fast.batch_norm_act_backward(dy, dy2, *ctx.saved_tensors, True)
-        return dx, None, None, dweight, dbias, dresidual, None
+            return (None,) * 8
+        dx, dweight, dbias, dresidual = torch.ops.mopro_fast.batch_norm_act_backward(
+            dy, dy2, *ctx.saved_tensors, True, ctx.one_launch
+        )
+        return dx, None, None, dweight, dbias, dresidual, None, None
 
 
 backends.define(
     "batch_norm_stats_(Tensor x, Tensor(a!) running_mean, Tensor(b!) running_var, float momentum, float eps, "
-    "int group) -> (Tensor, Tensor)",
+    "int group, bool one_launch=False) -> (Tensor, Tensor)",
     _stats_fake,
 )
 # mean and rstd are functions of x: x's gradient has their part, and they have none.
 backends.define(
     "batch_norm_act(Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, Tensor? residual, bool relu, "
-    "bool signs=False) -> (Tensor, Tensor)",
+    "bool signs=False, bool one_launch=False) -> (Tensor, Tensor)",
     _fake,
     _backward,
     _setup,
 )
 backends.define(
     "batch_norm_act_backward(Tensor dy, Tensor? dy2, Tensor x, Tensor? y, Tensor mean, Tensor rstd, Tensor weight, "
-    "Tensor bias, bool relu) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor bias, bool relu, bool one_launch=False) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward_fake,
 )
 
@@ -125,6 +128,7 @@ def batch_norm_act(
     eps: float = 1e-5,
     fork: bool = False,
     signs: bool = False,
+    one_launch: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``relu(batch_norm(x) + residual)`` in training; each group of rows has the statistics of its own rows.
 
@@ -141,6 +145,7 @@ def batch_norm_act(
                   Needs a residual and the ReLU.
     signs:        with fork: keep a bit per value for the backward pass, which then does not read the output. Without
                   effect unless 8 divides C.
+    one_launch:   let the last program of a launch combine what all of them have summed up, not a launch of its own.
 
     Returns [N, C, H, W] in x's type with channels_last strides; other inputs are brought to these strides first.
     Statistics are float32, as sums of squared distances from means, so that nothing cancels; float64 inputs with
@@ -157,7 +162,9 @@ def batch_norm_act(
     if fork and (residual is None or not relu):
         raise ValueError("fork needs a residual and relu=True")
     with torch.no_grad():
-        mean, rstd = torch.ops.mopro_fast.batch_norm_stats_(x, running_mean, running_var, momentum, eps, group)
+        mean, rstd = torch.ops.mopro_fast.batch_norm_stats_(
+            x, running_mean, running_var, momentum, eps, group, one_launch
+        )
     if fork:
-        return _Forked.apply(x, mean, rstd, weight, bias, residual, signs and x.shape[1] % 8 == 0)
-    return torch.ops.mopro_fast.batch_norm_act(x, mean, rstd, weight, bias, residual, relu)[0]
+        return _Forked.apply(x, mean, rstd, weight, bias, residual, signs and x.shape[1] % 8 == 0, one_launch)
+    return torch.ops.mopro_fast.batch_norm_act(x, mean, rstd, weight, bias, residual, relu, False, one_launch)[0]

@@ -325,8 +325,9 @@ def normalize(images: Tensor, flips: Tensor | None, dtype: torch.dtype, shifts: 
 
 
 def batch_norm_stats_(
-    x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float, group: int
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float, group: int,
+    one_launch: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """-> mean, 1/√(var + eps) [groups, C]. Two passes: torch.var_mean takes 20 times as long on a CPU."""
     (x,) = wide(x)
     groups = len(x) // group if group else 1
@@ -343,7 +344,7 @@ def batch_norm_stats_(
 
 def batch_norm_act(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool,
-    signs: bool = False,
+    signs: bool = False, one_launch: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """-> y; a bit per value, 0 where y ≤ 0: uint8 [N, H, W, C/8], no elements unless wanted."""
     y = _affine(_by_group(wide(x)[0], len(mean)), mean, rstd, weight, bias)
@@ -358,7 +359,7 @@ def batch_norm_act(
 
 def batch_norm_act_backward(
     dy: Tensor, dy2: Tensor | None, x: Tensor, y: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor,
-    bias: Tensor, relu: bool,
+    bias: Tensor, relu: bool, one_launch: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y: or its signs. -> gradients of x, weight, bias; of the residual where y is given, else no elements."""
     groups, like = len(mean), x

@@ -1,0 +1,206 @@
+"""ops.batch_norm_act with fork, signs and one_launch: the bits that it gives without them, or as close to float64."""
+
+import itertools
+
+import pytest
+import torch
+from test_batch_norm_act import EPS, LARGE, MOMENTUM, SHAPES, check
+from test_ops import BF16, DEVICE, F16, F32, ROUNDING, rms_error
+
+from mopro_fast import ops
+from mopro_fast.kernels import batch_norm_stats
+
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+WHOLE_BYTES = [(4, 8, 3, 3, 2), (6, 24, 5, 7, 3), (3, 72, 2, 1, 0), (0, 8, 2, 2, 0)]
+
+
+@pytest.fixture(params=["reference", "triton"])
+def backend(request):
+    with ops.use_backend(request.param):
+        yield request.param
+
+
+def maps(count, n, channels, height, width, dtype):
+    g = torch.Generator().manual_seed(n + channels)
+    made = (torch.randn(n, channels, height, width, generator=g).to(DEVICE, dtype) for _ in range(count))
+    return [t.contiguous(memory_format=torch.channels_last) for t in made]
+
+
+def parameters(channels):
+    g = torch.Generator().manual_seed(channels)
+    weight, bias, mean, var = (torch.randn(channels, generator=g).to(DEVICE) for _ in range(4))
+    return [weight, bias, mean, var.abs()]
+
+
+def run(shape, dtype, readers, **how):
+    """-> output, gradients of x, weight, bias and residual, running statistics; each of the readers has a gradient."""
+    *size, group = shape
+    x, residual, *grads = maps(2 + readers, *size, dtype)
+    weight, bias, mean, var = parameters(size[1])
+    inputs = [t.requires_grad_() for t in (x, weight, bias, residual)]
+    y = ops.batch_norm_act(x, weight, bias, mean, var, residual, group=group, momentum=MOMENTUM, eps=EPS, **how)
+    handed = y[:readers] if how.get("fork") else [y.view_as(y) for _ in range(readers)]
+    assert all(t.dtype == dtype and t.is_contiguous(memory_format=torch.channels_last) for t in handed)
+    assert all(torch.equal(t, handed[0]) for t in handed)
+    return [handed[0].detach(), *torch.autograd.grad(handed, inputs, grads), mean, var]
+
+
+def same(found, expected, dtype):
+    """The interpreter cuts bfloat16 off, where a GPU and PyTorch round."""
+    for a, b in zip(found, expected, strict=True):
+        if dtype == BF16 and DEVICE == "cpu":
+            assert a.numel() == 0 or rms_error(a, b) < 3 * ROUNDING[BF16]
+        else:
+            assert torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize(
+    "shape, signs", [*((s, False) for s in SHAPES), *((s, True) for s in WHOLE_BYTES + SHAPES[1:2])]
+)
+def test_a_forked_output_has_the_gradients_of_its_readers(shape, signs, dtype):
+    """To the bit: their sum is rounded as autograd's addition rounds it."""
+    for readers in (2, 1):
+        same(run(shape, dtype, readers, fork=True, signs=signs), run(shape, dtype, readers), dtype)
+
+
+@pytest.mark.medium
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("signs", [False, True])
+@pytest.mark.parametrize("shape", [(2, 2048, 7, 7, 0), (20, 40, 13, 17, 10)])
+def test_a_forked_output_of_many_tiles(shape, signs):
+    same(run(shape, F16, 2, fork=True, signs=signs), run(shape, F16, 2), F16)
+
+
+@pytest.mark.usefixtures("backend")
+def test_only_the_other_reader_or_none():
+    x, residual, dy = maps(3, 4, 8, 3, 3, F32)
+    y, other = ops.batch_norm_act(x.requires_grad_(), *parameters(8), residual, group=2, fork=True)
+    (found,) = torch.autograd.grad(other, x, dy, retain_graph=True)
+    assert torch.equal(found, torch.autograd.grad(y, x, dy)[0])
+    y, other = ops.batch_norm_act(x, *parameters(8), residual, group=2, fork=True)
+    assert torch.autograd.grad((y.detach() + x).sum(), x)[0].eq(1).all()
+
+
+@pytest.mark.usefixtures("backend")
+def test_signs_are_a_bit_per_stored_value():
+    """Also where float16 rounds a positive value to 0, and where it is no number."""
+    x = torch.zeros(1, 16, 1, 3, dtype=F16, device=DEVICE)
+    x[0, :, 0, 1] = 1
+    x[0, 3, 0, 2], x[0, 9, 0, 2] = float("nan"), -1
+    stats = [torch.full((1, 16), value, device=DEVICE) for value in (0.0, 1.0)]
+    weight, bias = torch.ones(16, device=DEVICE), torch.full((16,), 1e-9, device=DEVICE)
+    y, signs = torch.ops.mopro_fast.batch_norm_act(x, *stats, weight, bias, torch.zeros_like(x), True, True)
+    assert y[0, 5, 0, 0] == 0 and y[0, 9, 0, 2] == 0 and y[0, 3, 0, 2].isnan()
+    assert signs.tolist() == [[[[0, 0], [255, 255], [8, 0]]]]
+
+
+@pytest.mark.parametrize("signs", [False, True])
+def test_gradcheck_of_a_forked_output(signs):
+    g = torch.Generator().manual_seed(4)
+    x, residual = (torch.randn(4, 8, 2, 1, generator=g).double().requires_grad_() for _ in range(2))
+    weight, bias = (torch.rand(8, generator=g).double().requires_grad_() for _ in range(2))
+
+    def function(x, weight, bias, residual):
+        running = torch.zeros(2, 8, dtype=torch.float64)
+        return ops.batch_norm_act(x, weight, bias, *running, residual, group=2, fork=True, signs=signs)
+
+    assert torch.autograd.gradcheck(function, (x, weight, bias, residual))
+
+
+@pytest.mark.parametrize("how", [{"residual": None}, {"relu": False}])
+def test_a_fork_without_residual_or_relu_is_refused(how):
+    x = torch.zeros(4, 3, 2, 2)
+    with pytest.raises(ValueError, match=r"^fork needs a residual and relu=True$"):
+        ops.batch_norm_act(x, *torch.zeros(4, 3), **{"residual": x, **how}, fork=True)
+
+
+@pytest.mark.medium
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # by torch's own compiler
+def test_a_forked_output_compiles():
+    torch.use_deterministic_algorithms(False)
+    x, residual = maps(2, 6, 24, 5, 7, F32)
+
+    def function(x, residual, *rest):
+        return ops.batch_norm_act(x, *rest, residual, group=3, fork=True, signs=True)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    found = []
+    for call in (function, compiled):
+        a, b = (t.clone().requires_grad_() for t in (x, residual))
+        y, other = call(a, b, *parameters(24))
+        found.append([y, other, *torch.autograd.grad((y + 2 * other).square().sum(), (a, b))])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("one_launch")
+@pytest.mark.parametrize("relu, residual", [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_in_one_launch(shape, relu, residual):
+    check(*shape, F32, relu, residual)
+
+
+@pytest.mark.medium
+@pytest.mark.usefixtures("one_launch")
+@pytest.mark.parametrize("shape, dtype, residual", LARGE)
+def test_many_channels_in_one_launch(shape, dtype, residual):
+    check(*shape, dtype, True, residual)
+
+
+@pytest.mark.medium
+@pytest.mark.usefixtures("one_launch")
+@pytest.mark.parametrize("group", [0, 10])
+def test_many_splits_in_one_launch(group, monkeypatch):
+    """More splits than are in hand at a time, and more groups."""
+    monkeypatch.setattr(batch_norm_stats, "programs", lambda _: 200)
+    check(20, 40, 13, 17, group, F32, True, True)
+    check(200, 5, 2, 1, 2, F32, True, True)
+
+
+@pytest.fixture
+def one_launch(monkeypatch):
+    """`check` calls it so, and no finishing kernel may run."""
+    plain = ops.batch_norm_act
+    monkeypatch.setattr(ops, "batch_norm_act", lambda *args, **how: plain(*args, **how, one_launch=True))
+    with ops.use_backend("triton"):
+        yield
+    assert all(not counts.any() for counts in batch_norm_stats._ARRIVALS.values())
+
+
+@pytest.mark.medium
+@pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter's programs come in the order that it is told")
+def test_the_last_program_to_come_finishes_whichever_it_is(monkeypatch):
+    """Every order of programs gives the same bits."""
+    from triton.runtime import interpreter
+
+    builder, found = interpreter.interpreter_builder, []
+    set_grid_idx = builder.set_grid_idx
+    with ops.use_backend("triton"):
+        for order in (lambda x, n: x % n, lambda x, n: n - 1 - x, lambda x, n: (x * 7 + 3) % n if n % 7 else x):
+            monkeypatch.setattr(
+                builder,
+                "set_grid_idx",
+                lambda x, y, z, order=order: set_grid_idx(order(x, builder.grid_dim[0]), y, z),
+            )
+            found.append(run((20, 136, 13, 17, 10), F32, 2, fork=True, one_launch=True))
+    for a, b in itertools.pairwise(found):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_more_channels_than_counts_take_two_launches():
+    assert batch_norm_stats.arrivals(torch.zeros(1), 16 * 1024) is not None
+    assert batch_norm_stats.arrivals(torch.zeros(1), 16 * 1024 + 1) is None
+
+
+def test_a_first_call_that_is_captured_takes_two_launches(monkeypatch):
+    class Captured:
+        is_cuda, device = True, torch.device("cuda", 0)
+
+    monkeypatch.setattr(batch_norm_stats, "_ARRIVALS", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: type("Stream", (), {"cuda_stream": 5}))
+    assert batch_norm_stats.arrivals(Captured(), 64) is None
+    batch_norm_stats._ARRIVALS[Captured.device, 5] = counts = torch.zeros(1024)
+    assert batch_norm_stats.arrivals(Captured(), 64) is counts
