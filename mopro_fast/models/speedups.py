@@ -26,6 +26,11 @@ def key_convolutions(model: Method) -> None:
             m.fused_conv = True
 
 
+def key_stream(model: Method) -> None:
+    model.key_stream = True
+
+
 SPEEDUPS: dict[str, Callable[[Method], None]] = {
     "key-convolutions": key_convolutions,
+    "key-stream": key_stream,
 }
