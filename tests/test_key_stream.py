@@ -65,10 +65,12 @@ class Notes(TorchDispatchMode):
         return out
 
 
+def views_of_step() -> torch.Tensor:
+    return torch.randint(256, (2, ROWS, SIZE, SIZE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
 def step_of(model: Method) -> torch.Tensor:
-    g = torch.Generator().manual_seed(0)
-    views = torch.randint(256, (2, ROWS, SIZE, SIZE, 3), dtype=torch.uint8, generator=g)
-    out = model(*views.unbind(), torch.arange(ROWS) % CLASSES, 2, *extra(model, torch.arange(ROWS), 3))
+    out = model(*views_of_step().unbind(), torch.arange(ROWS) % CLASSES, 2, *extra(model, torch.arange(ROWS), 3))
     out.loss.backward()
     return torch.stack([out.loss.detach(), *(p.grad.float().sum() for p in model.parameters() if p.grad is not None)])
 
@@ -77,16 +79,19 @@ def step_of(model: Method) -> torch.Tensor:
 def test_what_waits_for_what(kind, monkeypatch) -> None:
     model, other = small_method(kind), small_method(kind)
     want = step_of(other)
-    model.key_stream = True
+    model.key_stream, gradients = True, []
+    model.key.register_forward_hook(lambda *_: gradients.append(torch.is_grad_enabled()))
     with monkeypatch.context() as patched, Notes(patched) as notes:
         got = step_of(model)
+    assert gradients == [False]
     assert torch.equal(got, want)
     for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     # The loader's views come first (unbind), the query encoder between the two waits.
     assert notes.events == ["main", "side waits for main", "side", "main", "main waits for side", "main"]
-    views = [(ROWS, SIZE, SIZE, 3), (ROWS, 3)] if kind == "capro" else [(ROWS, SIZE, SIZE, 3)]
-    assert [x.shape for x in notes.recorded["side"]] == views
+    shapes = [(ROWS, SIZE, SIZE, 3), (ROWS, 3)] if kind == "capro" else [(ROWS, SIZE, SIZE, 3)]
+    assert [x.shape for x in notes.recorded["side"]] == shapes
+    assert torch.equal(notes.recorded["side"][0], views_of_step()[1])
     (k,) = notes.recorded["main"]
     assert k.shape[0] == ROWS and k.untyped_storage()._cdata in notes.written["side"]
 
