@@ -40,9 +40,8 @@ class Assumptions:
     """N, rows per GPU, whatever W."""
     px: int = 224
     """Side of the views."""
-    images_per_second: float = 7760
-    """Of one GPU alone, assumed: what memory traffic allows one H200 with BatchNorm, ReLU and addition fused. A slower
-    step hides more."""
+    images_per_second: float = 5190
+    """Of one H200 alone, N=256, predicted by part: docs/performance.md. A slower step hides more."""
     backward_share: float = 0.5
     """Of the step that is the query encoder's backward pass: 16.2 of the 32.5 GFLOP per image."""
     overlap: float = 0.8

@@ -3,6 +3,7 @@
 #   tests/gpu.sh [--dry] [--limit NAME=SECONDS]... [GROUP or STAGE ...]
 # Stages run in the order below, the most telling first. Each ends at a limit of its own and stops no other.
 # The groups first and second are planned for five minutes each, long takes its time. Without names all three run.
+# `build speedups` takes as long: each speed-up of mopro_fast/models/speedups.py by itself, in a training step.
 # OUT/GROUP.log has what its stages print, as it comes. The exit status is 1 if a stage failed or was stopped.
 # PyTorch, Triton and NumPy are enough to begin: a stage that lacks more is skipped and says so. Wheels in .whl are there for
 # this run.
@@ -38,7 +39,7 @@ second=(
   memcheck:150      # 45
   racecheck:80      # 20
 )
-long=(build:120 dali-tests:300 text-tests:120 memcheck-tests:400 ops:600 loader:900 throughput:900)
+long=(build:120 speedups:240 dali-tests:300 text-tests:120 memcheck-tests:400 ops:600 loader:900 throughput:900)
 long+=(numerics:14400 accuracy:86400 tables:60)
 stages=" ${first[*]%:*} ${second[*]%:*} ${long[*]%:*} "
 
@@ -91,6 +92,7 @@ trainer=(tyro docstring_parser typeguard pyarrow tqdm PIL simplejpeg)
 op_tests=(tests/test_ops.py tests/test_two_views.py tests/test_normalize.py tests/test_batch_norm_act.py)
 op_tests+=(tests/test_conv1x1_stats.py tests/test_collective_targets.py)
 cuda_tests=(tests/test_*_cuda.py tests/test_optim.py tests/test_train_step.py tests/test_augment.py tests/test_cache.py)
+cuda_tests+=(tests/test_key_stream.py)
 
 # define STAGE: sets command; needs, modules beyond PyTorch and Triton; lacks, why it cannot run; show, lines at its end.
 define() {
@@ -98,10 +100,14 @@ define() {
   case $1 in
     build) command=(bash -c build) show=23 ;;
     smoke) command=(bash -c smoke) show=1 ;;
-    step-256) step step_256 ours "${plain_norms[@]}" "the two encoders alone" --batch-sizes $((dry ? 8 : 256)) ;;
-    step-32) step step_32 ours --batch-sizes $((dry ? 4 : 32)) ;;
+    step-256) step step_256 --variants ours "${plain_norms[@]}" "the two encoders alone" --batch-sizes $((dry ? 8 : 256)) ;;
+    speedups)
+      step step_speedups --speedups --batch-sizes $((dry ? 8 : 256)) $((dry ? 4 : 32))
+      [ -n "$dry" ] || command+=(--seconds 0.5)
+      ;;
+    step-32) step step_32 --variants ours --batch-sizes $((dry ? 4 : 32)) ;;
     official)
-      step step_official "official, float32 NCHW" "$fast" "supervised, plain PyTorch"
+      step step_official --variants "official, float32 NCHW" "$fast" "supervised, plain PyTorch"
       command+=(--batch-sizes $((dry ? 8 : 256)) $((dry ? 4 : 32)))
       ;;
     op-tests) tests "test_normalize and reference" -n $((dry ? 2 : 12)) --maxfail=30 -k "not beyond_32_bits" "${op_tests[@]}" ;;
@@ -148,9 +154,9 @@ define() {
   esac
 }
 
-# step NAME VARIANT... [--batch-sizes N]
+# step NAME ARGUMENT...
 step() {
-  command=("$PYTHON" bench/step.py --device "$device" --results "$OUT" --name "$1" "${steps[@]}" --variants "${@:2}")
+  command=("$PYTHON" bench/step.py --device "$device" --results "$OUT" --name "$1" "${steps[@]}" "${@:2}")
   show=45
 }
 

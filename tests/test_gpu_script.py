@@ -79,6 +79,14 @@ def test_a_dry_run_passes_every_stage(tmp_path):
 
 
 @pytest.mark.medium
+def test_a_dry_run_of_the_speedups_times_what_a_cpu_has(tmp_path):
+    run = Run(tmp_path / "out", "--dry", "speedups")
+    assert run.end() == 0 and list(run.table()) == ["speedups"], run.printed
+    cases = json.loads((run.out / "step_speedups.json").read_text())["cases"]
+    assert [(case["batch"], list(case["variants"])) for case in cases] == [(8, ["ours"]), (4, ["ours"])]
+
+
+@pytest.mark.medium
 def test_stages_that_reach_their_limit_are_stopped_with_all_their_processes(tmp_path):
     run = Run(tmp_path, "--dry", "--limit", "all=0.3", "first", "second")
     assert run.end() == 1

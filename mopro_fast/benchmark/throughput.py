@@ -253,9 +253,14 @@ def variants(case: Case, clone: Path | None, everything: bool) -> dict[str, Call
                 "ours, ops in plain PyTorch": without_fused_ops,
                 "ours, float32": partial(ours, precision="fp32"),
             }
-            made |= {f"ours, {name} on": partial(ours, model=sped_up(name)) for name in SPEEDUPS}
-            made["ours, all speed-ups on"] = partial(ours, model=sped_up())
+            made |= with_speedups()
     return made
+
+
+def with_speedups() -> dict[str, Callable[[Case], Callable[[], Any]]]:
+    """By name: ours with each of models/speedups.py, and with all."""
+    made = {f"ours, {name} on": partial(ours, model=sped_up(name)) for name in SPEEDUPS}
+    return made | {"ours, all speed-ups on": partial(ours, model=sped_up())}
 
 
 def measure(case: Case, made: dict[str, Callable], seconds: float) -> Iterator[tuple[str, dict]]:

@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
+from mopro_fast.models.beside import beside
 from mopro_fast.models.resnet import ResNet
 
 
@@ -49,6 +51,8 @@ class Method(nn.Module):
     """Label correction is sure of a class whose score exceeds this."""
     inclusive: bool = False
     """Or reaches it."""
+    key_stream: bool = False
+    """On a GPU the key encoder's forward runs beside the query encoder's. Off: not measured yet."""
 
     def __init__(self, encoder_q: ResNet, encoder_k: ResNet | None = None) -> None:
         """encoder_k: follows encoder_q as its moving average, in the optimizer's pass."""
@@ -59,6 +63,15 @@ class Method(nn.Module):
     def compute_with(self, query: nn.Module, key: nn.Module | None = None) -> None:
         """Let these compute for encoder_q and encoder_k: copies in 16 bits, compiled, data-parallel."""
         self.__dict__ |= {"query": query, "key": key}  # not registered: the state dict has the encoders alone
+
+    def key_pass(self, compute: Callable[[], Tensor], *reads: Tensor) -> Callable[[], Tensor]:
+        """-> the function that gives ``compute()``, which runs the key encoder on ``reads``, without a gradient.
+
+        With key_stream it has begun before the query encoder does: without autograd's records its launches take the
+        host less time, and in an eager step the other stream starts as much earlier.
+        """
+        compute = torch.no_grad()(compute)
+        return beside(compute, *reads) if self.key_stream and reads[0].is_cuda else compute
 
     def judges(self) -> bool:
         """Whether it has all that :attr:`correct` needs."""

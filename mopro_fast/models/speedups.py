@@ -45,9 +45,14 @@ def key_convolutions(model: Method) -> None:
             m.fused_conv = True
 
 
+def key_stream(model: Method) -> None:
+    model.key_stream = True
+
+
 SPEEDUPS: dict[str, Callable[[Method], None]] = {
     "residual-joins": residual_joins,
     "sign-bits": sign_bits,
     "one-launch-norms": one_launch_norms,
     "key-convolutions": key_convolutions,
+    "key-stream": key_stream,
 }

@@ -1,0 +1,138 @@
+"""What each of models/speedups.py saves of a step: megabytes and launches counted, milliseconds predicted.
+
+    python bench/speedups.py [--results FOLDER] [--cache FOLDER]
+
+Megabytes: bench/traffic.py's step_mb. Launches: those of the step on tensors without contents with the speed-up on
+(bench/launches.py), N=256; at N=32 they are the same. Milliseconds: bytes at 88 % of a copy's bandwidth, and what a
+launch takes in a CUDA graph. Nothing is run on a GPU.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import record  # first: it sets what OpenMP reads when torch is imported
+
+# isort: split
+import launches
+import torch
+import traffic
+
+from mopro_fast.benchmark.throughput import Case
+from mopro_fast.models.build import build
+from mopro_fast.models.resnet import Bottleneck
+from mopro_fast.models.speedups import SPEEDUPS, turn_on
+
+GPUS, ROWS = traffic.BANDWIDTH, (256, 32)
+EFFICIENCY = 0.88  # of a copy's bandwidth that a memory-bound kernel reaches: assumed
+LAUNCH_US = (1.3, 1.3)  # from kernel to kernel in a CUDA graph, least and most: assumed
+STEP_AT_32 = {"H100": 3200, "H200": 3750}  # images a second of the step as it is, N=32: predicted
+ALL = "all"
+
+Range = tuple[float, float]
+"""Least and most."""
+
+
+def nothing(_gpu: str, _rows: int) -> Range:
+    return 0.0, 0.0
+
+
+def last_program_us() -> Range:
+    """For each second launch of BatchNorm's that the last program of the first one replaces: the launch and the kernel
+    less what they take there, where one program does what a grid did. All assumed."""
+    launch_and_kernel, there = 3.3, (1.5, 4.0)
+    return launch_and_kernel - there[1], launch_and_kernel - there[0]
+
+
+def of_padding(_gpu: str, rows: int) -> Range:
+    """Kernels of cuDNN's for eight input channels: assumed."""
+    return 0.3 * rows / 256, 0.8 * rows / 256
+
+
+def of_overlap(gpu: str, rows: int) -> Range:
+    """Assumed: where launches leave the GPU idle, as at N=32, a tenth of the step."""
+    return (0.5, 1.5) if rows > 32 else 2 * (0.1 * 1e3 * rows / STEP_AT_32[gpu],)
+
+
+class Prediction(NamedTuple):
+    what: str
+    """What it does."""
+    beside: Callable[[str, int], Range] = nothing
+    """Milliseconds saved beside bytes and launches: (GPU, rows)."""
+    launch_us: Range = LAUNCH_US
+    """Microseconds for each launch saved."""
+
+
+PREDICTIONS = {
+    "key-convolutions": Prediction(
+        "the key encoder's 1×1 convolutions take the statistics of their outputs and normalise their inputs; less is "
+        "saved where our product is slower than cuDNN's"
+    ),
+    "residual-joins": Prediction("two gradients that meet are added where BatchNorm's sums read them"),
+    "sign-bits": Prediction("the same, and a bit for each value says where the ReLU let through, not its output"),
+    "stem": Prediction("the first BatchNorm, ReLU and max-pooling in one kernel, which keeps a byte for each maximum"),
+    "padded-input": Prediction("images of eight channels for the first convolution", of_padding),
+    "one-launch-norms": Prediction(
+        "BatchNorm's last program combines what the others have summed, without a second launch",
+        launch_us=last_program_us(),
+    ),
+    "half-keys": Prediction("keys in 16 bits"),
+    "key-stream": Prediction(
+        "the key encoder's forward beside the query encoder's, on a stream of its own", of_overlap
+    ),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=record.RESULTS)
+    parser.add_argument("--cache", type=Path, help="where the host build of csrc/ is kept")
+    a = parser.parse_args(argv)
+    launches.require(parser)
+    case, shapes = Case(max(ROWS), 1000, device="cpu"), traffic.shapes(224)
+    with launches.counting(a.cache) as module:
+        base = cost((), launches.of_step(case, module), shapes)
+        print(base)
+        rows: list[dict] = []
+        for name in (*SPEEDUPS, ALL):
+            on = tuple(SPEEDUPS) if name == ALL else (name,)
+            found = cost(on, launches.of_step(case, module, *on), shapes)
+            rows.append({"name": name, "what": "" if name == ALL else PREDICTIONS[name].what, **found})
+            fewer = {row["name"]: base["launches"] - row["launches"] for row in rows}
+            rows[-1]["ms"] = {gpu: {n: saved_ms(base, found, fewer, on, gpu, n) for n in ROWS} for gpu in GPUS}
+            print(rows[-1])
+    settings = {"bandwidth": GPUS, "efficiency": EFFICIENCY, "launch_us": LAUNCH_US, "queue_size": case.queue_size}
+    print(record.write("speedups", {"settings": settings, "base": base, "rows": rows}, a.results))
+    return 0
+
+
+def cost(on: tuple[str, ...], by_name: dict[str, int], shapes: traffic.Shapes) -> dict:
+    query, key = traffic.step_mb(shapes, on, fused_blocks(on))
+    return {"mb_query": query, "mb_key": key, "launches": sum(by_name.values())}
+
+
+def fused_blocks(on: tuple[str, ...]) -> list[int]:
+    """The key encoder's blocks that run without a gradient's bookkeeping, by number."""
+    with torch.device("meta"):
+        model = build(Case(2, 10).config())
+    blocks = [m for m in (turn_on(model, *on) if on else model).encoder_k.modules() if isinstance(m, Bottleneck)]
+    return [i for i, block in enumerate(blocks) if block.fused_conv]
+
+
+def saved_ms(base: dict, found: dict, fewer: dict[str, int], on: tuple[str, ...], gpu: str, rows: int) -> Range:
+    """fewer: launches that each speed-up saves by itself; of all together, what no other has said is of LAUNCH_US."""
+    mb = base["mb_query"] + base["mb_key"] - found["mb_query"] - found["mb_key"]
+    left, saved = base["launches"] - found["launches"], [mb * 1e6 * rows / (EFFICIENCY * GPUS[gpu]) * 1e3] * 2
+    for name in on:
+        prediction = PREDICTIONS[name]
+        if prediction.launch_us != LAUNCH_US:
+            left -= fewer[name]
+            saved = [s + 1e-3 * fewer[name] * us for s, us in zip(saved, prediction.launch_us, strict=True)]
+        saved = [s + ms for s, ms in zip(saved, prediction.beside(gpu, rows), strict=True)]
+    low, high = (s + 1e-3 * left * us for s, us in zip(saved, LAUNCH_US, strict=True))
+    return low, high
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
