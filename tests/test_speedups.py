@@ -80,3 +80,21 @@ def test_without_a_name_all_are_turned_on(monkeypatch) -> None:
         monkeypatch.setitem(SPEEDUPS, name, lambda model, name=name: seen.append((model, name)))
     model = object()
     assert turn_on(model) is model and seen == [(model, name) for name in SPEEDUPS]
+
+
+@pytest.mark.parametrize("name", ["residual-joins", "sign-bits"])
+def test_joins_with_activations_computed_twice(name: str, monkeypatch) -> None:
+    monkeypatch.setitem(resnet.LAYERS, "resnet17", (Bottleneck, (2, 1, 1, 1)))
+    found = []
+    for recompute in (False, True):
+        model = turn_on(MoPro(encoder(0), encoder(0), CONFIG).train(), name)
+        for m in model.encoder_q.modules():
+            if isinstance(m, GroupedBatchNorm2d):
+                m.fused = "on"
+        model.encoder_q.recompute = recompute
+        x = torch.randn(4, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+        model.encoder_q(x)[0].square().sum().backward()
+        found.append(
+            [*(p.grad for p in model.encoder_q.parameters() if p.grad is not None), *model.encoder_q.buffers()]
+        )
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
