@@ -1,5 +1,6 @@
 """ops.batch_norm_act with fork, signs and one_launch: the bits that it gives without them, or as close to float64."""
 
+import importlib
 import itertools
 
 import pytest
@@ -187,6 +188,18 @@ def test_the_last_program_to_come_finishes_whichever_it_is(monkeypatch):
             found.append(run((20, 136, 13, 17, 10), F32, 2, fork=True, one_launch=True))
     for a, b in itertools.pairwise(found):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter's kernels can be watched")
+def test_one_program_of_a_channel_block_finishes(monkeypatch):
+    finished = []
+    batch_norm_act = importlib.import_module("mopro_fast.kernels.batch_norm_act")  # the name is the op's, too
+    for module, name in ((batch_norm_stats, "finish_stats_of"), (batch_norm_act, "finish_sums_of")):
+        finish = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, f=finish, n=name: finished.append(n) or f(*args))
+    with ops.use_backend("triton"):
+        run((20, 72, 13, 17, 10), F32, 2, fork=True, one_launch=True)
+    assert finished == 2 * ["finish_stats_of"] + 2 * ["finish_sums_of"]  # 72 channels are two blocks
 
 
 def test_more_channels_than_counts_take_two_launches():

@@ -56,6 +56,7 @@ def _backward_fake(dy, dy2, x, y, mean, rstd, weight, bias, relu, one_launch=Fal
 def _setup(ctx, inputs, output) -> None:
     x, mean, rstd, weight, bias, residual, ctx.relu, _, ctx.one_launch = inputs
     ctx.with_residual = residual is not None
+    ctx.set_materialize_grads(False)  # signs have none
     y = output[0] if ctx.relu and ctx.with_residual else None  # else x alone tells where y is above 0
     ctx.save_for_backward(x, y, mean, rstd, weight, bias)
 
