@@ -27,14 +27,20 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
     the batches.
 
     fused: "auto" runs ``ops.batch_norm_act`` where it has a kernel, "on" everywhere, "off" nowhere.
+    forward's pool: end with the max-pooling of a stem, 3×3 of stride 2, behind a ReLU (``ops.batch_norm_relu_pool``).
     """
 
     group: int = 0
     fused: Literal["auto", "on", "off"] = "auto"
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False, pool: bool = False) -> Tensor:
         if self.training and self.group and len(x) % self.group:
             raise ValueError(f"the batch of {len(x)} rows is not a multiple of bn_group={self.group}")
+        if pool and self.training and self._is_fused(x.device.type):
+            return ops.batch_norm_relu_pool(
+                x, self.weight, self.bias, self.running_mean, self.running_var,
+                group=self.group, momentum=self.momentum, eps=self.eps,
+            )  # fmt: skip
         if self.training and self._is_fused(x.device.type):
             return ops.batch_norm_act(
                 x, self.weight, self.bias, self.running_mean, self.running_var, residual,
@@ -47,7 +53,8 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
             x = F.batch_norm(x, *statistics, self.weight, self.bias, self.training, self.momentum, self.eps)
         if residual is not None:
             x = x.add_(residual)
-        return F.relu(x, inplace=True) if relu else x
+        x = F.relu(x, inplace=True) if relu else x
+        return F.max_pool2d(x, 3, 2, padding=1) if pool else x
 
     def _is_fused(self, device: str) -> bool:
         return self.fused == "on" or (self.fused == "auto" and ops.backends.is_fused("batch_norm_act", device))
@@ -121,10 +128,12 @@ class ResNet(nn.Module):
     width:     multiplies the channels of the four stages (2 and 4 are the paper's wide models).
     stem:      "imagenet" (7×7 stride 2, max-pooling) or "small" (3×3 stride 1) for images of 16–112 px.
     bn_group:  rows per BatchNorm group, 0 for all (see GroupedBatchNorm2d).
+    fused_stem: pool behind conv1 in the kernels of its BatchNorm, where they run. Off: not measured on a GPU yet.
     recompute: keep only what goes into each block and compute the rest again in the backward pass, to save memory.
     """
 
     recompute: bool = False
+    fused_stem: bool = False
 
     def __init__(
         self,
@@ -175,7 +184,11 @@ class ResNet(nn.Module):
         """images [N, 3, H, W] → pooled features [N, feature_dim]; any H and W."""
         if self.training:  # in one launch, not 53
             torch._foreach_add_([norm.num_batches_tracked for norm in self._norms], 1)
-        x = self.maxpool(self.bn1(self.conv1(x), relu=True))
+        x = self.conv1(x)
+        if self.fused_stem and isinstance(self.maxpool, nn.MaxPool2d):
+            x = self.bn1(x, relu=True, pool=True)
+        else:
+            x = self.maxpool(self.bn1(x, relu=True))
         for block in (*self.layer1, *self.layer2, *self.layer3, *self.layer4):
             x = _recomputed(block, x) if self.recompute and torch.is_grad_enabled() else block(x)
         return _pooled(x)

@@ -26,6 +26,13 @@ def key_convolutions(model: Method) -> None:
             m.fused_conv = True
 
 
+def stem(model: Method) -> None:
+    for encoder in (model.encoder_q, model.encoder_k):
+        if encoder is not None:
+            encoder.fused_stem = True
+
+
 SPEEDUPS: dict[str, Callable[[Method], None]] = {
     "key-convolutions": key_convolutions,
+    "stem": stem,
 }
