@@ -119,6 +119,8 @@ def calls():
             yield kernels.normalize, (view, None, out_type)
             yield kernels.normalize, (view, gray, out_type)
             yield kernels.normalize, (view, None, out_type, torch.empty(8, 3))
+            yield kernels.normalize, (view, None, out_type, None, 4)
+            yield kernels.normalize, (view, gray, out_type, torch.empty(8, 3), 4)
     for channels, side, group, types in [
         (64, 112, 0, (f32, bf16, f16)),
         (2048, 7, 32, (f32, bf16)),

@@ -55,12 +55,13 @@ IN_FLIGHT = 32 * 1024  # bytes of an SM; 4.3 TB/s over 132 SMs for 0.6 to 0.8 µ
 
 def test_memory_bound_kernels_have_enough_bytes_in_flight(reports):
     """Of an SM that is full, of any width and type that a ResNet has; 16 bytes a load, 8 where indices
-    of a byte go with 16-bit values. Mirrored images go byte by byte,
+    of a byte go with 16-bit values. Mirrored images and those that get a fourth channel go byte by byte,
     and so do those of 7 px, whose values 16 does not divide. Shifts are three loads of 4 bytes beside the others; in
     float32, where loads are a fifth of the traffic, less is in flight with them."""
     found = [r for r in reports if r.get("kernel") in MEMORY_BOUND]
     found = [r for r in found if {"values", "channels"} & set(r["sixteens"])]
     found = [r for r in found if not (r["constants"].get("FLIP") or r["constants"].get("SHIFT"))]
+    found = [r for r in found if r["constants"].get("CHANNELS") != 4]
     assert {r["kernel"] for r in found} == MEMORY_BOUND and len(found) > 40
     sms = programs(torch.device("cpu"))
     for r in found:

@@ -681,7 +681,7 @@ def some_arguments() -> dict[str, tuple]:
         "collective_targets": (q.detach(), bank, k[[0, 3] * 5], k[[1, 2] * 5], 0.4, 0.1, "softmax", BF16),
         "soft_neighbour_labels": (q.detach(), bank, logits.detach().T.abs(), 0.1, "linear"),
         "two_views": (pixels, images, boxes, flips, kept, factors, order, 4),
-        "normalize": (pixels.view(6, 5, 4, 3), kept, BF16, maps.flatten()[:18].view(6, 3).clone()),
+        "normalize": (pixels.view(6, 5, 4, 3), kept, BF16, maps.flatten()[:18].view(6, 3).clone(), 4),
         "batch_norm_stats_": (x.detach(), bias.detach().clone(), weight.detach().abs(), 0.1, 1e-5, 2),
         "batch_norm_act": (x, *stats, weight, bias, residual, True),
         "batch_norm_act_backward": (residual.detach(), x.detach(), maps[1], *channel, True),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from mopro_fast import ops
 from mopro_fast.models.resnet import ResNet
 
 
@@ -49,6 +50,8 @@ class Method(nn.Module):
     """Label correction is sure of a class whose score exceeds this."""
     inclusive: bool = False
     """Or reaches it."""
+    image_channels: int = 3
+    """Of what the encoders get: 3, or 4 with a fourth of zeros. Off: not measured on a GPU yet."""
 
     def __init__(self, encoder_q: ResNet, encoder_k: ResNet | None = None) -> None:
         """encoder_k: follows encoder_q as its moving average, in the optimizer's pass."""
@@ -59,6 +62,10 @@ class Method(nn.Module):
     def compute_with(self, query: nn.Module, key: nn.Module | None = None) -> None:
         """Let these compute for encoder_q and encoder_k: copies in 16 bits, compiled, data-parallel."""
         self.__dict__ |= {"query": query, "key": key}  # not registered: the state dict has the encoders alone
+
+    def normalize(self, view: Tensor, shifts: Tensor | None = None) -> Tensor:
+        """uint8 [N, H, W, 3] → what the encoders get."""
+        return ops.normalize(view, shifts=shifts, channels=self.image_channels)
 
     def judges(self) -> bool:
         """Whether it has all that :attr:`correct` needs."""

@@ -65,9 +65,9 @@ class MoPro(Method):
         c, mine = self.config, slice(world()[0] * len(labels), (world()[0] + 1) * len(labels))
 
         # Steps 1 and 2: the two encoders. encoder_k has moved towards encoder_q in the optimizer's pass.
-        logits, q = self.query(ops.normalize(view_q))  # [N, C], [N, D]
+        logits, q = self.query(self.normalize(view_q))  # [N, C], [N, D]
         with torch.no_grad():
-            _, k = self.key(ops.normalize(view_k))  # [N, D]
+            _, k = self.key(self.normalize(view_k))  # [N, D]
 
         # Step 6: labels are corrected by the prototypes of earlier steps.
         new, kept, winner, score = labels, labels >= 0, None, None

@@ -181,10 +181,10 @@ class ResNet(nn.Module):
         return nn.Sequential(*blocks)
 
     def features(self, x: Tensor) -> Tensor:
-        """images [N, 3, H, W] → pooled features [N, feature_dim]; any H and W."""
+        """images [N, 3, H, W] → pooled features [N, feature_dim]; any H and W. Channels above 3 must be 0."""
         if self.training:  # in one launch, not 53
             torch._foreach_add_([norm.num_batches_tracked for norm in self._norms], 1)
-        x = self.conv1(x)
+        x = _padded_convolution(self.conv1, x) if x.shape[1] > 3 else self.conv1(x)
         if self.fused_stem and isinstance(self.maxpool, nn.MaxPool2d):
             x = self.bn1(x, relu=True, pool=True)
         else:
@@ -216,6 +216,12 @@ class Backbone(ResNet):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.features(x)
+
+
+def _padded_convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """conv(x) for an x with more channels, which get no weight."""
+    weight = F.pad(conv.weight, (0, 0, 0, 0, 0, x.shape[1] - conv.in_channels))
+    return F.conv2d(x, weight, None, conv.stride, conv.padding)
 
 
 def _pooled(x: Tensor) -> Tensor:

@@ -32,7 +32,12 @@ def stem(model: Method) -> None:
             encoder.fused_stem = True
 
 
+def padded_input(model: Method) -> None:
+    model.image_channels = 4
+
+
 SPEEDUPS: dict[str, Callable[[Method], None]] = {
     "key-convolutions": key_convolutions,
     "stem": stem,
+    "padded-input": padded_input,
 }

@@ -318,10 +318,15 @@ def _triangles(length: int, size: int, device: torch.device) -> Tensor:
     return (2 * max(length, size) - distance).clamp(min=0).double()
 
 
-def normalize(images: Tensor, flips: Tensor | None, dtype: torch.dtype, shifts: Tensor | None = None) -> Tensor:
+def normalize(
+    images: Tensor, flips: Tensor | None, dtype: torch.dtype, shifts: Tensor | None = None, channels: int = 3
+) -> Tensor:
     if flips is not None:
         images = torch.where(flips[:, None, None, None], images.flip(2), images)
-    return colour.normalize(images, shifts).to(dtype)
+    out = colour.normalize(images, shifts).to(dtype)
+    if channels == 3:
+        return out
+    return F.pad(out.permute(0, 2, 3, 1), (0, channels - 3)).permute(0, 3, 1, 2)
 
 
 def batch_norm_stats_(
