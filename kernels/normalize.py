@@ -33,12 +33,16 @@ def normalize_fwd_kernel(
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ok = i < values
     channel = i % CHANNELS
+    start = image.to(tl.int64) * values
     source = i if CHANNELS == 3 else i // CHANNELS * 3 + channel
+    image_ptr = images_ptr + (start if CHANNELS == 3 else start // CHANNELS * 3)
     if FLIP:
         mirrored = source - 2 * (source % row_values) + row_values - 3 + 2 * channel  # pixel W − 1 − x of the same line
         source = tl.where(tl.load(flips_ptr + image), mirrored, source)
-    image_ptr = images_ptr + image.to(tl.int64) * (values // CHANNELS * 3)
-    x = tl.load(image_ptr + source, ok & (channel < 3), 0).to(tl.float32)
+    given = (
+        ok if CHANNELS == 3 else ok & (channel < 3)
+    )  # no mask that says nothing: 16 bytes would not be loaded at once
+    x = tl.load(image_ptr + source, given, 0).to(tl.float32)
     scale = tl.where(channel == 0, SCALE_R, tl.where(channel == 1, SCALE_G, SCALE_B))
     if SHIFT:
         shift_r = fused(tl.load(shifts_ptr + 3 * image), RSTD_R, SHIFT_R)
@@ -47,8 +51,10 @@ def normalize_fwd_kernel(
         shift = tl.where(channel == 0, shift_r, tl.where(channel == 1, shift_g, shift_b))
     else:
         shift = tl.where(channel == 0, SHIFT_R, tl.where(channel == 1, SHIFT_G, SHIFT_B))
-    out = tl.where(channel < 3, fused(x, scale, shift), 0.0)
-    tl.store(out_ptr + image.to(tl.int64) * values + i, out.to(out_ptr.dtype.element_ty), ok)
+    out = fused(x, scale, shift)
+    if CHANNELS == 4:
+        out = tl.where(channel < 3, out, 0.0)
+    tl.store(out_ptr + start + i, out.to(out_ptr.dtype.element_ty), ok)
 
 
 @triton.jit
