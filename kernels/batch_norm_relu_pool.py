@@ -116,15 +116,16 @@ def batch_norm_relu_pool_bwd_kernel(
     for n in tl.range(0, count, num_stages=3):
         image, h = image_line(start + n, out_height)
         line = (image * height + 2 * h) * width * channels
-        # The next line: of this image it adds to line 2h + 1 of x, of any it is the next turn's.
-        below = h + 1 < out_height
+        # The next line: of this image it adds to line 2h + 1 of x; of the next it is the next turn's, and adds nothing,
+        # for a window at the top of an image has no maximum in its line 0.
+        more = (h + 1 < out_height) | (n + 1 < count)
         dy_b, i_b, dy_br, i_br = windows(
-            dy_ptr, dy2_ptr, indices_ptr, start + n + 1, below | (n + 1 < count), w, c, out_width, channels, DY2
+            dy_ptr, dy2_ptr, indices_ptr, start + n + 1, more, w, c, out_width, channels, DY2
         )
         g = to(dy, i, 4)
         g_r = to(dy, i, 5) + to(dy_r, i_r, 3)
-        g_b = to(dy, i, 7) + tl.where(below, to(dy_b, i_b, 1), 0.0)
-        g_br = to(dy, i, 8) + to(dy_r, i_r, 6) + tl.where(below, to(dy_b, i_b, 2) + to(dy_br, i_br, 0), 0.0)
+        g_b = to(dy, i, 7) + to(dy_b, i_b, 1)
+        g_br = to(dy, i, 8) + to(dy_r, i_r, 6) + to(dy_b, i_b, 2) + to(dy_br, i_br, 0)
         dx(x_ptr, dx_ptr, line + at, left_ok, g, mean, scale, g_mean, gx_mean)
         dx(x_ptr, dx_ptr, line + channels + at, right_ok, g_r, mean, scale, g_mean, gx_mean)
         line += width * channels
