@@ -202,11 +202,12 @@ def line_tiling(x: Tensor, y: Tensor, groups: int, per_sm: int) -> Tiling:
     """As tiling, in lines of y; integers: lines of a group, split_lines, splits, channels."""
     channels, (height, width) = x.shape[1], y.shape[2:]
     block_w, block_c = 8, min(64, triton.next_power_of_2(channels))  # 8 divides 56, of 224 px. Not measured
-    blocks, lines = triton.cdiv(width, block_w) * triton.cdiv(channels, block_c), len(x) // groups * height
-    split_lines = triton.cdiv(lines, max(1, per_sm * programs(x.device) // (groups * blocks)))
+    of_a_line, lines = triton.cdiv(width, block_w) * triton.cdiv(channels, block_c), len(x) // groups * height
+    split_lines = triton.cdiv(lines, max(1, per_sm * programs(x.device) // (groups * of_a_line)))
     splits = triton.cdiv(lines, split_lines)
-    grid, integers = (groups * splits * blocks,), (lines, split_lines, splits, channels)
-    return Tiling(grid, integers, {"BLOCK_W": block_w, "BLOCK_C": block_c, "num_warps": 2})
+    grid, integers = (groups * splits * of_a_line,), (lines, split_lines, splits, channels)
+    blocks = {"BLOCK_W": block_w, "BLOCK_C": block_c, "num_warps": x.element_size()}  # a thread has 16 bytes of x
+    return Tiling(grid, integers, blocks)
 
 
 def batch_norm_relu_pool(
@@ -219,7 +220,7 @@ def batch_norm_relu_pool(
     x_max = torch.empty_like(y) if keep else x.new_empty(0)
     indices = torch.empty_like(x_max, dtype=torch.uint8)
     if y.numel():
-        t = line_tiling(x, y, len(mean), per_sm=7 if x.element_size() == 2 else 6)  # of 128 and 150 registers
+        t = line_tiling(x, y, len(mean), per_sm=7 if x.element_size() == 2 else 5)  # of 128 and 94 registers
         batch_norm_relu_pool_fwd_kernel[t.grid](
             x, mean, rstd, weight, bias, y, x_max, indices, *t.integers, *x.shape[2:], *y.shape[2:],
             KEEP=keep, **t.blocks,
@@ -250,7 +251,7 @@ def batch_norm_relu_pool_backward(
     batch_norm_act_bwd_finish_kernel[grid](
         split_g, split_gx, g_sum, gx_sum, dweight, dbias, groups, t.splits, channels, **blocks
     )
-    t = line_tiling(x, dy, groups, per_sm=6 if x.element_size() == 2 else 4)  # of 168 and 189
+    t = line_tiling(x, dy, groups, per_sm=6 if x.element_size() == 2 else 4)  # of 168 and 96
     batch_norm_relu_pool_bwd_kernel[t.grid](
         *dys, indices, x, mean, rstd, weight, g_sum, gx_sum, dx, *t.integers, *x.shape[2:], *dy.shape[2:],
         x.numel() // channels // groups, **with_second, **t.blocks,

@@ -54,8 +54,8 @@ IN_FLIGHT = 32 * 1024  # bytes of an SM; 4.3 TB/s over 132 SMs for 0.6 to 0.8 µ
 
 
 def test_memory_bound_kernels_have_enough_bytes_in_flight(reports):
-    """Of an SM that is full, of any width and type that a ResNet has; 16 bytes a load, 8 where indices
-    of a byte go with 16-bit values. Mirrored images and those that get a fourth channel go byte by byte,
+    """Of an SM that is full, of any width and type that a ResNet has; 16 bytes a load, 8 or 4 where
+    indices of a byte go with values of 2 or 4. Mirrored images and those that get a fourth channel go byte by byte,
     and so do those of 7 px, whose values 16 does not divide. Shifts are three loads of 4 bytes beside the others; in
     float32, where loads are a fifth of the traffic, less is in flight with them."""
     found = [r for r in reports if r.get("kernel") in MEMORY_BOUND]
@@ -69,7 +69,7 @@ def test_memory_bound_kernels_have_enough_bytes_in_flight(reports):
         if r["kernel"] != "normalize_fwd_kernel":  # as many as are launched, in a loop that is pipelined
             launched *= min(1, r["programs"] / (sms * r["programs_per_sm"]))
             assert r["loads"]["asynchronous"], r
-        width = 8 if r["kernel"] == "batch_norm_relu_pool_bwd_kernel" else 16
+        width = 16 // r["warps"] if r["kernel"] == "batch_norm_relu_pool_bwd_kernel" else 16
         assert launched >= IN_FLIGHT and r["loads"]["width"] == width, r
 
 
