@@ -17,13 +17,13 @@ from mopro_fast.ops.colour import IMAGENET_MEAN, IMAGENET_STD
 
 # Of q, keys, queue and prototypes that are read; under autocast, which is what trains, the logits alone are bfloat16.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "autocast": torch.float32}
-KINDS = ("model", "K", "side", "S")  # fields of a shape that is for other ops than the head's
+KINDS = ("model", "K", "pool", "side", "S")  # fields of a shape that is for other ops than the head's
 
 
 @dataclass(frozen=True)
 class Shape:
     """N rows, C classes, Q queue slots, M gathered rows (0: N), D dimensions; or a model's parameters; or feature maps
-    [N, C, side, side], and the K channels of which a convolution makes them; or N images.
+    [N, C, side, side], and the K channels of which a convolution makes them, or the window that pools; or N images.
 
     S: side of their views, in pixels. dtype: of the result, if they are normalised.
     """
@@ -39,6 +39,7 @@ class Shape:
     shadows: bool = False
     side: int = 0
     K: int = 0
+    pool: int = 0
 
     @property
     def kind(self) -> str:
@@ -75,6 +76,7 @@ FIELDS = {
     "collective_targets": ("N", "C", "Q"),
     "soft_neighbour_labels": ("N", "C", "Q"),
     "batch_norm_act": ("N", "C", "side"),
+    "batch_norm_relu_pool": ("N", "C", "side", "pool"),
     "conv1x1_stats_": ("N", "K", "C", "side"),
     "mopro_loss": ("N", "C", "Q"),
     "head": ("N", "C", "Q", "M"),
@@ -100,7 +102,8 @@ class Case:
 
     def state(self, device: str) -> SimpleNamespace:
         """The inputs: random, the same for every variant of a case."""
-        states = {"model": model_state, "K": convolution_state, "side": map_state, "S": image_state, "": head_state}
+        maps = {"K": convolution_state, "pool": pool_state, "side": map_state}
+        states = {"model": model_state, **maps, "S": image_state, "": head_state}
         return states[self.shape.kind](self.shape, device)
 
     def cost(self) -> floor.Cost:
@@ -119,6 +122,7 @@ class Case:
             "collective_targets": (s.N, s.C, s.Q, s.D, s.size),
             "soft_neighbour_labels": (s.N, s.C, s.Q, s.D, s.size),
             "batch_norm_act": (s.N, s.C, s.side, s.size),
+            "batch_norm_relu_pool": (s.N, s.C, s.side, s.size),
             "conv1x1_stats_": (s.N, s.K, s.C, s.side, s.size),
             "mopro_loss": (s.N, s.C, s.Q, s.D, s.size, s.size, s.logits_dtype.itemsize),
             "head": (s.N, s.C, s.Q, s.D, s.rows, s.size, s.logits_dtype.itemsize),
@@ -188,6 +192,16 @@ def map_state(shape: Shape, device: str) -> SimpleNamespace:
     s.running_mean, s.running_var = channel(), channel()
     z = F.batch_norm(s.x.float(), None, None, s.weight, s.bias, training=True).add_(s.residual)
     s.dy.masked_fill_(z.abs_() < 1e-3, 0)
+    return s
+
+
+def pool_state(shape: Shape, device: str) -> SimpleNamespace:
+    """As map_state; a residual there is none."""
+    s = map_state(shape, device)
+    z = F.batch_norm(s.x.float(), None, None, s.weight, s.bias, training=True)
+    z = F.max_pool2d(z, shape.pool, 2, shape.pool // 2)
+    dy = s.residual[:, :, : z.shape[2], : z.shape[3]].contiguous(memory_format=torch.channels_last)
+    s.dy, s.residual = dy.masked_fill_(z.abs_() < 1e-3, 0), None
     return s
 
 
@@ -270,7 +284,9 @@ MODELS = (Shape(model="resnet50"), Shape(model="resnet50", shadows=True))
 IMAGES = (Shape(N=256, S=224), Shape(N=256, S=112), Shape(N=256, S=32))
 STAGES = tuple(Shape(N=256, C=c, side=side) for c, side in ((256, 56), (512, 28), (1024, 14), (2048, 7)))  # ResNet-50
 CONVOLUTIONS = tuple(replace(s, K=s.C // 4) for s in STAGES)  # conv3 of their blocks
+STEM = Shape(N=256, C=64, side=112, pool=3)
 QUICK_MAPS = (Shape(N=6, C=24, side=9), Shape(N=33, C=3, side=1), Shape(N=6, C=24, side=9, K=40))
+QUICK_MAPS += (Shape(N=6, C=24, side=9, pool=3),)
 QUICK = (Shape(N=33, C=57, Q=198, M=66), Shape(N=7, C=10, Q=21, D=32), Shape(N=5, S=17))
 
 
@@ -278,7 +294,7 @@ def full() -> list[Case]:
     """Every op, the settings that the documentation shows first: peers that compile are given up when time is spent."""
     found = []
     others = [replace(bank, N=n) for bank in (PAPER, LARGE) for n in (32, 256, 1024, 4096)]
-    for shape in (PAPER, replace(PAPER, M=GATHERED), LARGE, *MODELS, *STAGES, *CONVOLUTIONS, *IMAGES, *others):
+    for shape in (PAPER, replace(PAPER, M=GATHERED), LARGE, *MODELS, *STAGES, STEM, *CONVOLUTIONS, *IMAGES, *others):
         found += cases_of(shape)
     return _distinct(found)
 

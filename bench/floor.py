@@ -107,6 +107,14 @@ def batch_norm_act(n: int, c: int, side: int, size: int) -> Cost:
     return Cost(6 * n * c * side**2 * size + 32 * c, 0)
 
 
+def batch_norm_relu_pool(n: int, c: int, side: int, size: int) -> Cost:
+    """Forward and backward: x, its gradient, the pooled y and its gradient; vectors as in batch_norm_act.
+
+    x is read twice again, and what is kept of each window written and read: not counted.
+    """
+    return Cost(2 * n * c * (side**2 + ((side + 1) // 2) ** 2) * size + 32 * c, 0)
+
+
 def conv1x1_stats_(n: int, k: int, c: int, side: int, size: int) -> Cost:
     """Read x, weight and four vectors of the norm; write y and its statistics, read and write the running ones."""
     positions = n * side**2

@@ -120,6 +120,27 @@ def batch_norm_act(function: Callable, s: SimpleNamespace, layout: torch.memory_
     return call
 
 
+def batch_norm_relu_pool(
+    function: Callable, s: SimpleNamespace, layout: torch.memory_format = torch.channels_last
+) -> Call:
+    """Forward and backward: gradients of x, weight and bias."""
+    x, dy = (t.contiguous(memory_format=layout) for t in (s.x, s.dy))
+    inputs = [t.requires_grad_() for t in (x, s.weight, s.bias)]
+
+    def call():
+        y = function(x, s.weight, s.bias, s.running_mean, s.running_var)
+        grads = torch.autograd.grad(y, inputs, dy)
+        named = dict(zip(("grad_x", "grad_weight", "grad_bias"), grads, strict=True))
+        return {"y": y, **named, **{n: getattr(s, n) for n in RUNNING}}
+
+    return call
+
+
+def pooling_behind_our_op(*args: Tensor) -> Tensor:
+    """What batch_norm_relu_pool saves."""
+    return F.max_pool2d(ops.batch_norm_act(*args), 3, 2, 1)
+
+
 def conv1x1_stats_(function: Callable, s: SimpleNamespace, layout: torch.memory_format = torch.channels_last) -> Call:
     x = s.x.contiguous(memory_format=layout)
 
@@ -384,6 +405,15 @@ OPS = {
         others={
             "official, channels_last": lambda s: batch_norm_act(official.batch_norm_act, s),
             "apex, float16": apex_peers.missing() or apex_batch_norm_act,
+        },
+    ),
+    "batch_norm_relu_pool": Op(
+        ours=lambda s: batch_norm_relu_pool(ops.batch_norm_relu_pool, s),
+        official=lambda s: batch_norm_relu_pool(official.batch_norm_relu_pool, s, torch.contiguous_format),
+        compiled=lambda s: batch_norm_relu_pool(compiled(official.batch_norm_relu_pool), s),  # in channels_last
+        others={
+            "official, channels_last": lambda s: batch_norm_relu_pool(official.batch_norm_relu_pool, s),
+            "pooling behind our op": lambda s: batch_norm_relu_pool(pooling_behind_our_op, s),
         },
     ),
     "conv1x1_stats_": Op(

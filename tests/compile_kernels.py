@@ -119,6 +119,8 @@ def calls():
             yield kernels.normalize, (view, None, out_type)
             yield kernels.normalize, (view, gray, out_type)
             yield kernels.normalize, (view, None, out_type, torch.empty(8, 3))
+            yield kernels.normalize, (view, None, out_type, None, 4)
+            yield kernels.normalize, (view, gray, out_type, torch.empty(8, 3), 4)
     for channels, side, group, types in [
         (64, 112, 0, (f32, bf16, f16)),
         (2048, 7, 32, (f32, bf16)),
@@ -140,6 +142,22 @@ def calls():
                 yield kernels.batch_norm_act, (x, stats, stats, channel, channel, residual, relu)
                 y = x if relu and residual is not None else None
                 yield kernels.batch_norm_act_backward, (x, None, x, y, stats, stats, channel, channel, relu)
+    for channels, side, group, types in [
+        (64, 112, 0, (f32, bf16, f16)),
+        (128, 17, 32, (f32, bf16)),
+        (3, 5, 4, (bf16,)),
+    ]:
+        stats, channel = torch.empty(2 if group else 1, channels), torch.empty(channels)
+        for dtype in types:
+            n, pooled = 2 * (group or 128), (side + 1) // 2
+            x = torch.empty(n, side, side, channels, dtype=dtype).permute(0, 3, 1, 2)
+            y = torch.empty(n, pooled, pooled, channels, dtype=dtype).permute(0, 3, 1, 2)
+            for keep in (True, False):
+                yield kernels.batch_norm_relu_pool, (x, stats, stats, channel, channel, keep)
+            for dy2 in (y, None):
+                yield kernels.batch_norm_relu_pool_backward, (
+                    y, dy2, x, y, y.to(torch.uint8), stats, stats, channel, channel
+                )  # fmt: skip
     for in_channels, channels, side, group in [(64, 64, 56, 0), (256, 64, 56, 0), (512, 2048, 7, 32), (3, 5, 3, 0)]:
         of_x = [torch.empty(2 if group else 1, in_channels)] * 2 + [torch.empty(in_channels)] * 2
         for dtype in (f32, bf16, f16) if group else (f32, bf16):

@@ -90,7 +90,7 @@ if [ -n "$dry" ]; then
 fi
 trainer=(tyro docstring_parser typeguard pyarrow tqdm PIL simplejpeg)
 op_tests=(tests/test_ops.py tests/test_two_views.py tests/test_normalize.py tests/test_batch_norm_act.py)
-op_tests+=(tests/test_conv1x1_stats.py tests/test_collective_targets.py)
+op_tests+=(tests/test_batch_norm_relu_pool.py tests/test_conv1x1_stats.py tests/test_collective_targets.py)
 cuda_tests=(tests/test_*_cuda.py tests/test_optim.py tests/test_train_step.py tests/test_augment.py tests/test_cache.py)
 cuda_tests+=(tests/test_key_stream.py)
 
@@ -118,9 +118,9 @@ define() {
       ;;
     ops-timed)
       command=("$PYTHON" bench/ops.py --device "$device" --results "$OUT" --seconds 95 --compile-seconds 0 "${timed[@]}")
-      command+=(--only sgd_ema_update_ ema_update_ batch_norm_act conv1x1_stats_ normalize two_views head) show=30
+      command+=(--only sgd_ema_update_ ema_update_ batch_norm_act batch_norm_relu_pool conv1x1_stats_ normalize two_views head) show=30
       ;;
-    beyond-32-bits) tests beyond_32_bits -k beyond_32_bits tests/test_ops.py tests/test_batch_norm_act.py ;;
+    beyond-32-bits) tests beyond_32_bits -k beyond_32_bits tests/test_ops.py tests/test_batch_norm_{act,relu_pool}.py ;;
     # Every kernel at two small odd shapes in each type.
     memcheck | racecheck) sanitized "$1" "$PYTHON" bench/ops.py --check --quick --device "$device" "${some_ops[@]}" ;;
     # With traps, and with labels and cursors from nowhere.

@@ -199,6 +199,8 @@ def test_floors_are_those_worked_out_by_hand():
     assert floor.soft_neighbour_labels(1, 1, 1, 1, 2) == floor.Cost(3 * 2 + 4, 4)
     # x, residual, y and three gradients; weight, bias, both running statistics; these two and two gradients written
     assert floor.batch_norm_act(1, 1, 1, 4).bytes == 6 * 4 + 8 * 4
+    # two of 25 and two of 9 numbers; vectors as before
+    assert floor.batch_norm_relu_pool(1, 1, 5, 4).bytes == 2 * 25 * 4 + 2 * 9 * 4 + 8 * 4
     # x, weight, y; four vectors of the norm; y's two statistics, both running ones read and written
     assert floor.conv1x1_stats_(1, 1, 1, 1, 4) == floor.Cost(3 * 4 + 4 * 4 + 6 * 4, 2)
     # logits and their gradient; q, its gradient, k, queue; prototypes; labels; loss and metrics

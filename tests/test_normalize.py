@@ -5,10 +5,15 @@ import pytest
 import torch
 
 from mopro_fast import ops
+from mopro_fast.models.baseline import CrossEntropy
+from mopro_fast.models.resnet import ResNet
 from mopro_fast.ops.colour import IMAGENET_MEAN, IMAGENET_STD, principal_shifts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16_STEP = 2**-8 if DEVICE == "cuda" else 2**-7  # Triton's interpreter cuts off where a GPU rounds
+
+
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
 
 def every_value(height, width):
@@ -36,22 +41,25 @@ def exactly(images, shifts=None):
 @pytest.mark.parametrize("height, width", [(16, 16), (1, 700), (67, 19), (301, 1)])
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("shift", [False, True])
-def test_normalize(height, width, shift, flip, backend):
+@pytest.mark.parametrize("channels", [3, 4])
+def test_normalize(height, width, channels, shift, flip, backend):
     images = every_value(height, width)
     flips = torch.tensor([True, False, True], device=DEVICE) if flip else None
     shifts = torch.tensor([[0.02, -0.1, 0.3], [-0.003, 0.0, 1.5], [1e-8, -0.7, 0.1]], device=DEVICE) if shift else None
     expected = exactly(images, shifts)
     if flip:
         expected[::2] = expected[::2].flip(3)
+    if channels == 4:
+        expected = torch.cat([expected, torch.zeros_like(expected[:, :1])], 1)
     with ops.use_backend(backend):
-        result = ops.normalize(images, flips=flips, shifts=shifts)
-        assert result.shape == (3, 3, height, width) and result.dtype == torch.float32
+        result = ops.normalize(images, flips=flips, shifts=shifts, channels=channels)
+        assert result.shape == (3, channels, height, width) and result.dtype == torch.float32
         assert result.permute(0, 2, 3, 1).is_contiguous()  # channels_last
         if backend == "triton":
             assert torch.equal(result, expected)
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
         for dtype, step in ((torch.bfloat16, BF16_STEP), (torch.float16, 2**-10)):
-            low = ops.normalize(images, flips=flips, dtype=dtype, shifts=shifts)
+            low = ops.normalize(images, flips=flips, dtype=dtype, shifts=shifts, channels=channels)
             assert low.dtype == dtype and low.stride() == result.stride()
             torch.testing.assert_close(low.float(), expected, rtol=step, atol=1e-6)
 
@@ -61,7 +69,30 @@ def test_of_no_images(backend):
     with ops.use_backend(backend):
         none = torch.empty(0, 4, 5, 3, dtype=torch.uint8, device=DEVICE)
         for shifts in (None, torch.empty(0, 3, device=DEVICE)):
-            assert ops.normalize(none, shifts=shifts).shape == (0, 3, 4, 5)
+            for channels in (3, 4):
+                assert ops.normalize(none, shifts=shifts, channels=channels).shape == (0, channels, 4, 5)
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "small"])
+def test_the_encoder_takes_the_fourth_channel_as_if_it_were_not_there(stem):
+    torch.manual_seed(0)
+    encoder = ResNet("resnet18", 5, 8, width=0.125, stem=stem).to(DEVICE, memory_format=torch.channels_last)
+    model, found = CrossEntropy(encoder), []
+    images = torch.randint(256, (4, 20, 17, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(
+        DEVICE
+    )
+    shifts = torch.linspace(-0.5, 0.5, 12, device=DEVICE).view(4, 3)
+    for model.image_channels in (3, 4):
+        x = model.normalize(images, shifts)
+        assert x.shape == (4, model.image_channels, 20, 17)
+        assert torch.equal(x[:, :3], ops.normalize(images, shifts=shifts)) and not x[:, 3:].any()
+        encoder.zero_grad()
+        features = encoder.double().features(x.double())
+        features.square().sum().backward()
+        assert encoder.conv1.weight.grad.shape == encoder.conv1.weight.shape
+        found.append((features.detach(), encoder.conv1.weight.grad.clone()))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
 
 
 def test_shifts_are_added_in_units_of_full_brightness():
@@ -99,5 +130,7 @@ def test_mistakes_are_named():
         ops.normalize(images, shifts=torch.zeros(2))
     with pytest.raises(ValueError, match="shifts must be float32, got float64"):
         ops.normalize(images, shifts=torch.zeros(2, 3).double())
+    with pytest.raises(ValueError, match="channels must be 3 or 4, got 5"):
+        ops.normalize(images, channels=5)
     with pytest.raises(ValueError, match=r"dtype must be .*, got torch\.int32"):
         ops.normalize(images, dtype=torch.int32)

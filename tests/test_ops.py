@@ -681,10 +681,15 @@ def some_arguments() -> dict[str, tuple]:
         "collective_targets": (q.detach(), bank, k[[0, 3] * 5], k[[1, 2] * 5], 0.4, 0.1, "softmax", BF16),
         "soft_neighbour_labels": (q.detach(), bank, logits.detach().T.abs(), 0.1, "linear"),
         "two_views": (pixels, images, boxes, flips, kept, factors, order, 4),
-        "normalize": (pixels.view(6, 5, 4, 3), kept, BF16, maps.flatten()[:18].view(6, 3).clone()),
+        "normalize": (pixels.view(6, 5, 4, 3), kept, BF16, maps.flatten()[:18].view(6, 3).clone(), 4),
         "batch_norm_stats_": (x.detach(), bias.detach().clone(), weight.detach().abs(), 0.1, 1e-5, 2),
         "batch_norm_act": (x, *stats, weight, bias, residual, True),
         "batch_norm_act_backward": (residual.detach(), maps[0], x.detach(), maps[1], *channel, True),
+        "batch_norm_relu_pool": (x, *stats, weight, bias, True),
+        "batch_norm_relu_pool_backward": (
+            maps[0, :, :, :2, :1], maps[1, :, :, :2, :1], x.detach(), maps[0, :, :, :2, :1],
+            (torch.arange(40, device=DEVICE) % 10).byte().view(4, 5, 2, 1), *channel,
+        ),
         "conv1x1_stats_": (
             x.detach(), torch.linspace(-1, 1, 35, device=DEVICE).view(7, 5, 1, 1), *torch.ones(2, 7, device=DEVICE),
             channel, 0.1, 1e-5, 2,

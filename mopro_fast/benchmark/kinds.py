@@ -11,6 +11,7 @@ OURS = (
     ("our BatchNorm, forward", r"^batch_norm_act_fwd"),
     ("our BatchNorm, backward sums", r"^batch_norm_act_bwd_sums"),
     ("our BatchNorm, backward", r"^batch_norm_act_bwd"),
+    ("our BatchNorm with pooling", r"^batch_norm_relu_pool_"),
     ("our 1×1 convolution", r"^conv1x1_stats_"),
     ("our losses and labels", r"^(similarity|info_nce|correct_labels|prototype_contrast|mopro_loss)_"),
     ("our queue and prototypes", r"mopro_fast::.*\b(queue_enqueue|prototype_update)_kernel"),

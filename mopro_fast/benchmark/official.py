@@ -91,6 +91,12 @@ def batch_norm_act(
     return F.relu(x, inplace=True)
 
 
+def batch_norm_relu_pool(x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
+    """Behind the first convolution, as torchvision's ResNet writes it."""
+    x = F.relu(F.batch_norm(x, running_mean, running_var, weight, bias, training=True), inplace=True)
+    return F.max_pool2d(x, 3, 2, 1)
+
+
 def conv1x1_stats_(
     x: Tensor, weight: Tensor, running_mean: Tensor, running_var: Tensor, norm: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,7 +3,6 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from mopro_fast import ops
 from mopro_fast.models.method import Method, StepOutput
 
 
@@ -14,7 +13,7 @@ class CrossEntropy(Method):
 
     def forward(self, view_q: Tensor, _k: None, labels: Tensor, _epoch: int) -> StepOutput:
         """Rows without a label (−1) are left out; the projection head gets no gradient."""
-        logits, q = self.query(ops.normalize(view_q))
+        logits, q = self.query(self.normalize(view_q))
         logits = logits.float()
         kept = labels >= 0
         rows = kept.sum().clamp(min=1)

@@ -123,8 +123,8 @@ class CAPro(Method):
         # Steps 1 to 3: the two encoders. encoder_k has moved towards encoder_q in the optimizer's pass; it shares the
         # projection as this step's query pass has it.
         reads = [t for t in (view_k, shift_k) if t is not None]
-        key = self.key_pass(lambda: self.key(ops.normalize(view_k, shifts=shift_k)), *reads)
-        logits, z, x, r, a = self.query(ops.normalize(view_q, shifts=shift_q), stage.contrast)
+        key = self.key_pass(lambda: self.key(self.normalize(view_k, shifts=shift_k)), *reads)
+        logits, z, x, r, a = self.query(self.normalize(view_q, shifts=shift_q), stage.contrast)
         with torch.no_grad():
             k = self.heads.encoder.project(key())  # [N, D]
 
@@ -177,7 +177,7 @@ class CAPro(Method):
         """
         self.key.eval()
         try:
-            return self.heads.encoder.project(self.key(ops.normalize(images, shifts=shifts)))
+            return self.heads.encoder.project(self.key(self.normalize(images, shifts=shifts)))
         finally:
             self.key.train()
 

@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mopro_fast import ops
 from mopro_fast.models.method import Method, StepOutput
 from mopro_fast.models.resnet import ResNet
 
@@ -63,7 +62,7 @@ class Classifier(Method):
 
     def forward(self, view_q: Tensor, _k: None, labels: Tensor, _epoch: int, *mixup: Tensor) -> StepOutput:
         """mixup: none, or shares float32 [2] of each image and of its partner, and who that is, int64 [N]."""
-        images = [ops.normalize(view_q)]
+        images = [self.normalize(view_q)]
         if mixup:
             shares, partner = mixup
             mixed = shares[0] * images[0].float() + shares[1] * images[0][partner].float()

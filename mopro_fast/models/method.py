@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mopro_fast import ops
 from mopro_fast.models.beside import beside
 from mopro_fast.models.resnet import ResNet
 
@@ -53,6 +54,8 @@ class Method(nn.Module):
     """Or reaches it."""
     key_stream: bool = False
     """On a GPU the key encoder's forward runs beside the query encoder's. Off: not measured yet."""
+    image_channels: int = 3
+    """Of what the encoders get: 3, or 4 with a fourth of zeros. Off: not measured on a GPU yet."""
 
     def __init__(self, encoder_q: ResNet, encoder_k: ResNet | None = None) -> None:
         """encoder_k: follows encoder_q as its moving average, in the optimizer's pass."""
@@ -63,6 +66,10 @@ class Method(nn.Module):
     def compute_with(self, query: nn.Module, key: nn.Module | None = None) -> None:
         """Let these compute for encoder_q and encoder_k: copies in 16 bits, compiled, data-parallel."""
         self.__dict__ |= {"query": query, "key": key}  # not registered: the state dict has the encoders alone
+
+    def normalize(self, view: Tensor, shifts: Tensor | None = None) -> Tensor:
+        """uint8 [N, H, W, 3] → what the encoders get."""
+        return ops.normalize(view, shifts=shifts, channels=self.image_channels)
 
     def key_pass(self, compute: Callable[[], Tensor], *reads: Tensor) -> Callable[[], Tensor]:
         """-> the function that gives ``compute()``, which runs the key encoder on ``reads``, without a gradient.

@@ -65,8 +65,8 @@ class MoPro(Method):
         c, mine = self.config, slice(world()[0] * len(labels), (world()[0] + 1) * len(labels))
 
         # Steps 1 and 2: the two encoders. encoder_k has moved towards encoder_q in the optimizer's pass.
-        key = self.key_pass(lambda: self.key(ops.normalize(view_k))[1], view_k)
-        logits, q = self.query(ops.normalize(view_q))  # [N, C], [N, D]
+        key = self.key_pass(lambda: self.key(self.normalize(view_k))[1], view_k)
+        logits, q = self.query(self.normalize(view_q))  # [N, C], [N, D]
         k = key()  # [N, D]
 
         # Step 6: labels are corrected by the prototypes of earlier steps.

@@ -33,6 +33,7 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
 
     fused:      "auto" runs ``ops.batch_norm_act`` where it has a kernel, "on" everywhere, "off" nowhere.
     one_launch: of ``ops.batch_norm_act``. Off: not measured on a GPU yet.
+    forward's pool: end with the max-pooling of a stem, 3×3 of stride 2, behind a ReLU (``ops.batch_norm_relu_pool``).
     """
 
     group: int = 0
@@ -40,10 +41,15 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
     one_launch: bool = False
 
     def forward(
-        self, x: Tensor, residual: Tensor | None = None, relu: bool = False, fork: Fork = "off"
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        self, x: Tensor, residual: Tensor | None = None, relu: bool = False, fork: Fork = "off", pool: bool = False
+    ) -> Pair:
         if self.training and self.group and len(x) % self.group:
             raise ValueError(f"the batch of {len(x)} rows is not a multiple of bn_group={self.group}")
+        if pool and self.training and self._is_fused(x.device.type):
+            return ops.batch_norm_relu_pool(
+                x, self.weight, self.bias, self.running_mean, self.running_var, group=self.group,
+                momentum=self.momentum, eps=self.eps, fork=fork != "off", one_launch=self.one_launch,
+            )  # fmt: skip
         if self.training and self._is_fused(x.device.type):
             return ops.batch_norm_act(
                 x, self.weight, self.bias, self.running_mean, self.running_var, residual,
@@ -58,6 +64,7 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
         if residual is not None:
             x = x.add_(residual)
         x = F.relu(x, inplace=True) if relu else x
+        x = F.max_pool2d(x, 3, 2, padding=1) if pool else x
         return x if fork == "off" else (x, x)
 
     def _is_fused(self, device: str) -> bool:
@@ -142,10 +149,14 @@ class ResNet(nn.Module):
     width:     multiplies the channels of the four stages (2 and 4 are the paper's wide models).
     stem:      "imagenet" (7×7 stride 2, max-pooling) or "small" (3×3 stride 1) for images of 16–112 px.
     bn_group:  rows per BatchNorm group, 0 for all (see GroupedBatchNorm2d).
+    fused_stem: pool behind conv1 in the kernels of its BatchNorm, where they run. Off: not measured on a GPU yet.
+    fork:      of the output of that stem (see Fork).
     recompute: keep only what goes into each block and compute the rest again in the backward pass, to save memory.
     """
 
     recompute: bool = False
+    fused_stem: bool = False
+    fork: Fork = "off"
 
     def __init__(
         self,
@@ -193,10 +204,14 @@ class ResNet(nn.Module):
         return nn.Sequential(*blocks)
 
     def features(self, x: Tensor) -> Tensor:
-        """images [N, 3, H, W] → pooled features [N, feature_dim]; any H and W."""
+        """images [N, 3, H, W] → pooled features [N, feature_dim]; any H and W. Channels above 3 must be 0."""
         if self.training:  # in one launch, not 53
             torch._foreach_add_([norm.num_batches_tracked for norm in self._norms], 1)
-        x = self.maxpool(self.bn1(self.conv1(x), relu=True))
+        x = _padded_convolution(self.conv1, x) if x.shape[1] > 3 else self.conv1(x)
+        if self.fused_stem and isinstance(self.maxpool, nn.MaxPool2d):
+            x = self.bn1(x, relu=True, fork=self.fork, pool=True)
+        else:
+            x = self.maxpool(self.bn1(x, relu=True))
         for block in self.blocks():
             x = _recomputed(block, x) if self.recompute and torch.is_grad_enabled() else block(x)
         return _pooled(x)
@@ -227,6 +242,12 @@ class Backbone(ResNet):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.features(x)
+
+
+def _padded_convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """conv(x) for an x with more channels, which get no weight."""
+    weight = F.pad(conv.weight, (0, 0, 0, 0, 0, x.shape[1] - conv.in_channels))
+    return F.conv2d(x, weight, None, conv.stride, conv.padding)
 
 
 def _pooled(x: Tensor) -> Tensor:

@@ -29,8 +29,8 @@ def sign_bits(model: Method) -> None:
 
 
 def _fork(model: Method, how: Fork) -> None:
-    for block in model.encoder_q.blocks()[:-1]:  # the last one's output has one reader
-        block.fork = how
+    for module in (model.encoder_q, *model.encoder_q.blocks()[:-1]):  # the last block's output has one reader
+        module.fork = how
 
 
 def one_launch_norms(model: Method) -> None:
@@ -49,10 +49,22 @@ def key_stream(model: Method) -> None:
     model.key_stream = True
 
 
+def stem(model: Method) -> None:
+    for encoder in (model.encoder_q, model.encoder_k):
+        if encoder is not None:
+            encoder.fused_stem = True
+
+
+def padded_input(model: Method) -> None:
+    model.image_channels = 4
+
+
 SPEEDUPS: dict[str, Callable[[Method], None]] = {
     "residual-joins": residual_joins,
     "sign-bits": sign_bits,
     "one-launch-norms": one_launch_norms,
     "key-convolutions": key_convolutions,
     "key-stream": key_stream,
+    "stem": stem,
+    "padded-input": padded_input,
 }

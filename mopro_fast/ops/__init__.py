@@ -7,6 +7,7 @@ same input on the same device, never waits for the device, has a fake kernel and
 
 from mopro_fast.ops.backends import use_backend
 from mopro_fast.ops.batch_norm_act import batch_norm_act
+from mopro_fast.ops.batch_norm_relu_pool import batch_norm_relu_pool
 from mopro_fast.ops.collective_targets import collective_targets
 from mopro_fast.ops.conv1x1_stats import conv1x1_stats_
 from mopro_fast.ops.correct_labels import correct_labels
@@ -24,6 +25,7 @@ from mopro_fast.ops.two_views import two_views
 __all__ = [
     "METRICS",
     "batch_norm_act",
+    "batch_norm_relu_pool",
     "collective_targets",
     "conv1x1_stats_",
     "correct_labels",

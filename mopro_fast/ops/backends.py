@@ -41,6 +41,8 @@ OPS = (
     "batch_norm_stats_",
     "batch_norm_act",
     "batch_norm_act_backward",
+    "batch_norm_relu_pool",
+    "batch_norm_relu_pool_backward",
     "conv1x1_stats_",
 )
 PREFERENCE = ("cuda", "triton", "reference")

@@ -1,5 +1,7 @@
 """BatchNorm in training, the residual and the ReLU behind it: what an encoder does between two convolutions."""
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -71,14 +73,15 @@ def _backward(ctx, dy: Tensor, _):
     return dx, None, None, dweight, dbias, dresidual if ctx.with_residual else None, None, None, None
 
 
-class _Forked(torch.autograd.Function):
-    """batch_norm_act with a residual and a ReLU, its output handed on twice."""
+class Forked(torch.autograd.Function):
+    """An output that is handed on twice; the op of its backward pass adds the two gradients as it reads them."""
 
     @staticmethod
-    def forward(ctx, x, mean, rstd, weight, bias, residual, signs: bool, one_launch: bool) -> tuple[Tensor, Tensor]:
-        y, bits = torch.ops.mopro_fast.batch_norm_act(x, mean, rstd, weight, bias, residual, True, signs)
-        ctx.one_launch = one_launch
-        ctx.save_for_backward(x, bits if signs else y, mean, rstd, weight, bias)
+    def forward(ctx, run, back, *inputs) -> tuple[Tensor, Tensor]:
+        """run(*inputs) -> output, what is kept; back(dy, dy2 or None, *kept) -> the gradients of inputs."""
+        y, kept = run(*inputs)
+        ctx.back, ctx.inputs = back, len(inputs)
+        ctx.save_for_backward(*kept)
         ctx.set_materialize_grads(False)
         return y, y.view_as(y)
 
@@ -87,12 +90,18 @@ class _Forked(torch.autograd.Function):
     def backward(ctx, dy: Tensor | None, dy2: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             dy, dy2 = dy2, None
-        if dy is None:
-            return (None,) * 8
-        dx, dweight, dbias, dresidual = torch.ops.mopro_fast.batch_norm_act_backward(
-            dy, dy2, *ctx.saved_tensors, True, ctx.one_launch
-        )
-        return dx, None, None, dweight, dbias, dresidual, None, None
+        grads = [None] * ctx.inputs if dy is None else ctx.back(dy, dy2, *ctx.saved_tensors)
+        return None, None, *grads
+
+
+def _run_forked(x, mean, rstd, weight, bias, residual, signs: bool):
+    y, bits = torch.ops.mopro_fast.batch_norm_act(x, mean, rstd, weight, bias, residual, True, signs)
+    return y, (x, bits if signs else y, mean, rstd, weight, bias)
+
+
+def _back_forked(one_launch: bool, dy: Tensor, dy2: Tensor | None, *kept: Tensor):
+    dx, dweight, dbias, dresidual = torch.ops.mopro_fast.batch_norm_act_backward(dy, dy2, *kept, True, one_launch)
+    return dx, None, None, dweight, dbias, dresidual, None
 
 
 backends.define(
@@ -167,5 +176,6 @@ def batch_norm_act(
             x, running_mean, running_var, momentum, eps, group, one_launch
         )
     if fork:
-        return _Forked.apply(x, mean, rstd, weight, bias, residual, signs and x.shape[1] % 8 == 0, one_launch)
+        back = functools.partial(_back_forked, one_launch)
+        return Forked.apply(_run_forked, back, x, mean, rstd, weight, bias, residual, signs and x.shape[1] % 8 == 0)
     return torch.ops.mopro_fast.batch_norm_act(x, mean, rstd, weight, bias, residual, relu, False, one_launch)[0]

@@ -318,10 +318,15 @@ def _triangles(length: int, size: int, device: torch.device) -> Tensor:
     return (2 * max(length, size) - distance).clamp(min=0).double()
 
 
-def normalize(images: Tensor, flips: Tensor | None, dtype: torch.dtype, shifts: Tensor | None = None) -> Tensor:
+def normalize(
+    images: Tensor, flips: Tensor | None, dtype: torch.dtype, shifts: Tensor | None = None, channels: int = 3
+) -> Tensor:
     if flips is not None:
         images = torch.where(flips[:, None, None, None], images.flip(2), images)
-    return colour.normalize(images, shifts).to(dtype)
+    out = colour.normalize(images, shifts).to(dtype)
+    if channels == 3:
+        return out
+    return F.pad(out.permute(0, 2, 3, 1), (0, channels - 3)).permute(0, 3, 1, 2)
 
 
 def batch_norm_stats_(
@@ -375,6 +380,46 @@ def batch_norm_act_backward(
     dx = (g - g_sum[:, None] / positions).sub_(x_hat.mul_(gx_sum[:, None] / positions)).mul_((rstd * weight)[:, None])
     dresidual = like.new_empty(0) if y is None else _from_groups(g, like)
     return _from_groups(dx, like), gx_sum.sum(0), g_sum.sum(0), dresidual
+
+
+def batch_norm_relu_pool(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> y, the x at the maximum of each window and its place there (3·row + column; 9 where y is 0); keep: else both
+    have no elements."""
+    n, channels, height, width = x.shape
+    down = (weight * rstd < 0).repeat_interleave(n // max(1, len(mean)), 0)[:, :, None, None]  # a larger x: a smaller y
+    rising = torch.where(down, -x, x)
+    if x.numel():
+        x_max, at = F.max_pool2d(wide(rising)[0], 3, 2, 1, return_indices=True)
+    else:
+        x_max = rising.new_empty(n, channels, (height + 1) // 2, (width + 1) // 2)
+        at = x_max.long()
+    x_max = torch.where(down, -x_max, x_max).to(x.dtype).contiguous(memory_format=torch.channels_last)
+    z = _affine(_by_group(wide(x_max)[0], len(mean)), mean, rstd, weight, bias)
+    y = _from_groups(z.relu(), x_max)
+    if not keep:
+        return y, x.new_empty(0), x.new_empty(0, dtype=torch.uint8)
+    top, left = (2 * torch.arange(size, device=x.device) - 1 for size in x_max.shape[2:])
+    place = 3 * (at // max(1, width) - top[:, None]) + at % max(1, width) - left
+    place = torch.where(_from_groups(z, z.new_empty(x_max.shape)) <= 0, 9, place).to(torch.uint8)
+    return y, x_max, place.contiguous(memory_format=torch.channels_last)
+
+
+def batch_norm_relu_pool_backward(
+    dy: Tensor, dy2: Tensor | None, x: Tensor, x_max: Tensor, indices: Tensor, mean: Tensor, rstd: Tensor,
+    weight: Tensor, bias: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> gradients of x, weight, bias; of y come two that are added, or one."""
+    (n, channels, height, width), (out_height, out_width) = x.shape, dy.shape[2:]
+    (dy,) = wide(dy)
+    dy = dy if dy2 is None else dy + dy2
+    g = dy.new_zeros(n, channels, 2 * out_height + 1, 2 * out_width + 1)  # of x with a border of 1
+    for place in range(9):
+        windows = g[:, :, place // 3 :: 2, place % 3 :: 2][:, :, :out_height, :out_width]
+        windows += torch.where(indices == place, dy, 0)
+    g = g[:, :, 1 : height + 1, 1 : width + 1]
+    return batch_norm_act_backward(g, x, None, mean, rstd, weight, bias, False)[:3]
 
 
 def conv1x1_stats_(
