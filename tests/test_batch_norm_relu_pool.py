@@ -183,6 +183,23 @@ def test_a_second_gradient_is_added(dtype):
 
 
 @pytest.mark.usefixtures("backend")
+def test_a_forked_output_has_the_gradients_of_its_readers():
+    x, dy, parameters, running = inputs(4, 20, 9, 11, F32)
+    found = []
+    for fork in (True, False):
+        leaves = [t.clone().requires_grad_() for t in (x, *parameters)]
+        y = ops.batch_norm_relu_pool(*leaves, *(t.clone() for t in running), group=2, fork=fork, one_launch=fork)
+        y, other = y if fork else (y, y)
+        both = torch.autograd.grad((y + 0.5 * other).mul(dy).sum(), leaves, retain_graph=True)
+        found.append([y.detach(), *both, *torch.autograd.grad(other, leaves, dy)])
+    for a, b in zip(*found, strict=True):
+        assert rms_error(a, b) < TOLERANCE
+    with torch.no_grad():
+        y, other = ops.batch_norm_relu_pool(x, *parameters, *running, fork=True)
+    assert y is other
+
+
+@pytest.mark.usefixtures("backend")
 @pytest.mark.filterwarnings("ignore:invalid value")  # the interpreter's
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_what_is_no_number_is_not_hidden(value):

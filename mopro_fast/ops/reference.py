@@ -419,7 +419,7 @@ def batch_norm_relu_pool_backward(
         windows = g[:, :, place // 3 :: 2, place % 3 :: 2][:, :, :out_height, :out_width]
         windows += torch.where(indices == place, dy, 0)
     g = g[:, :, 1 : height + 1, 1 : width + 1]
-    return batch_norm_act_backward(g, x, None, mean, rstd, weight, bias, False)[:3]
+    return batch_norm_act_backward(g, None, x, None, mean, rstd, weight, bias, False)[:3]
 
 
 def conv1x1_stats_(
