@@ -123,8 +123,10 @@ class CAPro(Method):
         # Steps 1 to 3: the two encoders. encoder_k has moved towards encoder_q in the optimizer's pass; it shares the
         # projection as this step's query pass has it.
         logits, z, x, r, a = self.query(ops.normalize(view_q, shifts=shift_q), stage.contrast)
+        with self.in_key_dtype(view_k.device):
+            features = self.key(ops.normalize(view_k, shifts=shift_k))
         with torch.no_grad():
-            k = self.heads.encoder.project(self.key(ops.normalize(view_k, shifts=shift_k)))  # [N, D]
+            k = self.heads.encoder.project(features)  # [N, D]
 
         # Step 8: labels are corrected by the prototypes of earlier steps.
         new, kept, winner, score = labels, labels >= 0, None, None
@@ -175,7 +177,9 @@ class CAPro(Method):
         """
         self.key.eval()
         try:
-            return self.heads.encoder.project(self.key(ops.normalize(images, shifts=shifts)))
+            with self.in_key_dtype(images.device):
+                features = self.key(ops.normalize(images, shifts=shifts))
+            return self.heads.encoder.project(features)
         finally:
             self.key.train()
 

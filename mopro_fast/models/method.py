@@ -1,8 +1,10 @@
 """What a training method is: a module whose ``forward`` is one of its steps, up to the loss."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from mopro_fast.models.resnet import ResNet
@@ -49,6 +51,8 @@ class Method(nn.Module):
     """Label correction is sure of a class whose score exceeds this."""
     inclusive: bool = False
     """Or reaches it."""
+    key_dtype: torch.dtype | None = None
+    """What encoder_k computes in where the step computes in 16 bits, and its input and copies have; None: in the same."""
 
     def __init__(self, encoder_q: ResNet, encoder_k: ResNet | None = None) -> None:
         """encoder_k: follows encoder_q as its moving average, in the optimizer's pass."""
@@ -59,6 +63,14 @@ class Method(nn.Module):
     def compute_with(self, query: nn.Module, key: nn.Module | None = None) -> None:
         """Let these compute for encoder_q and encoder_k: copies in 16 bits, compiled, data-parallel."""
         self.__dict__ |= {"query": query, "key": key}  # not registered: the state dict has the encoders alone
+
+    def in_key_dtype(self, device: torch.device) -> contextlib.AbstractContextManager:
+        """Without a gradient, and where autocast is on, in :attr:`key_dtype`: what the key's pass runs in."""
+        contexts = contextlib.ExitStack()
+        contexts.enter_context(torch.no_grad())
+        if self.key_dtype is not None and torch.is_autocast_enabled(device.type):
+            contexts.enter_context(torch.autocast(device.type, self.key_dtype))
+        return contexts
 
     def judges(self) -> bool:
         """Whether it has all that :attr:`correct` needs."""

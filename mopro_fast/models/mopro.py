@@ -66,7 +66,7 @@ class MoPro(Method):
 
         # Steps 1 and 2: the two encoders. encoder_k has moved towards encoder_q in the optimizer's pass.
         logits, q = self.query(ops.normalize(view_q))  # [N, C], [N, D]
-        with torch.no_grad():
+        with self.in_key_dtype(view_k.device):
             _, k = self.key(ops.normalize(view_k))  # [N, D]
 
         # Step 6: labels are corrected by the prototypes of earlier steps.
