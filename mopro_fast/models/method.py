@@ -52,7 +52,7 @@ class Method(nn.Module):
     inclusive: bool = False
     """Or reaches it."""
     key_dtype: torch.dtype | None = None
-    """What encoder_k computes in where the step computes in 16 bits, and its input and copies have; None: in the same."""
+    """What encoder_k, its input and its copies are in where the step computes in 16 bits; None: as the query."""
 
     def __init__(self, encoder_q: ResNet, encoder_k: ResNet | None = None) -> None:
         """encoder_k: follows encoder_q as its moving average, in the optimizer's pass."""
