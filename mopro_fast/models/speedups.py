@@ -32,8 +32,8 @@ def key_convolutions(model: Method) -> None:
 
 
 def half_keys(model: Method) -> None:
-    """The key encoder in float16, of which cuDNN's kernels are the most tuned; nothing of it is scaled, for it has no
-    gradient. A value above 65504 is infinite, the loss is then not finite, and the run stops."""
+    """The key encoder in float16, the one type that cuDNN's convolutions with BatchNorm inside take; nothing is scaled
+    for it has no gradient. Where a value is above 65504 the loss is not finite, and the run stops."""
     model.key_dtype = torch.float16
 
 
