@@ -433,9 +433,9 @@ def numerics(result: dict) -> str:
         row(f"labels after correction as in {label}, same seed, %", same, 1)
     row("labels after correction as of another seed, %", {"bf16": result["same_labels_of_seeds"]}, 1)
     cosines = {kind: [r["cosines"] for r in runs[kind]] for kind in kinds[1:]}
-    for name, label in (("mean", "mean"), ("min", "least")):
-        shown = [f"{statistics.mean(c[name] for c in cosines[kind]):.6f}" for kind in kinds[1:]]
-        rows.append(f"| 1 is the same: {label} cosine of a key with float32's, same weights | | {' | '.join(shown)} |")
+    for name, label in (("mean", "mean"), ("min", "largest")):
+        shown = [f"{1 - statistics.mean(c[name] for c in cosines[kind]):.1e}" for kind in kinds[1:]]
+        rows.append(f"| 1 − cosine of a key and float32's, same weights and images, {label} | | {' | '.join(shown)} |")
     c, s = result["conditions"], result["settings"]
     note = f"Mean ± standard deviation of {s['seeds']} seeds; {s['images']} images, {s['epochs']} epochs, {s['arch']}, "
     note += f"{s['batch_size']} rows in BatchNorm groups of {s['bn_group']}; {c['gpu'] or c['cpu']}; "
