@@ -438,7 +438,8 @@ def numerics(result: dict) -> str:
         rows.append(f"| 1 − cosine of a key and float32's, same weights and images, {label} | | {' | '.join(shown)} |")
     c, s = result["conditions"], result["settings"]
     note = f"Mean ± standard deviation of {s['seeds']} seeds; {s['images']} images, {s['epochs']} epochs, {s['arch']}, "
-    note += f"{s['batch_size']} rows in BatchNorm groups of {s['bn_group']}; {c['gpu'] or c['cpu']}; "
+    note += f"width {s['width']:g}, {s['batch_size']} rows in BatchNorm groups of {s['bn_group']}; "
+    note += f"{c['gpu'] or c['cpu']}; "
     return "\n".join([*rows, "", note + f"PyTorch {c['torch']}; commit {c['commit']}."])
 
 
