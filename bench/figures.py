@@ -64,13 +64,16 @@ def throughput(result: dict, axes) -> None:
     axes.legend(fontsize=8)
 
 
+NUMERICS = {"fp32": "float32", "bf16": "bfloat16", "half-keys": "bfloat16, keys in float16"}
+
+
 def numerics(result: dict, axes) -> None:
     """A line per run; the band is from the lowest to the highest seed."""
-    for i, precision in enumerate(("fp32", "bf16")):
+    for i, precision in enumerate(NUMERICS):
         runs = [run for run in result["runs"] if run["precision"] == precision]
         curves, steps = np.array([run["losses"] for run in runs]), runs[0]["steps"]
         axes.fill_between(steps, curves.min(0), curves.max(0), color=f"C{i}", alpha=0.25, linewidth=0)
-        axes.plot(steps, curves.mean(0), color=f"C{i}", label={"fp32": "float32", "bf16": "bfloat16"}[precision])
+        axes.plot(steps, curves.mean(0), color=f"C{i}", label=NUMERICS[precision])
     axes.set(xlabel="step", ylabel="loss")
     axes.set_title("Mean over seeds; band: lowest to highest seed", fontsize=10)
     axes.legend()

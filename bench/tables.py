@@ -488,16 +488,36 @@ def _range(low: float, high: float) -> str:
 
 
 def numerics(result: dict) -> str:
-    rows = ["| | float32, eager reference ops | bfloat16 weights, this package's step |", "|---|---|---|"]
-    for name, label in (("loss", "loss, mean of the last epoch"), ("top1", "accuracy on the test images, %")):
-        cells = []
-        for kind in ("fp32", "bf16"):
-            values = [run[name] for run in result["runs"] if run["precision"] == kind]
-            cells.append(f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}")
+    kinds = ("fp32", "bf16", "half-keys")
+    rows = [
+        "| | float32, eager reference ops | bfloat16, this package's step | the same, keys in float16 |",
+        "|---" * 4 + "|",
+    ]
+
+    def row(label: str, values: dict[str, list[float]], digits: int) -> None:
+        cells = [spread(values[kind], digits) if kind in values else "" for kind in kinds]
         rows.append(f"| {label} | {' | '.join(cells)} |")
+
+    def spread(values: list[float], digits: int) -> str:
+        return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+    runs = {kind: [run for run in result["runs"] if run["precision"] == kind] for kind in kinds}
+    row("loss, mean of the last epoch", {kind: [r["loss"] for r in own] for kind, own in runs.items()}, 3)
+    row("accuracy on the test images, %", {kind: [r["top1"] for r in own] for kind, own in runs.items()}, 1)
+    for other, label in (("fp32", "float32"), ("bf16", "bfloat16")):
+        same = {kind: [r["same_labels"].get(other) for r in own] for kind, own in runs.items()}
+        same = {kind: v for kind, v in same.items() if None not in v and kind != other}
+        row(f"labels after correction as in {label}, same seed, %", same, 1)
+    row("labels after correction as of another seed, %", {"bf16": result["same_labels_of_seeds"]}, 1)
+    cosines = {kind: [r["cosines"] for r in runs[kind]] for kind in kinds[1:]}
+    for name, label in (("mean", "mean"), ("min", "largest")):
+        shown = [f"{1 - statistics.mean(c[name] for c in cosines[kind]):.1e}" for kind in kinds[1:]]
+        rows.append(f"| 1 − cosine of a key and float32's, same weights and images, {label} | | {' | '.join(shown)} |")
     c, s = result["conditions"], result["settings"]
-    note = f"Mean ± standard deviation of {s['seeds']} seeds; {s['images']} images, {s['epochs']} epochs; "
-    return "\n".join([*rows, "", note + f"{c['gpu'] or c['cpu']}; PyTorch {c['torch']}; commit {c['commit']}."])
+    note = f"Mean ± standard deviation of {s['seeds']} seeds; {s['images']} images, {s['epochs']} epochs, {s['arch']}, "
+    note += f"width {s['width']:g}, {s['batch_size']} rows in BatchNorm groups of {s['bn_group']}; "
+    note += f"{c['gpu'] or c['cpu']}; "
+    return "\n".join([*rows, "", note + f"PyTorch {c['torch']}; commit {c['commit']}."])
 
 
 def memory(result: dict) -> str:
@@ -807,7 +827,10 @@ TABLES = {
     "speedups": ("speedups", speedups),
     "chain": ("chain", chain),
     "numerics": ("numerics", numerics),
-    "numerics_figure": ("numerics", lambda _: "![Loss by step, float32 and bfloat16](numerics.svg)"),
+    "numerics_figure": (
+        "numerics",
+        lambda _: "![Loss by step: float32, bfloat16, and with keys in float16](numerics.svg)",
+    ),
 }
 
 

@@ -76,22 +76,22 @@ void ema_update(const Pointers& targets, const Pointers& sources, const Pointers
 void sgd_ema_update(const Pointers& params, const Pointers& grads, const Pointers& buffers,
                     const Pointers& targets, const Pointers& param_shadows, const Pointers& target_shadows,
                     const std::vector<int64_t>& numels, const std::string& grad_dtype,
-                    const DtypeName& shadow_dtype, uintptr_t lr, double momentum, double weight_decay,
-                    bool nesterov, double ema_momentum, uintptr_t stream) {
-  const bool shadows = shadow_dtype.has_value();
+                    const DtypeName& param_shadow_dtype, const DtypeName& target_shadow_dtype, uintptr_t lr,
+                    double momentum, double weight_decay, bool nesterov, double ema_momentum,
+                    uintptr_t stream) {
   const auto tensors = zip<6>("sgd_ema_update",
                               {{"params", params},
                                {"grads", grads},
                                {"buffers", buffers, momentum != 0},
                                {"targets", targets},
-                               {"param_shadows", param_shadows, shadows},
-                               {"target_shadows", target_shadows, shadows}},
+                               {"param_shadows", param_shadows, param_shadow_dtype.has_value()},
+                               {"target_shadows", target_shadows, target_shadow_dtype.has_value()}},
                               numels);
   const mopro_fast::SgdEma coefficients = {pointer<const float>(lr), static_cast<float>(momentum),
                                            static_cast<float>(weight_decay), static_cast<float>(ema_momentum),
                                            nesterov};
-  mopro_fast::sgd_ema_update(tensors, parse_dtype(grad_dtype), parse_dtype(shadow_dtype), coefficients,
-                             pointer<CUstream_st>(stream));
+  mopro_fast::sgd_ema_update(tensors, parse_dtype(grad_dtype), parse_dtype(param_shadow_dtype),
+                             parse_dtype(target_shadow_dtype), coefficients, pointer<CUstream_st>(stream));
 }
 
 void prototype_update(uintptr_t prototypes, uintptr_t features, const std::string& feature_dtype,
@@ -130,8 +130,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("stream"), no_gil);
   m.def("sgd_ema_update", &sgd_ema_update, py::arg("params"), py::arg("grads"), py::arg("buffers"),
         py::arg("targets"), py::arg("param_shadows"), py::arg("target_shadows"), py::arg("numels"),
-        py::arg("grad_dtype"), py::arg("shadow_dtype"), py::arg("lr"), py::arg("momentum"),
-        py::arg("weight_decay"), py::arg("nesterov"), py::arg("ema_momentum"), py::arg("stream"), no_gil);
+        py::arg("grad_dtype"), py::arg("param_shadow_dtype"), py::arg("target_shadow_dtype"), py::arg("lr"),
+        py::arg("momentum"), py::arg("weight_decay"), py::arg("nesterov"), py::arg("ema_momentum"),
+        py::arg("stream"), no_gil);
   m.def("prototype_update", &prototype_update, py::arg("prototypes"), py::arg("features"),
         py::arg("feature_dtype"), py::arg("labels"), py::arg("kept"), py::arg("classes"), py::arg("rows"),
         py::arg("dim"), py::arg("momentum"), py::arg("stream"), no_gil);

@@ -33,8 +33,8 @@ struct SgdEma {
 };
 
 // param, grad, buffer (unused if momentum is 0), target, param's shadow, target's shadow
-void sgd_ema_update(const std::vector<TensorPointers<6>>& tensors, Dtype grad, Dtype shadow,
-                    const SgdEma& coefficients, cudaStream_t stream);
+void sgd_ema_update(const std::vector<TensorPointers<6>>& tensors, Dtype grad, Dtype param_shadow,
+                    Dtype target_shadow, const SgdEma& coefficients, cudaStream_t stream);
 
 // prototypes [classes, dim], features [rows, dim], labels [rows], kept [rows] or null
 void prototype_update(float* prototypes, const void* features, Dtype dtype, const int64_t* labels,

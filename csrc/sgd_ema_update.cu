@@ -6,7 +6,7 @@
 //   d  = g + μ·b (Nesterov) or b
 //   p <- p - lr·d
 //   t <- m·t + (1-m)·p          t float32
-//   v <- round(p), w <- round(t)   optional, bfloat16 or float16
+//   v <- round(p), w <- round(t)   optional, each bfloat16 or float16
 //
 // In float32: each line one fma, t as fma(m, t, (1-m)·p) with 1-m from the rounded m. lr is read on the
 // device, so that a captured CUDA graph sees the schedule.
@@ -24,19 +24,20 @@ enum { PARAM, GRAD, BUFFER, TARGET, PARAM_SHADOW, TARGET_SHADOW, POINTERS };
 constexpr int TENSORS = 512;
 using SgdEmaTable = Table<POINTERS, TENSORS>;
 
-template <typename Grad, typename Shadow>
+template <typename Grad, typename ParamShadow, typename TargetShadow>
 struct Pointers {
   float* param;
   const Grad* grad;
   float* buffer;
   float* target;
-  Shadow* param_shadow;
-  Shadow* target_shadow;
+  ParamShadow* param_shadow;
+  TargetShadow* target_shadow;
 };
 
 // Elements begin to end of the chunk, V per access.
-template <int V, typename Grad, typename Shadow>
-__device__ void update(int begin, int end, const Pointers<Grad, Shadow>& to, const SgdEma& c) {
+template <int V, typename Grad, typename ParamShadow, typename TargetShadow>
+__device__ void update(int begin, int end, const Pointers<Grad, ParamShadow, TargetShadow>& to,
+                       const SgdEma& c) {
   using Floats = Vec<float, V>;
   const float lr = *c.lr, rest = 1.0f - c.ema_momentum;
   for (int i = begin / V + threadIdx.x; i < end / V; i += CHUNK_THREADS) {
@@ -53,31 +54,32 @@ __device__ void update(int begin, int end, const Pointers<Grad, Shadow>& to, con
     reinterpret_cast<Floats*>(to.param)[i] = p;
     if (to.buffer) reinterpret_cast<Floats*>(to.buffer)[i] = b;
     reinterpret_cast<Floats*>(to.target)[i] = t;
-    if constexpr (!std::is_same_v<Shadow, NoShadow>) {
-      Vec<Shadow, V> v, w;
+    if constexpr (!std::is_same_v<ParamShadow, NoShadow>) {
+      Vec<ParamShadow, V> v;
+      Vec<TargetShadow, V> w;
       for (int j = 0; j < V; ++j) {
         store(v.x[j], p.x[j]);
         store(w.x[j], t.x[j]);
       }
-      reinterpret_cast<Vec<Shadow, V>*>(to.param_shadow)[i] = v;
-      reinterpret_cast<Vec<Shadow, V>*>(to.target_shadow)[i] = w;
+      reinterpret_cast<Vec<ParamShadow, V>*>(to.param_shadow)[i] = v;
+      reinterpret_cast<Vec<TargetShadow, V>*>(to.target_shadow)[i] = w;
     }
   }
 }
 
-template <typename Grad, typename Shadow>
+template <typename Grad, typename ParamShadow, typename TargetShadow>
 __global__ void __launch_bounds__(CHUNK_THREADS)
     sgd_ema_update_kernel(const __grid_constant__ SgdEmaTable table, SgdEma coefficients) {
   const Chunk chunk = find_chunk(table);
-  Pointers<Grad, Shadow> to{};
+  Pointers<Grad, ParamShadow, TargetShadow> to{};
   to.param = at_chunk<float>(table, chunk, PARAM);
   to.grad = at_chunk<Grad>(table, chunk, GRAD);
   if (coefficients.momentum != 0) to.buffer = at_chunk<float>(table, chunk, BUFFER);
   to.target = at_chunk<float>(table, chunk, TARGET);
   bool vec4 = holds_vec4(to.param) && holds_vec4(to.grad) && holds_vec4(to.buffer) && holds_vec4(to.target);
-  if constexpr (!std::is_same_v<Shadow, NoShadow>) {
-    to.param_shadow = at_chunk<Shadow>(table, chunk, PARAM_SHADOW);
-    to.target_shadow = at_chunk<Shadow>(table, chunk, TARGET_SHADOW);
+  if constexpr (!std::is_same_v<ParamShadow, NoShadow>) {
+    to.param_shadow = at_chunk<ParamShadow>(table, chunk, PARAM_SHADOW);
+    to.target_shadow = at_chunk<TargetShadow>(table, chunk, TARGET_SHADOW);
     vec4 = vec4 && holds_vec4(to.param_shadow) && holds_vec4(to.target_shadow);
   }
 
@@ -89,12 +91,21 @@ __global__ void __launch_bounds__(CHUNK_THREADS)
 
 }  // namespace
 
-void sgd_ema_update(const std::vector<TensorPointers<6>>& tensors, Dtype grad, Dtype shadow,
-                    const SgdEma& coefficients, cudaStream_t stream) {
+void sgd_ema_update(const std::vector<TensorPointers<6>>& tensors, Dtype grad, Dtype param_shadow,
+                    Dtype target_shadow, const SgdEma& coefficients, cudaStream_t stream) {
+  if ((param_shadow == Dtype::none) != (target_shadow == Dtype::none)) {
+    throw std::invalid_argument("sgd_ema_update: param_shadows and target_shadows go together");
+  }
   with_float(grad, "sgd_ema_update: grads", [&](auto g) {
-    with_shadow(shadow, "sgd_ema_update: shadows", [&](auto w) {
-      launch_chunks("sgd_ema_update", sgd_ema_update_kernel<decltype(g), decltype(w)>, tensors, stream,
-                    coefficients);
+    with_shadow(param_shadow, "sgd_ema_update: param_shadows", [&](auto v) {
+      using G = decltype(g);
+      using V = decltype(v);
+      with_shadow(target_shadow, "sgd_ema_update: target_shadows", [&](auto w) {
+        using W = decltype(w);
+        if constexpr (std::is_same_v<V, NoShadow> == std::is_same_v<W, NoShadow>) {
+          launch_chunks("sgd_ema_update", sgd_ema_update_kernel<G, V, W>, tensors, stream, coefficients);
+        }
+      });
     });
   });
 }

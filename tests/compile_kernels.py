@@ -80,6 +80,7 @@ def resources(cubin: bytes, shared: int, warps: int, arch: int) -> dict:
     programs, loads = in_flight.blocks_per_sm(registers, shared, warps, arch), in_flight.loads(code)
     return {
         "registers": registers, "stack": stack, "shared": shared, "warps": warps, "programs_per_sm": programs,
+        "wgmma": any(i.name.startswith("HGMMA") for i in code),
         "loads": loads._asdict(), "in_flight": loads.in_flight * 32 * warps * programs,
     }  # fmt: skip
 
@@ -158,7 +159,10 @@ def calls():
                 yield kernels.batch_norm_relu_pool_backward, (
                     y, dy2, x, y, y.to(torch.uint8), stats, stats, channel, channel
                 )  # fmt: skip
-    for in_channels, channels, side, group in [(64, 64, 56, 0), (256, 64, 56, 0), (512, 2048, 7, 32), (3, 5, 3, 0)]:
+    for in_channels, channels, side, group in [
+        (64, 64, 56, 0), (64, 256, 56, 32), (256, 64, 56, 32), (256, 128, 56, 0), (512, 128, 28, 32),
+        (128, 512, 28, 32), (512, 2048, 7, 32), (65, 130, 3, 0), (3, 5, 3, 0),
+    ]:  # fmt: skip
         of_x = [torch.empty(2 if group else 1, in_channels)] * 2 + [torch.empty(in_channels)] * 2
         for dtype in (f32, bf16, f16) if group else (f32, bf16):
             x = torch.empty(2 * (group or 4), in_channels, side, side, dtype=dtype)
@@ -187,7 +191,8 @@ def report(task: int) -> str:
     """One variant for one architecture, compiled unless FOLDER has it; -> JSON.
 
     sixteens: arguments that 16 divides. programs: launched, for the twelve SMs that kernels/similarity.py sees here.
-    programs_per_sm: that one holds. loads: of a thread (tests/in_flight.py). in_flight: bytes, of an SM that is full.
+    programs_per_sm: that one holds. wgmma: whether it multiplies with that. loads: of a thread (tests/in_flight.py).
+    in_flight: bytes, of an SM that is full.
     """
     kernel, values, options, programs, arch = TASKS[task]
     compiled_from, target = source(kernel, values), GPUTarget("cuda", arch, 32)

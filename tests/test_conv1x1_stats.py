@@ -14,10 +14,11 @@ from mopro_fast.models.resnet import Bottleneck, ResNet
 # Relative RMS against float64: sums of up to 100 products in float32; statistics are those of y as stored.
 TOLERANCE = 2e-6
 EPS, MOMENTUM = 1e-5, 0.3
-# N, Cin, Cout, H, W, group: sizes that divide no tile, several blocks of either channels, no rows
+# N, Cin, Cout, H, W, group: sizes that divide no tile, several blocks of either channels, no rows; then weights that
+# stay (of one, 128 and 256 input channels only without a norm), and others, a chunk of them not full
 SHAPES = [
     (4, 1, 1, 3, 3, 0), (2, 3, 5, 7, 7, 0), (6, 16, 65, 7, 7, 3), (3, 70, 130, 9, 5, 0), (64, 33, 16, 1, 1, 32),
-    (0, 3, 5, 2, 2, 0),
+    (0, 3, 5, 2, 2, 0), (4, 64, 272, 9, 9, 2), (2, 128, 48, 9, 9, 0), (4, 256, 64, 5, 5, 2), (4, 80, 144, 9, 7, 2),
 ]  # fmt: skip
 
 
@@ -78,18 +79,49 @@ def test_conv1x1_stats(shape, dtype, with_norm):
 def test_many_tiles_in_a_split_and_many_splits(dtype, monkeypatch):
     check(12, 100, 20, 13, 11, 6, dtype, True, weight_dtype=dtype)
     monkeypatch.setattr(conv1x1_stats, "programs", lambda _: 1)
-    check(12, 20, 70, 13, 11, 6, dtype, True, weight_dtype=dtype)
+    for in_channels, channels in ((20, 70), (32, 160), (96, 32)):
+        check(12, in_channels, channels, 13, 11, 6, dtype, True, weight_dtype=dtype)
+
+
+@pytest.mark.parametrize("with_norm", [True, False])
+def test_statistics_far_from_zero(with_norm):
+    """Of several tiles: a sum of squares would cancel; and rows beyond the last are none."""
+    with ops.use_backend("triton"):
+        x = torch.randn(3, 16, 11, 11, generator=torch.Generator().manual_seed(6)).to(DEVICE) / 8 + 1000
+        eye = torch.eye(16, device=DEVICE)[:, :, None, None]
+        norm = (torch.zeros(1, 16), torch.ones(1, 16), torch.ones(16), torch.full((16,), 0.5)) if with_norm else None
+        norm = norm and tuple(v.to(DEVICE) for v in norm)
+        y, mean, rstd = ops.conv1x1_stats_(x, eye, *torch.zeros(2, 16, device=DEVICE), norm, eps=EPS)
+    exact = y.double().transpose(0, 1).flatten(1)
+    assert rms_error(mean[0], exact.mean(1)) < 2e-7
+    assert rms_error(rstd[0], (exact.var(1, correction=0) + EPS).rsqrt()) < 1e-4
 
 
 @pytest.mark.usefixtures("backend")
-def test_the_same_bits_twice_and_the_same_as_compiled():
+@pytest.mark.parametrize("with_norm", [True, False])
+def test_what_is_not_finite_arrives(with_norm):
+    """float16 ends at 65504: the step is to stop at a loss that is not finite, not to go on with zeros."""
+    x = torch.ones(2, 16, 3, 3, dtype=F16, device=DEVICE)
+    x[0, 0, 0, 0], x[1, 3, 2, 2] = float("nan"), float("inf")
+    norm = tuple(v.to(DEVICE) for v in (torch.zeros(1, 16), torch.ones(1, 16), torch.ones(16), torch.zeros(16)))
+    weight = torch.eye(16, device=DEVICE)[:, :, None, None] * 60000 + 1
+    y, mean, _ = ops.conv1x1_stats_(x, weight, *torch.zeros(2, 16, device=DEVICE), norm if with_norm else None)
+    assert y[0, 0, 0, 0].isnan() and y[1, 3, 2, 2].isinf() and not mean[0, [0, 3]].isfinite().any()
+    big = ops.conv1x1_stats_(x * 2, weight, *torch.zeros(2, 16, device=DEVICE), norm if with_norm else None)[0]
+    assert big[1, 5, 0, 0].isinf()
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_the_same_bits_twice_and_the_same_as_compiled(dtype):
     torch.use_deterministic_algorithms(False)
     g = torch.Generator().manual_seed(3)
-    x, weight = torch.randn(6, 20, 9, 9, generator=g).to(DEVICE), torch.randn(24, 20, 1, 1, generator=g).to(DEVICE)
-    norm = (*torch.rand(2, 2, 20, generator=g).to(DEVICE), *torch.rand(2, 20, generator=g).to(DEVICE))
+    x, weight = torch.randn(6, 32, 9, 9, generator=g).to(DEVICE, dtype), torch.randn(48, 32, 1, 1, generator=g)
+    weight = weight.to(DEVICE)
+    norm = (*torch.rand(2, 2, 32, generator=g).to(DEVICE), *torch.rand(2, 32, generator=g).to(DEVICE))
 
     def run(function):
-        running = torch.ones(2, 24, device=DEVICE).unbind()
+        running = torch.ones(2, 48, device=DEVICE).unbind()
         return [*function(x, weight, *running, norm, group=3), *running]
 
     compiled = torch.compile(ops.conv1x1_stats_, fullgraph=True, backend="aot_eager")

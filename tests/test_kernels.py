@@ -85,6 +85,18 @@ def test_programs_that_walk_tiles_run_all_at_once(reports):
         assert r["programs"] <= r["programs_per_sm"] * sms or r["constants"].get("splits") == 1, r
 
 
+def test_convolutions_of_layer1_and_layer2(reports):
+    """In 16 bits: warp-group products, tiles under way, every program at once."""
+    found = [r for r in reports if r.get("kernel") == "conv1x1_stats_fwd_kernel" and "float32" not in r["types"][0]]
+    found = [r for r in found if r["constants"]["BLOCK_K"] >= 64]
+    assert len(found) >= 15
+    for r in found:
+        running = min(r["programs_per_sm"], 2 if r["constants"]["CHUNKS"] == 1 else 1)
+        assert r["wgmma"] and r["loads"]["asynchronous"] and r["loads"]["width"] == 16, r
+        assert r["in_flight"] / r["programs_per_sm"] * running >= IN_FLIGHT, r
+        assert r["programs"] <= running * programs(torch.device("cpu")) or r["constants"].get("splits") == 1, r
+
+
 CODE = """
 		Function : some_kernel
         /*0000*/                   LDC R1, c[0x0][0x28] ;

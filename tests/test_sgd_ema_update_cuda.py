@@ -18,14 +18,14 @@ USUAL = {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.05, "nesterov": False, "e
 class Tensors:
     """One Guarded per role and size; every number large enough to matter beside the others."""
 
-    def __init__(self, device, sizes, grad=F32, shadow=None, offsets=(0,) * 6):
+    def __init__(self, device, sizes, grad=F32, shadows=(None, None), offsets=(0,) * 6):
         generator = torch.Generator().manual_seed(0)
-        dtypes = (F32, grad, F32, F32, shadow or BF16, shadow or BF16)
+        dtypes = (F32, grad, F32, F32, *(shadow or BF16 for shadow in shadows))
         self.roles = {
             role: [Guarded(torch.randn(n, generator=generator).to(dtype), device, offset) for n in sizes]
             for role, dtype, offset in zip(ROLES, dtypes, offsets, strict=True)
         }
-        self.grad, self.shadow = grad, shadow
+        self.grad, self.shadows = grad, shadows
 
     def __getitem__(self, role):
         return [guarded.tensor for guarded in self.roles[role]]
@@ -35,8 +35,8 @@ class Tensors:
         rate = torch.tensor([lr], device=kernels.device)
         kernels.module.sgd_ema_update(
             pointers["param"], pointers["grad"], pointers["buffer"] if momentum else [], pointers["target"],
-            pointers["param_shadow"] if self.shadow else [], pointers["target_shadow"] if self.shadow else [],
-            [t.numel() for t in self["param"]], name(self.grad), name(self.shadow), rate.data_ptr(),
+            *(pointers[role] if shadow else [] for role, shadow in zip(ROLES[4:], self.shadows, strict=True)),
+            [t.numel() for t in self["param"]], name(self.grad), *map(name, self.shadows), rate.data_ptr(),
             momentum, weight_decay, nesterov, ema_momentum, kernels.stream,
         )  # fmt: skip
 
@@ -46,9 +46,9 @@ def close(actual, expected, error):
     assert torch.all((actual.double().cpu() - expected).abs() <= 1.001 * error + 1e-44)
 
 
-def check(kernels, sizes, grad=F32, shadow=None, offsets=(0,) * 6, **changed):
+def check(kernels, sizes, grad=F32, shadows=(None, None), offsets=(0,) * 6, **changed):
     settings = {**USUAL, **changed}
-    tensors = Tensors(kernels.device, sizes, grad, shadow, offsets)
+    tensors = Tensors(kernels.device, sizes, grad, shadows, offsets)
     before = {role: [t.double().cpu() for t in tensors[role]] for role in ROLES}
     tensors.run(kernels, **settings)
 
@@ -72,10 +72,10 @@ def check(kernels, sizes, grad=F32, shadow=None, offsets=(0,) * 6, **changed):
         close(tensors["target"][i], moved, error)
         if mu:
             close(tensors["buffer"][i], b, b_error)
-        if shadow:
-            assert torch.equal(bits(tensors["param_shadow"][i]), bits(tensors["param"][i].to(shadow)))
-            assert torch.equal(bits(tensors["target_shadow"][i]), bits(tensors["target"][i].to(shadow)))
-    written = {"grad": False, "buffer": mu != 0, "param_shadow": bool(shadow), "target_shadow": bool(shadow)}
+        for role, shadow in zip(("param", "target"), shadows, strict=True):
+            if shadow:
+                assert torch.equal(bits(tensors[f"{role}_shadow"][i]), bits(tensors[role][i].to(shadow)))
+    written = {"grad": False, "buffer": mu != 0, "param_shadow": bool(shadows[0]), "target_shadow": bool(shadows[1])}
     for role, all_guarded in tensors.roles.items():
         for guarded in all_guarded:
             guarded.check(written.get(role, True))
@@ -83,10 +83,10 @@ def check(kernels, sizes, grad=F32, shadow=None, offsets=(0,) * 6, **changed):
 
 
 @pytest.mark.parametrize("momentum, nesterov", [(0.9, False), (0.9, True), (0.0, False)])
-@pytest.mark.parametrize("shadow", [None, BF16, F16])
+@pytest.mark.parametrize("shadows", [(None, None), (BF16, BF16), (F16, F16), (BF16, F16), (F16, BF16)])
 @pytest.mark.parametrize("grad", [F32, BF16, F16])
-def test_against_float64(kernels, grad, shadow, momentum, nesterov):
-    check(kernels, SIZES, grad, shadow, momentum=momentum, nesterov=nesterov)
+def test_against_float64(kernels, grad, shadows, momentum, nesterov):
+    check(kernels, SIZES, grad, shadows, momentum=momentum, nesterov=nesterov)
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
@@ -97,7 +97,7 @@ def test_against_float64(kernels, grad, shadow, momentum, nesterov):
 
 )  # fmt: skip
 def test_settings(kernels, changed, nesterov):
-    tensors = check(kernels, FEW, shadow=BF16, nesterov=nesterov, **changed)
+    tensors = check(kernels, FEW, shadows=(BF16, F16), nesterov=nesterov, **changed)
     if changed == {"ema_momentum": 0.0}:
         assert all(torch.equal(t, p) for t, p in zip(tensors["target"], tensors["param"], strict=True))
 
@@ -108,14 +108,14 @@ OFFSETS = [tuple(int(i == j) for i in range(6)) for j in range(6)] + [(1,) * 6, 
 @pytest.mark.parametrize("offsets", OFFSETS)
 @pytest.mark.parametrize("grad", [F32, BF16])
 def test_misaligned(kernels, grad, offsets):
-    check(kernels, FEW, grad, BF16, offsets)
-    check(kernels, FEW, grad, None, offsets, momentum=0.0)
+    check(kernels, FEW, grad, (BF16, BF16), offsets)
+    check(kernels, FEW, grad, (None, None), offsets, momentum=0.0)
 
 
 @pytest.mark.medium
 @pytest.mark.parametrize("count", [1, 2, TENSORS - 1, TENSORS, TENSORS + 1, 2 * TENSORS + 90])
 def test_many_tensors(kernels, count):
-    check(kernels, [i % 23 for i in range(count)], F32, BF16)
+    check(kernels, [i % 23 for i in range(count)], F32, (BF16, BF16))
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
@@ -123,7 +123,7 @@ def test_the_order_of_blocks_and_threads_does_not_matter(host_cuda, kernels, ord
     if kernels.device == "cuda":
         pytest.skip("a GPU has an order of its own")
     host_cuda.order(order)
-    check(kernels, SIZES, BF16, BF16, nesterov=True)
+    check(kernels, SIZES, BF16, (BF16, F16), nesterov=True)
 
 
 @pytest.mark.medium
@@ -133,7 +133,7 @@ def test_launches(host_cuda, kernels):
         check(kernels, sizes, momentum=0.0)
         return host_cuda.launches() - before
 
-    host_cuda.sgd_ema_update([], [], [], [], [], [], [], "float32", None, 0, 0.9, 0.0, False, 0.9, 0)
+    host_cuda.sgd_ema_update([], [], [], [], [], [], [], "float32", None, None, 0, 0.9, 0.0, False, 0.9, 0)
     if kernels.device == "cpu":
         assert launches([0, 0]) == 0
         assert launches([64] * 165) == 1  # ResNet-50 with its projection head
@@ -144,7 +144,7 @@ def test_launches(host_cuda, kernels):
 def test_same_bits_twice(kernels):
     results = []
     for _ in range(2):
-        tensors = Tensors(kernels.device, SIZES, BF16, F16)
+        tensors = Tensors(kernels.device, SIZES, BF16, (F16, BF16))
         for _ in range(3):
             tensors.run(kernels, **USUAL)
         results.append(torch.cat([bits(t) for role in ROLES for t in tensors[role]]))
@@ -152,9 +152,20 @@ def test_same_bits_twice(kernels):
 
 
 def test_wrong_calls(host_cuda):
-    def call(n=(1, 1, 1, 1, 0, 0), numels=(1,), grad="float32", shadow=None, momentum=0.9):
+    def call(n=(1, 1, 1, 1, 0, 0), numels=(1,), grad="float32", shadow=None, target_shadow=0, momentum=0.9):
         lists = [[16] * count for count in n]
-        host_cuda.sgd_ema_update(*lists, list(numels), grad, shadow, 16, momentum, 0.0, False, 0.9, 0)
+        host_cuda.sgd_ema_update(
+            *lists,
+            list(numels),
+            grad,
+            *([shadow] * 2 if target_shadow == 0 else [shadow, target_shadow]),
+            16,
+            momentum,
+            0.0,
+            False,
+            0.9,
+            0,
+        )
 
     wrong = [
         {"n": (2, 1, 1, 1, 0, 0)}, {"n": (1, 0, 1, 1, 0, 0)}, {"n": (1, 1, 0, 1, 0, 0)}, {"n": (1, 1, 1, 0, 0, 0)},
@@ -168,9 +179,13 @@ def test_wrong_calls(host_cuda):
         call(grad="float64")
     with pytest.raises(ValueError, match="shadows must be"):
         call(n=(1,) * 6, shadow="float32")
+    for other in ({"n": (1, 1, 1, 1, 1, 0), "shadow": "float16", "target_shadow": None},
+                  {"n": (1, 1, 1, 1, 0, 1), "target_shadow": "float16"}):  # fmt: skip
+        with pytest.raises(ValueError, match="param_shadows and target_shadows go together"):
+            call(**other)
 
 
-def arguments(shadow=None):
+def arguments(shadow=None, target_shadow=None):
     g = torch.Generator().manual_seed(1)
     shapes = [(), (7,), (0, 3), (6, 3, 5, 5), (4, 6), (3, 4, 2)]
     params, grads, buffers, targets = ([torch.randn(s, generator=g) for s in shapes] for _ in range(4))
@@ -179,18 +194,19 @@ def arguments(shadow=None):
     params[4] = torch.randn(6, 4, generator=g).T
     targets[5] = torch.randn(3, 4, 6, generator=g)[:, :, ::3]  # with gaps
     grads[1] = grads[1].bfloat16()
-    low = [torch.zeros_like(p, dtype=shadow) for p in params], [torch.zeros_like(t, dtype=shadow) for t in targets]
+    both = zip((params, targets), (shadow, target_shadow or shadow), strict=True)
+    low = [[torch.zeros_like(t, dtype=dtype) for t in tensors] for tensors, dtype in both]
     return params, grads, buffers, targets, dict(zip(("param_shadows", "target_shadows"), low, strict=True))
 
 
 @pytest.mark.usefixtures("cuda_on_host")
 @pytest.mark.parametrize("missing", [(), (0, 3), (1,), range(6)])
-@pytest.mark.parametrize("shadow", [None, BF16])
-def test_through_the_op(shadow, missing):
+@pytest.mark.parametrize("shadow, of_target", [(None, None), (BF16, BF16), (BF16, F16)])
+def test_through_the_op(shadow, of_target, missing):
     """Layouts that differ, gaps, mixed gradient types, tensors without a gradient: as the reference."""
     results = []
     for backend in ("cuda", "reference"):
-        params, grads, buffers, targets, shadows = arguments(shadow or BF16)
+        params, grads, buffers, targets, shadows = arguments(shadow or BF16, of_target)
         for i in missing:
             grads[i] = buffers[i] = None
         with ops.use_backend(backend):
@@ -204,7 +220,7 @@ def test_through_the_op(shadow, missing):
         for i in range(6):
             assert torch.equal(params[i], untouched[i]) == (i in missing or params[i].numel() == 0)
             if shadow:
-                assert torch.equal(shadows["target_shadows"][i], targets[i].to(shadow))
+                assert torch.equal(shadows["target_shadows"][i], targets[i].to(of_target))
                 assert i in missing or torch.equal(shadows["param_shadows"][i], params[i].to(shadow))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
@@ -223,10 +239,6 @@ MISTAKES = {
     "params[0] must be float32, got float16": {"params": [torch.zeros((), dtype=F16), *arguments()[0][1:]]},
     "lr must have shape [1], got [2]": {"lr": torch.zeros(2)},
     "lr must be float32, got float64": {"lr": torch.zeros(1, dtype=torch.float64)},
-    "target_shadows[0] must be torch.bfloat16 as param_shadows[0] is, got torch.float16": {
-        "param_shadows": arguments(BF16)[4]["param_shadows"],
-        "target_shadows": arguments(F16)[4]["target_shadows"],
-    },
 }
 
 

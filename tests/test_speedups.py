@@ -1,5 +1,7 @@
 """Each of models/speedups.py: the whole step with it on is the plain, loop-written step of reference_step.py."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -72,6 +74,18 @@ def test_the_step_is_the_plain_one(name: str, bn_group: int, epoch: int, monkeyp
         for (entry, a), b in zip(mine.state_dict().items(), theirs.state_dict().values(), strict=True):
             moved = entry.endswith(("weight", "bias"))  # by a gradient
             assert a.shape == b.shape and rms_error(a.float(), b.float()) < (KINK if moved else TOLERANCE), entry
+
+
+def test_key_convolutions_are_those_of_layer1_and_layer2(monkeypatch) -> None:
+    monkeypatch.setitem(resnet.LAYERS, "resnet17", (Bottleneck, (2, 1, 1, 1)))
+    model = turn_on(MoPro(encoder(0), encoder(0), CONFIG).train(), "key-convolutions")
+    fused = {name for name, m in model.named_modules() if getattr(m, "fused_conv", False)}
+    assert fused == {"encoder_k.layer1.0", "encoder_k.layer1.1", "encoder_k.layer2.0"}
+    with mock.patch.object(ops, "conv1x1_stats_", side_effect=ops.conv1x1_stats_) as calls:
+        for method in (model, turn_on(model, "half-keys")):
+            with method.in_key_dtype(torch.device("cpu")):
+                model.key(torch.randn(4, 3, SIZE, SIZE))
+    assert calls.call_count == 2 * 2 * len(fused)
 
 
 def test_without_a_name_all_are_turned_on(monkeypatch) -> None:

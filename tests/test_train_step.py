@@ -1,6 +1,7 @@
 """The trainer's step: 16-bit weights, one CUDA graph, and nothing that waits for the device."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mopro_fast.data.pipeline import Batch
+from mopro_fast.errors import UserError
+from mopro_fast.models.speedups import turn_on
 from mopro_fast.ops import backends
 
 
@@ -29,6 +32,59 @@ def test_weights_kept_in_bf16_change_no_bit(device, monkeypatch) -> None:
             for p, low in zip(model.encoder_q.parameters(), step.query.parameters(), strict=True):
                 assert torch.equal(p.to(low.dtype), low)
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["mopro", "capro"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_half_keys(kind, device, monkeypatch) -> None:
+    """The query encoder's copies are bfloat16, the key encoder's float16; the step is the one that casts."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    states = []
+    for kept in (True, False):
+        model = turn_on(small_method(kind).to(device), "half-keys")
+        step = train_step(model, device=device, precision="bf16", bf16_weights=kept)
+        seen, casts = [], []
+        step.key.conv1.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0].dtype))
+        step.key.conv1.register_forward_hook(lambda *args, casts=casts: casts.append(args[2].dtype))
+        losses = run_steps(step, 2)
+        assert {*seen, *casts} == {torch.float16} and len(seen) == len(casts) > 0
+        states.append([*losses, *model.state_dict().values()])
+        if kept:
+            for encoder, computing, dtype in (
+                (model.encoder_q, getattr(step.query, "encoder", step.query), torch.bfloat16),
+                (model.encoder_k, step.key, torch.float16),
+            ):
+                assert computing.conv1.weight.dtype == dtype and computing.bn1.weight is encoder.bn1.weight
+                for p, low in zip(encoder.parameters(), computing.parameters(), strict=True):
+                    assert torch.equal(p.to(low.dtype), low)
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_the_queue_has_the_keys_of_their_type(half) -> None:
+    """float32 unit vectors; written out: autocast's casts of the masters, in one of the two types."""
+    model = small_model()
+    if half:
+        turn_on(model, "half-keys")
+    step, views, key = train_step(model, precision="bf16"), [], copy.deepcopy(model.encoder_k)
+    step.key.register_forward_pre_hook(lambda _, inputs: views.append(inputs[0].float()))
+    batch = Batch(*torch.randint(256, (2, ROWS, SIZE, SIZE, 3), dtype=torch.uint8), *[torch.arange(ROWS) % CLASSES] * 2)
+    step(batch, torch.arange(ROWS), 0, 0, SGD["lr"])
+    with torch.no_grad(), torch.autocast("cpu", torch.float16 if half else torch.bfloat16):
+        _, k = key(views[0].contiguous(memory_format=torch.channels_last))
+    assert model.queue.dtype == k.dtype == torch.float32 and torch.equal(model.queue[:ROWS], k)
+    torch.testing.assert_close(k.norm(dim=1), torch.ones(ROWS))
+
+
+def test_half_keys_that_overflow_end_the_run() -> None:
+    """65504 is float16's largest; what is beyond is infinite, and normalised again not a number."""
+    model = turn_on(small_model(), "half-keys")
+    with torch.no_grad():
+        model.encoder_k.bn1.weight.fill_(7e4)
+    step = train_step(model, precision="bf16")
+    run_steps(step, 1)
+    with pytest.raises(UserError, match="the loss is not finite at epoch 1, step 1"):
+        step.require_finite(0, 3, lambda: "")
 
 
 @pytest.mark.parametrize("kind", ["ce", "finetune", "retrain", "capro"])

@@ -177,7 +177,9 @@ class CAPro(Method):
         """
         self.key.eval()
         try:
-            return self.heads.encoder.project(self.key(self.normalize(images, shifts=shifts)))
+            with self.in_key_dtype(images.device):
+                features = self.key(self.normalize(images, shifts=shifts))
+            return self.heads.encoder.project(features)
         finally:
             self.key.train()
 

@@ -1,5 +1,6 @@
 """What a training method is: a module whose ``forward`` is one of its steps, up to the loss."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -56,6 +57,8 @@ class Method(nn.Module):
     """On a GPU the key encoder's forward runs beside the query encoder's. Off: not measured yet."""
     image_channels: int = 3
     """Of what the encoders get: 3, or 4 with a fourth of zeros. Off: not measured on a GPU yet."""
+    key_dtype: torch.dtype | None = None
+    """What encoder_k, its input and its copies are in where the step computes in 16 bits; None: as the query."""
 
     def __init__(self, encoder_q: ResNet, encoder_k: ResNet | None = None) -> None:
         """encoder_k: follows encoder_q as its moving average, in the optimizer's pass."""
@@ -77,8 +80,20 @@ class Method(nn.Module):
         With key_stream it has begun before the query encoder does: without autograd's records its launches take the
         host less time, and in an eager step the other stream starts as much earlier.
         """
-        compute = torch.no_grad()(compute)
-        return beside(compute, *reads) if self.key_stream and reads[0].is_cuda else compute
+
+        def run() -> Tensor:
+            with self.in_key_dtype(reads[0].device):
+                return compute()
+
+        return beside(run, *reads) if self.key_stream and reads[0].is_cuda else run
+
+    def in_key_dtype(self, device: torch.device) -> contextlib.AbstractContextManager:
+        """Without a gradient, and where autocast is on, in :attr:`key_dtype`: what the key's pass runs in."""
+        contexts = contextlib.ExitStack()
+        contexts.enter_context(torch.no_grad())
+        if self.key_dtype is not None and torch.is_autocast_enabled(device.type):
+            contexts.enter_context(torch.autocast(device.type, self.key_dtype))
+        return contexts
 
     def judges(self) -> bool:
         """Whether it has all that :attr:`correct` needs."""

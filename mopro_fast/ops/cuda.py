@@ -30,7 +30,7 @@ def sgd_ema_update_(
     written = [params, buffers, targets, param_shadows, target_shadows]
     for (p, b, t, v, w), (g,) in _batches(written, [grads]):
         _launch(
-            "sgd_ema_update", *_pointers(p, g, b, t, v, w), _numels(p), _dtype(g), _dtype(v),
+            "sgd_ema_update", *_pointers(p, g, b, t, v, w), _numels(p), _dtype(g), _dtype(v), _dtype(w),
             lr.data_ptr(), momentum, weight_decay, nesterov, ema_momentum,
         )  # fmt: skip
     increment_version([x for tensors in written for x in tensors])

@@ -43,7 +43,7 @@ def sgd_ema_update_(
     lr:             float32 [1] on the device, read there when the step runs (what a captured CUDA graph needs), or
                     a float.
     momentum, ema_momentum: in [0, 1]; nesterov wants momentum above 0. weight_decay: at least 0.
-    param_shadows, target_shadows: both or neither: bfloat16 or float16 copies, rewritten in the same pass.
+    param_shadows, target_shadows: both or neither: copies, each bfloat16 or float16, rewritten in the same pass.
 
     Raises ValueError for lists of different lengths, a wrong shape, dtype or device, or a number out of range.
     """
@@ -83,9 +83,6 @@ def sgd_ema_update_(
         lists.get(name, ([],))[0]
         for name in ("params", "grads", "targets", "buffers", "param_shadows", "target_shadows")
     )
-    for i, (v, w) in enumerate(zip(param_shadows, target_shadows, strict=True)):
-        if v.dtype != w.dtype:
-            raise ValueError(f"target_shadows[{i}] must be {v.dtype} as param_shadows[{i}] is, got {w.dtype}")
     with torch.no_grad():
         torch.ops.mopro_fast.sgd_ema_update_(
             params, grads, buffers, targets, lr, momentum, weight_decay, nesterov, ema_momentum,

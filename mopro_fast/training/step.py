@@ -45,7 +45,7 @@ class TrainStep:
         if self.bf16 and config.run.bf16_weights:
             query, copies = low_precision(query, torch.bfloat16)
             if key is not None:
-                key, of_key = low_precision(key, torch.bfloat16)
+                key, of_key = low_precision(key, model.key_dtype or torch.bfloat16)
                 copies |= of_key
         if config.run.compile:
             for encoder in (query, key):
