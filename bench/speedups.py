@@ -40,14 +40,16 @@ def nothing(_gpu: str, _rows: int) -> Range:
 
 def last_program_us() -> Range:
     """For each second launch of BatchNorm's that the last program of the first one replaces: the launch and the kernel
-    less what they take there, where one program does what a grid did. All assumed."""
-    launch_and_kernel, there = 3.3, (1.5, 4.0)
+    less what they take there, where one program does what a grid did: from a few partial results a channel to 264 of
+    them, read from L2. All assumed."""
+    launch_and_kernel, there = 3.3, (1.2, 2.7)
     return launch_and_kernel - there[1], launch_and_kernel - there[0]
 
 
 def of_padding(_gpu: str, rows: int) -> Range:
-    """Kernels of cuDNN's for eight input channels: assumed."""
-    return 0.3 * rows / 256, 0.8 * rows / 256
+    """Of both encoders, where cuDNN pads: what it reads and writes for that, and better kernels. Else 51 MB more are
+    written. Assumed."""
+    return -0.02 * rows / 256, 0.8 * rows / 256
 
 
 def of_overlap(gpu: str, rows: int) -> Range:
@@ -72,12 +74,14 @@ PREDICTIONS = {
     "residual-joins": Prediction("two gradients that meet are added where BatchNorm's sums read them"),
     "sign-bits": Prediction("the same, and a bit for each value says where the ReLU let through, not its output"),
     "stem": Prediction("the first BatchNorm, ReLU and max-pooling in one kernel, which keeps a byte for each maximum"),
-    "padded-input": Prediction("images of eight channels for the first convolution", of_padding),
+    "padded-input": Prediction(
+        "a fourth input channel of zeros; something is saved where cuDNN pads today", of_padding
+    ),
     "one-launch-norms": Prediction(
         "BatchNorm's last program combines what the others have summed, without a second launch",
         launch_us=last_program_us(),
     ),
-    "half-keys": Prediction("keys in 16 bits"),
+    "half-keys": Prediction("the key encoder in float16: nothing is saved unless cuDNN has better kernels for it"),
     "key-stream": Prediction(
         "the key encoder's forward beside the query encoder's, on a stream of its own", of_overlap
     ),

@@ -185,10 +185,10 @@ def step_mb(s: Shapes, on: Collection[str] = (), fused: Collection[int] = ()) ->
         query -= (STEM_QUERY[0] - STEM_QUERY[1]) * s.stem
         key -= (STEM_KEY[0] - STEM_KEY[1]) * s.stem
     if {"residual-joins", "sign-bits"} & set(on):
-        # An add reads two gradients and writes one, which the sums read; joined, the sums read two.
-        query -= 2 * (sum(outputs[:-1]) + (pooled if "stem" in on else 0))
+        # An add reads two gradients and writes one, which the sums read; joined, the sums read two, and of the stem dx.
+        query -= 2 * sum(outputs[:-1]) + (pooled if "stem" in on else 0)
     if "sign-bits" in on:  # not y tells where the ReLU let through, but a bit that is written and read
-        query -= (1 - 2 / 16) * sum(outputs)
+        query -= (1 - 2 / 16) * sum(outputs[:-1])
     # 27·C values in place of 34·C: two statistics less, and bn2's output is neither written nor read.
     key -= sum(b.conv1 + 2 * b.conv2 + b.conv3 for b in (s.blocks[i] for i in fused))
     return 2 * query / 1e6, 2 * key / 1e6

@@ -79,8 +79,8 @@ def test_joins(traffic) -> None:
         return (stem if "stem" in on else now)[0] - query
 
     assert saved("residual-joins") == pytest.approx(mb(2 * 320))
-    assert saved("residual-joins", "stem") == pytest.approx(mb(2 * (320 + 320)))
-    assert saved("sign-bits") == saved("sign-bits", "residual-joins") == pytest.approx(mb(2 * 320 + 7 / 8 * 640))
+    assert saved("residual-joins", "stem") == pytest.approx(mb(2 * 320 + 320))
+    assert saved("sign-bits") == saved("sign-bits", "residual-joins") == pytest.approx(mb((2 + 7 / 8) * 320))
     assert saved("padded-input", "key-stream", "half-keys", "one-launch-norms") == 0
 
 
