@@ -10,8 +10,9 @@ integers and the one division rounds correctly: the same pixels on every machine
 
 One launch. A program makes a whole view, for contrast needs the mean luma of the image as it is at that point of the
 order: the view is written, and what contrast and later operations change is read back (from the cache). Splitting
-a view over programs would want a second launch, and another pass over half of the views. A pixel takes about 600
-instructions: predicted, not measured, are 1 to 1.6 ms a step at N = 256 and 224 px on an H100 or H200.
+a view over programs would want a second launch, and another pass over half of the views. It is limited by arithmetic:
+a program goes down strips of a tile's width, so that a column's weights are known before its loops, reads only what
+lies in the box, so that no load has a mask, and divides by multiplying with one reciprocal a pixel.
 Traffic: V·N crops in, 3·V·N·S² bytes out, and 6·N·S² more, in cache, for contrast. Source: torchvision's
 RandomResizedCrop and ColorJitter on Pillow images, as in mopro_fast/ops/colour.py.
 """
@@ -51,7 +52,8 @@ def two_views_fwd_kernel(
     taps_y, taps_x = tl.where(ok, taps(box_height, SIZE), 0), taps(box_width, SIZE)
     box_ptr = pixels_ptr + tl.where(ok, offset + (top * width + left) * 3, 0)
     line = 3 * width.to(tl.int32)
-    small = tl.maximum(box_height, SIZE) * tl.maximum(box_width, SIZE) <= 1600 * SIZE
+    # Weights sum up to at most 2.5·max(w, S)²/S along an axis: to 16·10^6 in all, of values up to 255 below 2^32.
+    narrow = tl.maximum(box_height, SIZE) * tl.maximum(box_width, SIZE) <= 1600 * SIZE
     flip = tl.load(flips_ptr + at)
     out_ptr += (view.to(tl.int64) * tl.num_programs(0) + row) * (SIZE * SIZE * 3)
 
@@ -73,15 +75,11 @@ def two_views_fwd_kernel(
         for first_y in range(0, SIZE, ROWS):
             y = first_y + tl.arange(0, ROWS)[:, None]
             top_y, rise_y = window(y, box_height, taps_y, SIZE)
-            in_ptr = box_ptr + left_x * 3 + top_y.to(tl.int64) * line
-            if small:
-                r, g, b = resized(
-                    in_ptr, line, rise_y, rise_x, box_height, box_width, taps_y, taps_x, SIZE, tl.uint32
-                )
+            ptr = box_ptr + left_x * 3 + top_y.to(tl.int64) * line
+            if narrow:
+                r, g, b = resized(ptr, line, rise_y, rise_x, box_height, box_width, taps_y, taps_x, SIZE, False)
             else:
-                r, g, b = resized(
-                    in_ptr, line, rise_y, rise_x, box_height, box_width, taps_y, taps_x, SIZE, tl.uint64
-                )
+                r, g, b = resized(ptr, line, rise_y, rise_x, box_height, box_width, taps_y, taps_x, SIZE, True)
             if view == 1:
                 r, g, b = whole(r), whole(g), whole(b)
                 if gray:
@@ -97,15 +95,15 @@ def two_views_fwd_kernel(
     # 4. Contrast and the operations after it.
     if contrast < operations:
         tl.debug_barrier()  # what the program's other threads have written
-        mean = ((2 * tl.sum(tl.sum(lumas.to(tl.int32), 1), 0) + SIZE * SIZE) // (2 * SIZE * SIZE)).to(tl.float32)
+        total_luma = tl.sum(tl.sum(lumas.to(tl.int64), 1), 0)
+        mean = ((2 * total_luma + SIZE * SIZE) // (2 * SIZE * SIZE)).to(tl.float32)
         for first in range(0, SIZE * SIZE, ROWS * COLUMNS):
             p = first + tl.arange(0, ROWS * COLUMNS)
-            p_ok = p < SIZE * SIZE
-            at_ptr = out_ptr + tl.minimum(p, SIZE * SIZE - 1) * 3
-            r, g, b = load(at_ptr).to(tl.float32), load(at_ptr + 1).to(tl.float32), load(at_ptr + 2).to(tl.float32)
+            ptr = out_ptr + tl.minimum(p, SIZE * SIZE - 1) * 3
+            r, g, b = load(ptr).to(tl.float32), load(ptr + 1).to(tl.float32), load(ptr + 2).to(tl.float32)
             for i in range(contrast, operations):
                 r, g, b = operation(r, g, b, order_ptr + row * OPERATIONS + i, factors_ptr + row * 4, mean)
-            store(out_ptr + p * 3, p_ok, r, g, b)
+            store(ptr, p < SIZE * SIZE, r, g, b)
 
 
 @triton.jit
@@ -116,11 +114,12 @@ def taps(length, SIZE: tl.constexpr):
 
 @triton.jit
 def window(x, length, taps, SIZE: tl.constexpr):
-    """Along one axis, for output pixels x: the first of ``taps`` pixels of the box that hold all that weigh, and how far
-    it lies from where the triangle begins, 2S·i − (centre − radius)."""
+    """Along one axis, for output pixels x (beyond the view: its last one): the first of ``taps`` pixels, all in the
+    box, that hold all that weigh; and how far it lies from the triangle's begin, 2S·i − (centre − radius)."""
     radius = 2 * tl.maximum(length, SIZE)
     reach = (radius + SIZE - 1) // SIZE
-    end = (2 * tl.minimum(tl.maximum(x, 0), SIZE - 1) + 1) * length + (2 * SIZE * reach - SIZE - radius)  # not negative
+    x = tl.minimum(tl.maximum(x, 0), SIZE - 1)
+    end = (2 * x + 1) * length + (2 * SIZE * reach - SIZE - radius)  # not negative
     first = (end.to(tl.uint32) // (2 * SIZE)).to(tl.int32) + (1 - reach)
     first = tl.maximum(tl.minimum(first, length - taps), 0)
     return first, 2 * SIZE * (first + reach) - end
@@ -134,42 +133,35 @@ def weight(rise, i, length, SIZE: tl.constexpr):
 
 
 @triton.jit
-def resized(in_ptr, line, rise_y, rise_x, height, width, taps_y, taps_x, SIZE: tl.constexpr, SUM: tl.constexpr):
-    """-> red, green, blue, not rounded yet. in_ptr: where the windows begin. line: bytes of one of the image's."""
+def resized(ptr, line, rise_y, rise_x, height, width, taps_y, taps_x, SIZE: tl.constexpr, WIDE: tl.constexpr):
+    """-> red, green, blue, not rounded yet. ptr: where the windows begin. line: bytes of one of the image's."""
+    SUM: tl.constexpr = tl.uint64 if WIDE else tl.uint32
     first, second = weight(rise_x, 0, width, SIZE), tl.where(taps_x > 1, weight(rise_x, 1, width, SIZE), 0)
     beside = 3 * tl.minimum(taps_x - 1, 1)
-    zero = (rise_y + rise_x).to(SUM) * 0
-    r, g, b = zero, zero, zero
-    weights = zero + (taps_y == 0).to(SUM)  # a black view's are 0 of 1
+    r = tl.zeros([rise_y.shape[0], rise_x.shape[1]], SUM)
+    g, b, weights = r, r, r + (taps_y == 0).to(SUM)  # a black view: 0 of 1
     for i in range(taps_y):
-        beside_ptr = in_ptr + beside
-        line_r = first * load(in_ptr) + second * load(beside_ptr)
-        line_g = first * load(in_ptr + 1) + second * load(beside_ptr + 1)
-        line_b = first * load(in_ptr + 2) + second * load(beside_ptr + 2)
+        beside_ptr = ptr + beside
+        line_r = first * load(ptr) + second * load(beside_ptr)
+        line_g = first * load(ptr + 1) + second * load(beside_ptr + 1)
+        line_b = first * load(ptr + 2) + second * load(beside_ptr + 2)
         line_weights = first + second
         for j in range(2, taps_x):
             weight_x = weight(rise_x, j, width, SIZE)
-            line_r += weight_x * load(in_ptr + 3 * j)
-            line_g += weight_x * load(in_ptr + 3 * j + 1)
-            line_b += weight_x * load(in_ptr + 3 * j + 2)
+            line_r += weight_x * load(ptr + 3 * j)
+            line_g += weight_x * load(ptr + 3 * j + 1)
+            line_b += weight_x * load(ptr + 3 * j + 2)
             line_weights += weight_x
         weight_y = weight(rise_y, i, height, SIZE).to(SUM)
         r += weight_y * line_r
         g += weight_y * line_g
         b += weight_y * line_b
         weights += weight_y * line_weights
-        in_ptr += line
+        ptr += line
     weights = weights.to(tl.float32)
-    if SUM == tl.uint32:
-        over = inverse(weights)
-        over = tl.fma(tl.fma(over, -weights, 1.0), over, over)
-    else:
-        over = tl.div_rn(1.0, weights)
-    return (
-        ratio(r.to(tl.float32), weights, over),
-        ratio(g.to(tl.float32), weights, over),
-        ratio(b.to(tl.float32), weights, over),
-    )
+    over = reciprocal(weights, WIDE)
+    r, g, b = r.to(tl.float32), g.to(tl.float32), b.to(tl.float32)
+    return ratio(r, weights, over), ratio(g, weights, over), ratio(b, weights, over)
 
 
 @triton.jit
@@ -178,39 +170,54 @@ def load(ptr):
 
 
 @triton.jit
+def store(ptr, there, r, g, b):
+    tl.store(ptr, byte(r), there)
+    tl.store(ptr + 1, byte(g), there)
+    tl.store(ptr + 2, byte(b), there)
+
+
+@triton.jit
+def byte(x):
+    """The nearest whole number: the lowest bits, once ROUND is added."""
+    return (x + ROUND).to(tl.int32, bitcast=True).to(tl.uint8)
+
+
+@triton.jit
 def whole(x):
     return (x + ROUND) - ROUND
 
 
+# Division takes ten instructions, and a call where it does not end well. A quotient that is corrected by its remainder
+# takes three, and rounds correctly (Markstein 1990) where its reciprocal does.
+
+
 @triton.jit
 def ratio(a, b, over):
-    """a / b, correctly rounded; over: 1 / b."""
+    """a / b; over: 1 / b."""
     q = a * over
     return tl.fma(tl.fma(q, -b, a), over, q)
 
 
 @triton.jit
+def reciprocal(x, WIDE: tl.constexpr):
+    """1 / x of whole x above 0. Only where WIDE may it be 2^24 − 8 or more: there a step fewer can fail."""
+    if WIDE:
+        over = tl.div_rn(1.0, x)
+    else:
+        over = inverse(x)
+        over = tl.fma(tl.fma(over, -x, 1.0), over, over)
+    return over
+
+
+@triton.jit
 def inverse(x):
-    """1 / x to 21 bits."""
-    root = tl.rsqrt(x)
+    """1 / x of whole x, to 2^-21 of it; of 0: 1."""
+    root = tl.rsqrt(tl.maximum(x, 1.0))
     return root * root
 
 
-@triton.jit
-def store(at_ptr, there, r, g, b):
-    tl.store(at_ptr, byte(r), there)
-    tl.store(at_ptr + 1, byte(g), there)
-    tl.store(at_ptr + 2, byte(b), there)
-
-
-@triton.jit
-def byte(x):
-    """The nearest: the lowest bits once ROUND is added."""
-    return (x + ROUND).to(tl.int32, bitcast=True).to(tl.uint8)
-
-
-# The colours, on whole float32 in [0, 255], operation by operation as in ops/colour.py. No product may be fused with a
-# sum unless it is exact: hence enable_fp_fusion=False below.
+# The colours, on whole float32 in [0, 255], operation by operation as in ops/colour.py. Products are fused with sums
+# where all is exact, and nowhere else: hence enable_fp_fusion=False below.
 
 
 @triton.jit
@@ -240,18 +247,21 @@ def blend(x, base, factor):
 
 @triton.jit
 def turned(r, g, b, turn):
-    """Hue, through Pillow's 8-bit HSV."""
+    """Hue, through Pillow's 8-bit HSV. What is divided with a corrected or a rough reciprocal has been compared with a
+    division for every colour there is."""
     value = tl.maximum(tl.maximum(r, g), b)
     low = tl.minimum(tl.minimum(r, g), b)
+    middle = tl.maximum(tl.minimum(r, g), tl.minimum(tl.maximum(r, g), b))
     chroma = value - low
-    fall = ratio(value * 2 + low - r - g - b, chroma, inverse(tl.maximum(chroma, 1.0)))
+    fall = ratio(value - middle, chroma, inverse(chroma))
     centre = tl.where(r == value, 0.0, tl.where(g == value, 2.0, 4.0))
     side = tl.where(r == value, b - g, tl.where(g == value, r - b, g - r))
     hue = tl.where(side > 0, centre - 1 + fall, centre + 1 - fall)
     hue = ratio(hue, 6.0, 1 / 6)
     hue = tl.floor((hue - tl.floor(hue)) * 255) + turn
-    hue = (hue - tl.floor(hue * (1 / 256)) * 256) * 6
-    depth = tl.floor((chroma * 255 + 0.5) * inverse(tl.maximum(value, 1.0))) * value
+    hue = tl.fma(tl.floor(hue * (1 / 256)), -256.0, hue) * 6
+    depth = tl.floor(tl.fma(chroma, 255.0, 0.5) * inverse(value)) * value
+    value += ROUND
     r = fallen(value, depth, 510 - tl.abs(hue - 765))
     g = fallen(value, depth, tl.abs(hue - 510) - 255)
     b = fallen(value, depth, tl.abs(hue - 1020) - 255)
@@ -260,8 +270,7 @@ def turned(r, g, b, turn):
 
 @triton.jit
 def fallen(value, depth, tent):
-    drop = tl.fma(tl.minimum(tl.maximum(tent, 0.0), 255.0) * depth, 1 / 65025, ROUND)
-    return (value + ROUND) - drop
+    return value - tl.fma(tl.minimum(tl.maximum(tent, 0.0), 255.0) * depth, 1 / 65025, ROUND)
 
 
 def two_views(
@@ -278,10 +287,10 @@ def two_views(
     out = torch.empty(views, n, size, size, 3, dtype=torch.uint8, device=pixels.device)
     if out.numel():
         side = triton.next_power_of_2(size)
-        rows, columns = min(32, side), min(32, side)
+        rows, columns = min(16, side), min(32, side)
         two_views_fwd_kernel[(n, views)](
             *(x.contiguous() for x in (pixels, images, boxes, flips, gray, factors, order)), out, len(pixels),
             SIZE=size, LARGEST=largest_side(size), OPERATIONS=order.shape[1], ROWS=rows, COLUMNS=columns,
-            num_warps=max(1, rows * columns // 128), maxnreg=80, enable_fp_fusion=False,
+            num_warps=max(1, rows * columns // 128), maxnreg=128, enable_fp_fusion=False,
         )  # fmt: skip
     return out
