@@ -88,7 +88,7 @@ if [ -n "$dry" ]; then
   plain_norms=() fast="official, channels-last"
 fi
 trainer=(tyro docstring_parser typeguard pyarrow tqdm PIL simplejpeg)
-op_tests=(tests/test_ops.py tests/test_two_views.py tests/test_normalize.py tests/test_batch_norm_act.py)
+op_tests=(tests/test_ops.py tests/test_two_views.py tests/test_two_views_arithmetic.py tests/test_normalize.py tests/test_batch_norm_act.py)
 op_tests+=(tests/test_conv1x1_stats.py tests/test_collective_targets.py)
 cuda_tests=(tests/test_*_cuda.py tests/test_optim.py tests/test_train_step.py tests/test_augment.py tests/test_cache.py)
 

@@ -109,12 +109,14 @@ def test_boxes_at_every_border():
 
 @pytest.mark.medium
 def test_sums_of_32_and_of_64_bits():
-    """Of a white box of 16·1600 px at 16 px those are the largest of 32 bits; no line may be longer than the other's."""
-    images = [np.full((16, 1600, 3), 255, np.uint8), np.full((1, largest_side(16), 3), 255, np.uint8)]
-    images.append(generator(11).integers(0, 256, (3, 1608, 3), dtype=np.uint8))
-    boxes = np.array([[(0, 0, 16, 1600)], [(0, 0, 1, largest_side(16))], [(1, 7, 2, 1601)]])
-    views = check_backends(arguments(images, boxes, np.zeros((3, 1), bool)), 16)
-    assert (views[0, :2] == 255).all()
+    """Of a white box of 16·1600 px at 16 px they are the largest of 32 bits; the third one has the longest line. Of the
+    last box, one pixel would differ if its sums had a common factor."""
+    shapes = [(16, 1600), (16, 2100), (1, largest_side(16))]
+    images = [np.full((*shape, 3), 255, np.uint8) for shape in shapes]
+    images.append(generator(2009).integers(0, 256, (600, 1, 3), dtype=np.uint8))
+    boxes = np.array([[(0, 0, *image.shape[:2])] for image in images])
+    views = check_backends(arguments(images, boxes, np.zeros((4, 1), bool)), 16)
+    assert (views[0, :3] == 255).all()
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter tells what is read")

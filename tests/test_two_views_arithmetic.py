@@ -27,6 +27,12 @@ def quotients_kernel(a_ptr, b_ptr, out_ptr, n, WIDE: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
+def reciprocals_kernel(x_ptr, out_ptr, n, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + i, reciprocal(tl.load(x_ptr + i, i < n, 1.0), WIDE), i < n)
+
+
+@triton.jit
 def lumas_kernel(r_ptr, g_ptr, b_ptr, out_ptr, n, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     r, g, b = tl.load(r_ptr + i, i < n, 0.0), tl.load(g_ptr + i, i < n, 0.0), tl.load(b_ptr + i, i < n, 0.0)
@@ -77,6 +83,11 @@ def test_quotients_next_to_halves(wide):
     others = np.random.Generator(np.random.PCG64(0)).integers(1, 16_000_000, 400)
     a, b = nearly_halves(np.concatenate([totals, others, np.arange(1, 9), [448 * 448, 16_000_000]]))
     assert (launched(quotients_kernel, a, b, WIDE=wide) == np.rint(a / b)).all()
+
+
+def test_reciprocals_of_long_sums_next_to_a_power_of_two():
+    x = np.arange((1 << 24) - 99, 1 << 24).astype(np.float32)
+    assert (launched(reciprocals_kernel, x, WIDE=True) == np.float32(1) / x).all()
 
 
 def test_lumas():
