@@ -35,6 +35,7 @@ import host_cuda
 
 from mopro_fast import kernels
 from mopro_fast.benchmark.throughput import Case
+from mopro_fast.kernels import batch_norm_stats
 from mopro_fast.models.build import build
 from mopro_fast.models.resnet import GroupedBatchNorm2d
 from mopro_fast.models.speedups import turn_on
@@ -143,8 +144,9 @@ def _without_contents(x):
 
 def of_step(case: Case, module, *names: str) -> collections.Counter[str]:
     """Launches of MoPro's step in bf16, labels corrected, with these of models/speedups.py on; not of the first step,
-    which makes the optimizer's buffers, nor the copies of a batch into a CUDA graph."""
-    with FakeTensorMode():
+    which makes the optimizer's buffers and BatchNorm's counts, nor the copies of a batch into a CUDA graph."""
+    counts = {(torch.device("cpu"), 0): torch.zeros(1024, dtype=torch.int32)}
+    with mock.patch.dict(batch_norm_stats._ARRIVALS, counts), FakeTensorMode():
         config = case.config(precision="bf16")
         model = build(config).train()
         for m in model.modules():

@@ -21,8 +21,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined; then the triton backend takes CPU tensors
     interpreter.refuse_what_it_cannot_run_with()
-    if importlib.util.find_spec("triton") and os.environ.get("PLAIN_INTERPRETER") != "1":
-        interpreter.speed_up()
+    if importlib.util.find_spec("triton"):
+        interpreter.round_fma_once()
+        if os.environ.get("PLAIN_INTERPRETER") != "1":
+            interpreter.speed_up()
 
 
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):

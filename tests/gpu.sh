@@ -3,7 +3,7 @@
 #   tests/gpu.sh [--dry] [--limit NAME=SECONDS]... [GROUP or STAGE ...]
 # Stages run in the order below, the most telling first. Each ends at a limit of its own and stops no other.
 # The groups first and second are planned for five minutes each, long takes its time. Without names all three run.
-# `build speedups` takes as long: each speed-up of mopro_fast/models/speedups.py by itself, in a training step.
+# `build speedup-tests speedups` takes as long: each speed-up of mopro_fast/models/speedups.py by itself, in a training step.
 # OUT/GROUP.log has what its stages print, as it comes. The exit status is 1 if a stage failed or was stopped.
 # PyTorch, Triton and NumPy are enough to begin: a stage that lacks more is skipped and says so. Wheels in .whl are there for
 # this run.
@@ -39,7 +39,7 @@ second=(
   memcheck:150      # 45
   racecheck:80      # 20
 )
-long=(build:120 speedups:240 dali-tests:300 text-tests:120 memcheck-tests:400 ops:600 loader:900 throughput:900)
+long=(build:120 speedup-tests:150 speedups:240 dali-tests:300 text-tests:120 memcheck-tests:400 ops:600 loader:900 throughput:900)
 long+=(numerics:14400 accuracy:86400 tables:60)
 stages=" ${first[*]%:*} ${second[*]%:*} ${long[*]%:*} "
 
@@ -89,10 +89,11 @@ if [ -n "$dry" ]; then
   plain_norms=() fast="official, channels-last"
 fi
 trainer=(tyro docstring_parser typeguard pyarrow tqdm PIL simplejpeg)
-op_tests=(tests/test_ops.py tests/test_two_views.py tests/test_normalize.py tests/test_batch_norm_act.py)
-op_tests+=(tests/test_batch_norm_relu_pool.py tests/test_conv1x1_stats.py tests/test_collective_targets.py)
+op_tests=(tests/test_ops.py tests/test_two_views.py tests/test_two_views_arithmetic.py tests/test_normalize.py)
+op_tests+=(tests/test_batch_norm_act.py tests/test_conv1x1_stats.py tests/test_collective_targets.py)
+speedup_tests=(tests/test_speedups.py tests/test_key_stream.py tests/test_batch_norm_variants.py)
+speedup_tests+=(tests/test_batch_norm_relu_pool.py)
 cuda_tests=(tests/test_*_cuda.py tests/test_optim.py tests/test_train_step.py tests/test_augment.py tests/test_cache.py)
-cuda_tests+=(tests/test_key_stream.py)
 
 # define STAGE: sets command; needs, modules beyond PyTorch and Triton; lacks, why it cannot run; show, lines at its end.
 define() {
@@ -101,6 +102,7 @@ define() {
     build) command=(bash -c build) show=23 ;;
     smoke) command=(bash -c smoke) show=1 ;;
     step-256) step step_256 --variants ours "${plain_norms[@]}" "the two encoders alone" --batch-sizes $((dry ? 8 : 256)) ;;
+    speedup-tests) tests "signs_are and reference" -n $((dry ? 2 : 12)) --maxfail=30 -k "not beyond_32_bits" "${speedup_tests[@]}" ;;
     speedups)
       step step_speedups --speedups --batch-sizes $((dry ? 8 : 256)) $((dry ? 4 : 32))
       [ -n "$dry" ] || command+=(--seconds 0.5)
