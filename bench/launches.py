@@ -156,8 +156,7 @@ def of_step(case: Case, module, *names: str) -> collections.Counter[str]:
                 low = m.weight.detach().contiguous(memory_format=torch.channels_last)
                 m.weight = nn.Parameter(low, m.weight.requires_grad)
         model.prototypes.copy_(F.normalize(torch.randn_like(model.prototypes), dim=1))
-        if names:
-            turn_on(model, *names)
+        turn_on(model, *names)
         step = TrainStep(config, model, case.batch, torch.device("cpu"))
         batch, place, epoch = case.images(), torch.arange(case.batch), config.mopro.start_clean
         step(batch, place, epoch, 0, 0.01)

@@ -188,6 +188,9 @@ def described(c: Collective, a: Assumptions) -> dict:
 
 
 def main(a: Assumptions) -> None:
+    for name, value in asdict(a).items():
+        if any(not x > 0 for x in (value if isinstance(value, tuple) else (value,)) if not isinstance(x, str)):
+            raise SystemExit(f"scaling.py: --{name.replace('_', '-')} must be above 0, got {value}")
     cases = []
     for classes in a.classes:
         config = TrainConfig(data=DataConfig(num_classes=classes), optim=OptimConfig(batch_size=a.rows))

@@ -64,12 +64,15 @@ class Prediction(NamedTuple):
     """Milliseconds saved beside bytes and launches: (GPU, rows)."""
     launch_us: Range = LAUNCH_US
     """Microseconds for each launch saved."""
+    of_bytes: Range = (1.0, 1.0)
+    """Share of the time of the bytes saved that is saved."""
 
 
 PREDICTIONS = {
     "key-convolutions": Prediction(
-        "the key encoder's 1×1 convolutions take the statistics of their outputs and normalise their inputs; less is "
-        "saved where our product is slower than cuDNN's"
+        "the key encoder's 1×1 convolutions of layer1 and layer2 take the statistics of their outputs and normalise "
+        "their inputs; nothing is saved where our product moves its bytes at half of a copy's bandwidth",
+        of_bytes=(0.0, 1.0),
     ),
     "residual-joins": Prediction("two gradients that meet are added where BatchNorm's sums read them"),
     "sign-bits": Prediction("the same, and a bit for each value says where the ReLU let through, not its output"),
@@ -99,15 +102,25 @@ def main(argv: list[str] | None = None) -> int:
         base = cost((), launches.of_step(case, module), shapes)
         print(base)
         rows: list[dict] = []
+        alone: dict[str, tuple[float, int]] = {}
         for name in (*SPEEDUPS, ALL):
             on = tuple(SPEEDUPS) if name == ALL else (name,)
             found = cost(on, launches.of_step(case, module, *on), shapes)
+            alone[name] = moved(base) - moved(found), base["launches"] - found["launches"]
             rows.append({"name": name, "what": "" if name == ALL else PREDICTIONS[name].what, **found})
-            fewer = {row["name"]: base["launches"] - row["launches"] for row in rows}
-            rows[-1]["ms"] = {gpu: {n: saved_ms(base, found, fewer, on, gpu, n) for n in ROWS} for gpu in GPUS}
+            rows[-1]["ms"] = {gpu: {n: saved_ms(alone, name, on, gpu, n) for n in ROWS} for gpu in GPUS}
             print(rows[-1])
-    settings = {"bandwidth": GPUS, "efficiency": EFFICIENCY, "launch_us": LAUNCH_US, "queue_size": case.queue_size}
-    print(record.write("speedups", {"settings": settings, "base": base, "rows": rows}, a.results))
+    step = {
+        gpu: {256: sum(part[i] for part in traffic.PARTS), 32: 32e3 / STEP_AT_32[gpu]} for i, gpu in enumerate(GPUS, 2)
+    }
+    settings = {
+        "last_program_us": last_program_us(),
+        "bandwidth": GPUS,
+        "efficiency": EFFICIENCY,
+        "launch_us": LAUNCH_US,
+        "queue_size": case.queue_size,
+    }
+    print(record.write("speedups", {"settings": settings, "base": base, "step_ms": step, "rows": rows}, a.results))
     return 0
 
 
@@ -120,21 +133,28 @@ def fused_blocks(on: tuple[str, ...]) -> list[int]:
     """The key encoder's blocks that run without a gradient's bookkeeping, by number."""
     with torch.device("meta"):
         model = build(Case(2, 10).config())
-    blocks = [m for m in (turn_on(model, *on) if on else model).encoder_k.modules() if isinstance(m, Bottleneck)]
+    blocks = [m for m in turn_on(model, *on).encoder_k.modules() if isinstance(m, Bottleneck)]
     return [i for i, block in enumerate(blocks) if block.fused_conv]
 
 
-def saved_ms(base: dict, found: dict, fewer: dict[str, int], on: tuple[str, ...], gpu: str, rows: int) -> Range:
-    """fewer: launches that each speed-up saves by itself; of all together, what no other has said is of LAUNCH_US."""
-    mb = base["mb_query"] + base["mb_key"] - found["mb_query"] - found["mb_key"]
-    left, saved = base["launches"] - found["launches"], [mb * 1e6 * rows / (EFFICIENCY * GPUS[gpu]) * 1e3] * 2
-    for name in on:
-        prediction = PREDICTIONS[name]
-        if prediction.launch_us != LAUNCH_US:
-            left -= fewer[name]
-            saved = [s + 1e-3 * fewer[name] * us for s, us in zip(saved, prediction.launch_us, strict=True)]
-        saved = [s + ms for s, ms in zip(saved, prediction.beside(gpu, rows), strict=True)]
-    low, high = (s + 1e-3 * left * us for s, us in zip(saved, LAUNCH_US, strict=True))
+def moved(cost: dict) -> float:
+    return cost["mb_query"] + cost["mb_key"]
+
+
+def saved_ms(alone: dict[str, tuple[float, int]], name: str, on: tuple[str, ...], gpu: str, rows: int) -> Range:
+    """By ``name``, which turns these on. alone: megabytes and launches that each saves by itself, ``name`` as well."""
+    mb, left = alone[name]
+    per_mb = 1e6 * rows / (EFFICIENCY * GPUS[gpu]) * 1e3
+    low = high = mb * per_mb
+    for one in on:
+        p, (own_mb, own_launches) = PREDICTIONS[one], alone[one]
+        low -= (1 - p.of_bytes[0]) * own_mb * per_mb
+        high -= (1 - p.of_bytes[1]) * own_mb * per_mb
+        if p.launch_us != LAUNCH_US:  # of all together, what no such one saves by itself is of LAUNCH_US
+            left -= own_launches
+            low, high = (s + 1e-3 * own_launches * us for s, us in zip((low, high), p.launch_us, strict=True))
+        low, high = (s + ms for s, ms in zip((low, high), p.beside(gpu, rows), strict=True))
+    low, high = (s + 1e-3 * left * us for s, us in zip((low, high), LAUNCH_US, strict=True))
     return low, high
 
 

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="a ResNet-18 at 32 px, for a CPU")
     a = parser.parse_args(argv)
     if a.speedups:
-        a.variants = [throughput.OURS, *(throughput.with_speedups() if a.device == "cuda" else ())]
+        a.variants = [throughput.OURS, *throughput.with_speedups()]
     options = command.Bench(
         device=a.device, batch_sizes=tuple(a.batch_sizes), classes=(a.classes,), seconds=a.seconds,
         variants=tuple(a.variants), **(SMALL if a.small else {}),

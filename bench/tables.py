@@ -429,8 +429,8 @@ def anchors(result: dict) -> str:
     ]
     note = (
         "Published results of others, none of them run here. Memory: the query encoder in the last row above, at 4.3 "
-        "TB/s (H200) and 3 TB/s (H100). The last column is implied: one more forward pass makes three thirds of the "
-        "work four."
+        "TB/s (H200) and 3 TB/s (H100). The last column is implied: one more forward pass adds a third of the work. "
+        "Source: mlcommons/training_results_v4.0 and _v3.1 on GitHub; ?: how many GPUs is not noted here."
     )
     return "\n".join([*rows, "", note])
 
@@ -447,15 +447,15 @@ def step_parts(result: dict) -> str:
     rows.append(f"| **all** | – | {' | '.join(f'{total[gpu]:.1f}' for gpu in gpus)} |")
     rows.append(f"| img/s | – | {' | '.join(f'{round(256e3 / total[gpu], -1):,.0f}' for gpu in gpus)} |")
     note = (
-        "Predicted by part from the sources and the compiled kernels, not measured: kernels bound by memory reach 88 % "
-        "of a copy's 3 and 4.3 TB/s, max-pooling with its int64 indices less, convolutions the rates above or what "
-        "their memory allows."
+        "Predicted in a review of the sources and the compiled kernels, not measured: kernels bound by memory reach 88 "
+        "to 90 % of a copy's 3 and 4.3 TB/s, max-pooling with its int64 indices less; convolutions take 7 to 9 % more "
+        "than the rates above or 88 % of a copy allow, layer by layer."
     )
     return "\n".join([*rows, "", note])
 
 
-def speedups(result: dict) -> str:
-    """A row for each of models/speedups.py; bench/speedups.py."""
+def speedups(result: dict, measured: dict | None = None) -> str:
+    """A row for each of models/speedups.py (bench/speedups.py), and what `tests/gpu.sh speedups` has found."""
 
     def moved(row: dict) -> float:
         return row["mb_query"] + row["mb_key"]
@@ -470,16 +470,41 @@ def speedups(result: dict) -> str:
         name, what = (f"`{r['name']}`", r["what"]) if r["what"] else (f"**{r['name']}**", "–")
         cells = [name, what, f"{moved(base):.0f} → {moved(r):.0f}", f"{base['launches']} → {r['launches']}"]
         cells += [_range(*r["ms"][gpu][n]) for n in sizes for gpu in gpus]
-        rows.append(f"| {' | '.join([*cells, 'not measured'])} |")
+        rows.append(f"| {' | '.join([*cells, _outcome(r['name'], measured)])} |")
+    steps = [_with_all(result, gpu, n) for n in sizes for gpu in gpus]
+    for label, cells in zip(("the step, ms", "img/s"), zip(*steps, strict=True), strict=True):
+        rows.append(f"| **{label}** | – | – | – | {' | '.join(cells)} | |")
+    at_32 = " and ".join(f"{32e3 / result['step_ms'][gpu]['32']:,.0f}" for gpu in gpus)
     rates = " and ".join(f"{name} {rate / 1e12:g} TB/s" for name, rate in s["bandwidth"].items())
     note = (
         f"Megabytes and launches are counted without a GPU (`python bench/speedups.py`): ResNet-50, 224 px, bf16, "
         f"C=1000, Q={s['queue_size']}, labels corrected. Megabytes include the max-pooling and the gradients added "
         f"where two meet, which the first table leaves out. Milliseconds are predicted: bytes at "
         f"{100 * s['efficiency']:g} % of a copy's bandwidth ({rates}) and {s['launch_us'][0]:g} µs for a launch in a "
-        f"CUDA graph (assumed); ranges are assumptions. Commit {result['conditions']['commit']}."
+        f"CUDA graph (assumed). A second launch of BatchNorm and its kernel save {_range(*s['last_program_us'])} µs "
+        f"(assumed); so are all ranges, and what `key-stream` saves. Last two rows: without and with all of them; N=32 "
+        f"from {at_32} img/s, predicted as the parts above. Commit {result['conditions']['commit']}."
     )
     return "\n".join([*rows, "", note])
+
+
+def _outcome(name: str, measured: dict | None) -> str:
+    """Milliseconds that the variant saves against ours, by N."""
+    found = []
+    for case in (measured or {"cases": []})["cases"]:
+        variant = "all speed-ups" if name == "all" else name
+        times = [case["variants"].get(v, {}).get("step_ms") for v in ("ours", f"ours, {variant} on")]
+        if all(times):
+            found.append(f"N={case['batch']}: {_range(*2 * (times[0]['p50'] - times[1]['p50'],))}")
+    return f"{', '.join(found)} ({measured['conditions']['gpu']})" if found else "not measured"
+
+
+def _with_all(result: dict, gpu: str, n: str) -> tuple[str, str]:
+    """Milliseconds and images a second, without and with all speed-ups."""
+    now, (low, high) = result["step_ms"][gpu][n], result["rows"][-1]["ms"][gpu][n]
+    least, most = now - high, now - low
+    speeds = [f"{round(1e3 * int(n) / ms, -1):,.0f}" for ms in (now, most, least)]
+    return f"{now:.1f} → {least:.1f} to {most:.1f}", f"{speeds[0]} → {speeds[1]} to {speeds[2]}"
 
 
 def _range(low: float, high: float) -> str:
@@ -834,6 +859,10 @@ TABLES = {
 }
 
 
+BESIDE = {"speedups": ("step_speedups",)}
+"""Result files that a table takes besides its own, where they are there."""
+
+
 def read(file: str, folder: Path) -> dict | None:
     path = folder / f"{file}.json"
     return json.loads(path.read_text()) if path.is_file() else None
@@ -842,7 +871,9 @@ def read(file: str, folder: Path) -> dict | None:
 def table(name: str, folder: Path | None = None) -> str:
     file, function = TABLES[name]
     result = read(file, folder or HERE / "results")
-    return "Not measured yet." if result is None else function(result)
+    if result is None:
+        return "Not measured yet."
+    return function(result, *(read(other, folder or HERE / "results") for other in BESIDE.get(name, ())))
 
 
 def rendered(text: str) -> str:

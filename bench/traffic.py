@@ -84,6 +84,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--results", default=record.RESULTS)
     a = parser.parse_args(argv)
+    if not 0 < a.bandwidth < float("inf"):
+        parser.error(f"--bandwidth must be a finite number above 0, got {a.bandwidth}")
+    if a.image_size < 32:
+        parser.error(f"--image-size must be at least 32, got {a.image_size}")
     layers = shapes(a.image_size).layers
     rows = []
     for scheme, meaning in SCHEMES.items():

@@ -126,22 +126,22 @@ def test_milliseconds(speedups, monkeypatch) -> None:
         "plain": speedups.Prediction("x"),
         "more": speedups.Prediction("x", beside=lambda _gpu, rows: (0.001 * rows, 0.002 * rows)),
         "other": speedups.Prediction("x", launch_us=(-1.0, 2.0)),
+        "unsure": speedups.Prediction("x", of_bytes=(0.0, 0.5)),
     }
     monkeypatch.setattr(speedups, "PREDICTIONS", fake)
     monkeypatch.setitem(speedups.GPUS, "x", 1e12)
-    base = {"mb_query": 100, "mb_key": 50, "launches": 800}
-    found = {"mb_query": 95, "mb_key": 45, "launches": 780}
     moved = 10e6 * 100 / 0.88e12 * 1e3
 
-    def saved(*on: str, **fewer: int) -> tuple:
-        return speedups.saved_ms(base, found, fewer, on, "x", 100)
+    def saved(*on: str, **own: tuple[float, int]) -> tuple:
+        return speedups.saved_ms({"all": (10.0, 20), **own}, "all", on, "x", 100)
 
-    assert saved("plain", plain=20) == pytest.approx((moved + 20 * 1.3e-3,) * 2)
-    assert saved("more", more=20) == pytest.approx((moved + 0.026 + 0.1, moved + 0.026 + 0.2))
-    assert saved("other", other=20) == pytest.approx((moved - 0.02, moved + 0.04))
-    assert saved("plain", "more", "other", other=5) == pytest.approx(
-        (moved + 15 * 1.3e-3 + 0.1 - 0.005, moved + 15 * 1.3e-3 + 0.2 + 0.01)
-    )
+    assert saved("plain", plain=(10, 20)) == pytest.approx((moved + 20 * 1.3e-3,) * 2)
+    assert saved("more", more=(10, 20)) == pytest.approx((moved + 0.026 + 0.1, moved + 0.026 + 0.2))
+    assert saved("other", other=(10, 20)) == pytest.approx((moved - 0.02, moved + 0.04))
+    assert saved("unsure", unsure=(10, 20)) == pytest.approx((0.026, moved / 2 + 0.026))
+    assert saved(
+        "plain", "more", "other", "unsure", plain=(5, 5), more=(1, 5), other=(0, 5), unsure=(4, 5)
+    ) == pytest.approx((0.6 * moved + 15 * 1.3e-3 + 0.1 - 0.005, 0.8 * moved + 15 * 1.3e-3 + 0.2 + 0.01))
 
 
 def test_the_blocks_without_a_gradient_are_those_switched_on(speedups, monkeypatch) -> None:
@@ -159,10 +159,20 @@ def test_the_table(speedups) -> None:
     rows = [{"name": "x", "what": "does x", "mb_query": 300, "mb_key": 100, "launches": 700, "ms": ms}]
     rows.append({**rows[0], "name": "all", "what": ""})
     settings = {"bandwidth": gpus, "efficiency": 0.88, "launch_us": [1.3, 1.3], "queue_size": 8192}
-    result = {"settings": settings, "base": base, "rows": rows, "conditions": {"commit": "abc"}}
-    text = importlib.import_module("tables").speedups(result)
+    settings["last_program_us"] = [0.6, 2.1]
+    step = {gpu: {"256": 50.0, "32": 10.0} for gpu in gpus}
+    result = {"settings": settings, "base": base, "step_ms": step, "rows": rows, "conditions": {"commit": "abc"}}
+    tables = importlib.import_module("tables")
+    text = tables.speedups(result)
     cells = "500 → 400 | 800 → 700 | 0.50 to 1.50 | 0.50 to 1.50 | 0.00 | 0.00 | not measured |"
     assert f"| `x` | does x | {cells}" in text and f"| **all** | – | {cells}" in text
+    assert "| **the step, ms** | – | – | – | 50.0 → 48.5 to 49.5 | 50.0 → 48.5 to 49.5 | 10.0 → 10.0 to 10.0 |" in text
+    assert "| 5,120 → 5,170 to 5,280 |" in text
+    times = {"ours": 50, "ours, x on": 48.5, "ours, all speed-ups on": 51}
+    variants = {name: {"step_ms": {"p50": ms}} for name, ms in times.items()}
+    measured = {"cases": [{"batch": 256, "variants": variants}], "conditions": {"gpu": "G"}}
+    text = tables.speedups(result, measured)
+    assert "| N=256: 1.50 (G) |" in text and "| N=256: −1.00 (G) |" in text
 
 
 @pytest.mark.slow
@@ -173,5 +183,5 @@ def test_launches_are_the_committed_ones(compiled, tmp_path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     found, committed = (json.loads((folder / "speedups.json").read_text()) for folder in (tmp_path, BENCH / "results"))
-    assert (found["base"], found["rows"]) == (committed["base"], committed["rows"])
+    assert all(found[part] == committed[part] for part in ("base", "step_ms", "rows"))
     assert found["base"]["launches"] > 9 * 53

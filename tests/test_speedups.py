@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from reference_step import PlainMoPro
-from small_step import SGD, train_step
+from small_step import SGD, small_method, train_step
 from test_ops import DEVICE, rms_error
 from test_step import as_floats
 
@@ -14,6 +14,7 @@ from mopro_fast import ops
 from mopro_fast.config import MoProConfig
 from mopro_fast.data.pipeline import Batch
 from mopro_fast.distributed import shuffle_order
+from mopro_fast.errors import UserError
 from mopro_fast.models import resnet
 from mopro_fast.models.mopro import MoPro
 from mopro_fast.models.resnet import Bottleneck, GroupedBatchNorm2d, ResNet
@@ -57,7 +58,7 @@ def test_the_step_is_the_plain_one(name: str, bn_group: int, epoch: int, monkeyp
     optimizer.step()
     plain.update_key_encoder()
 
-    turn_on(model.to(DEVICE, memory_format=torch.channels_last), *([] if name == "all" else [name]))
+    turn_on(model.to(DEVICE, memory_format=torch.channels_last), *(SPEEDUPS if name == "all" else [name]))
     step = train_step(model, ROWS, device=DEVICE, precision="fp32", cuda_graph=False)
     batch = Batch(*(x.to(DEVICE) for x in (view_q, view_k, labels, torch.arange(ROWS))))
     ((batch, place),) = Shuffle(0, ROWS)([batch], 0)
@@ -88,12 +89,14 @@ def test_key_convolutions_are_those_of_layer1_and_layer2(monkeypatch) -> None:
     assert calls.call_count == 2 * 2 * len(fused)
 
 
-def test_without_a_name_all_are_turned_on(monkeypatch) -> None:
-    seen = []
-    for name in SPEEDUPS:
-        monkeypatch.setitem(SPEEDUPS, name, lambda model, name=name: seen.append((model, name)))
-    model = object()
-    assert turn_on(model) is model and seen == [(model, name) for name in SPEEDUPS]
+def test_a_name_that_is_none() -> None:
+    with pytest.raises(UserError, match=r"^no speed-up has the name 'stm'; there are residual-joins, sign-bits, "):
+        turn_on(small_method("mopro"), "stm")
+
+
+def test_a_method_without_a_key_encoder_takes_them_all() -> None:
+    method = small_method("ce")
+    assert turn_on(method, *SPEEDUPS) is method and method.encoder_q.blocks()[0].fork == "signs"
 
 
 @pytest.mark.parametrize("name", ["residual-joins", "sign-bits"])

@@ -15,6 +15,7 @@ from mopro_fast.benchmark.throughput import Case
 from mopro_fast.console import say, tell
 from mopro_fast.errors import UserError
 from mopro_fast.files import json_object, output, write_json, writing
+from mopro_fast.models.speedups import SPEEDUPS
 
 
 @dataclass
@@ -43,7 +44,8 @@ class Bench:
     seconds: float = 2
     """Of each variant of each case."""
     variants: tuple[str, ...] = ()
-    """Those to time, by name. Default: all at N=32 and 256; elsewhere ours, the official ones and the bare encoders."""
+    """Those to time, by name; a speed-up's name (docs/performance.md) stands for ours with it on. Default: all at N=32
+    and 256; elsewhere ours, the official ones and the bare encoders."""
     minutes: float = 9
     """No case begins after so many."""
     official: Path | None = None
@@ -109,12 +111,13 @@ def run(options: Bench, keep: Callable[[dict[str, Any]], object] = lambda _: Non
     cases = [Case(n, c, **chosen, bn_group=options.bn_group, device=device) for c in classes for n in batch_sizes]
     for case in cases:
         case.config().validate()
-    known = throughput.variants(cases[0], options.official, everything=True)
-    if unknown := [name for name in options.variants if name not in known]:
+    wanted = [throughput.of_speedup(name) if name in SPEEDUPS else name for name in options.variants]
+    known = throughput.variants(cases[0], options.official, everything=True, named=True)
+    if unknown := [name for name in wanted if name not in known]:
         there = ", ".join(f'"{name}"' for name in known)
         raise UserError(f'--variants "{unknown[0]}": no variant on this device has that name; there are {there}')
     settings = {"device": device, **chosen, "bn_group": options.bn_group}
-    settings |= {"seconds": options.seconds, "variants": list(options.variants)}
+    settings |= {"seconds": options.seconds, "variants": wanted}
     began, results = time.perf_counter(), []
 
     def so_far(finished: bool = False) -> dict[str, Any]:
@@ -126,8 +129,8 @@ def run(options: Bench, keep: Callable[[dict[str, Any]], object] = lambda _: Non
         if time.perf_counter() - began > 60 * options.minutes:
             break
         everything = device == "cpu" or (case.batch in _EVERYTHING and case.classes == classes[0])
-        made = throughput.variants(case, options.official, everything or bool(options.variants))
-        chosen_here = {name: made[name] for name in options.variants or made}
+        made = throughput.variants(case, options.official, everything or bool(wanted), named=bool(wanted))
+        chosen_here = {name: made[name] for name in wanted or made}
         found: dict[str, Any] = {"batch": case.batch, "classes": case.classes, "variants": {}}
         results.append(found)
         for name, variant in throughput.measure(case, chosen_here, options.seconds):
@@ -135,7 +138,7 @@ def run(options: Bench, keep: Callable[[dict[str, Any]], object] = lambda _: Non
             at = f"[{i}/{len(cases)} {time.perf_counter() - began:.0f} s] N={case.batch} C={case.classes}"
             say(f"{at}: {report.brief(name, variant)}")
             keep(so_far())
-        if everything and not options.variants:
+        if everything and not wanted:
             found["parts_ms"] = throughput.attempt(throughput.parts, case, 10)
         if options.data:
             found["on_images"] = throughput.attempt(throughput.on_images, case, options.data, 5 * options.seconds)

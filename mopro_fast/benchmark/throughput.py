@@ -130,7 +130,7 @@ def ordinary_encoder(case: Case) -> Module:
 
 
 def sped_up(*names: str) -> Callable[[TrainConfig], Method]:
-    """With these of models/speedups.py, all of them where none is named."""
+    """With these of models/speedups.py."""
     return lambda config: turn_on(build(config), *names)
 
 
@@ -228,8 +228,11 @@ def _cpu_for_cuda(device: str) -> contextlib.AbstractContextManager:
     return mock.patch.object(torch.Tensor, "cuda", lambda self, *_, **__: self)
 
 
-def variants(case: Case, clone: Path | None, everything: bool) -> dict[str, Callable[[Case], Callable[[], Any]]]:
-    """By name, ours first; ``everything``: also those without one fusion, and supervised training."""
+def variants(
+    case: Case, clone: Path | None, everything: bool, named: bool = False
+) -> dict[str, Callable[[Case], Callable[[], Any]]]:
+    """By name, ours first; ``everything``: also those without one fusion, and supervised training; ``named``: also
+    those that on a CPU, where nothing is fused, show no more than that they run."""
     made: dict[str, Callable[[Case], Callable[[], Any]]] = {
         OURS: ours,
         OFFICIAL: partial(official_step, fast=False),
@@ -253,14 +256,20 @@ def variants(case: Case, clone: Path | None, everything: bool) -> dict[str, Call
                 "ours, ops in plain PyTorch": without_fused_ops,
                 "ours, float32": partial(ours, precision="fp32"),
             }
+        if case.device == "cuda" or named:
             made |= with_speedups()
     return made
 
 
 def with_speedups() -> dict[str, Callable[[Case], Callable[[], Any]]]:
     """By name: ours with each of models/speedups.py, and with all."""
-    made = {f"ours, {name} on": partial(ours, model=sped_up(name)) for name in SPEEDUPS}
-    return made | {"ours, all speed-ups on": partial(ours, model=sped_up())}
+    made = {of_speedup(name): partial(ours, model=sped_up(name)) for name in SPEEDUPS}
+    return made | {of_speedup("all speed-ups"): partial(ours, model=sped_up(*SPEEDUPS))}
+
+
+def of_speedup(name: str) -> str:
+    """The variant's name."""
+    return f"ours, {name} on"
 
 
 def measure(case: Case, made: dict[str, Callable], seconds: float) -> Iterator[tuple[str, dict]]:

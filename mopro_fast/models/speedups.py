@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 
+from mopro_fast.errors import UserError
 from mopro_fast.models.method import Method
 from mopro_fast.models.resnet import Bottleneck, Fork, GroupedBatchNorm2d
 
@@ -16,8 +17,10 @@ M = TypeVar("M", bound=Method)
 
 
 def turn_on(model: M, *names: str) -> M:
-    """The method itself, with these of SPEEDUPS turned on; all of them where none is named."""
-    for name in names or SPEEDUPS:
+    """The method itself, with these of SPEEDUPS turned on. Raises UserError for another name."""
+    for name in names:
+        if name not in SPEEDUPS:
+            raise UserError(f"no speed-up has the name {name!r}; there are {', '.join(SPEEDUPS)}")
         SPEEDUPS[name](model)
     return model
 
@@ -44,10 +47,9 @@ def one_launch_norms(model: Method) -> None:
 def key_convolutions(model: Method) -> None:
     """Where memory is the limit: in layer3 and layer4 the product is, and there each of the more blocks of output
     channels would normalise its input again."""
-    for stage in (model.encoder_k.layer1, model.encoder_k.layer2):
-        for block in stage:
-            if isinstance(block, Bottleneck):
-                block.fused_conv = True
+    for block in () if model.encoder_k is None else (*model.encoder_k.layer1, *model.encoder_k.layer2):
+        if isinstance(block, Bottleneck):
+            block.fused_conv = True
 
 
 def half_keys(model: Method) -> None:
