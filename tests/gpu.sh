@@ -3,7 +3,7 @@
 #   tests/gpu.sh [--dry] [--limit NAME=SECONDS]... [GROUP or STAGE ...]
 # Stages run in the order below, the most telling first. Each ends at a limit of its own and stops no other.
 # The groups first and second are planned for five minutes each, long takes its time. Without names all three run.
-# `build speedup-tests speedups` takes as long: each speed-up of mopro_fast/models/speedups.py by itself, in a training step.
+# `build speedup-tests speedups`, after first: each speed-up of mopro_fast/models/speedups.py in a step; five minutes, too.
 # OUT/GROUP.log has what its stages print, as it comes. The exit status is 1 if a stage failed or was stopped.
 # PyTorch, Triton and NumPy are enough to begin: a stage that lacks more is skipped and says so. Wheels in .whl are there for
 # this run.

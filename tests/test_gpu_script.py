@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from mopro_fast.models.speedups import SPEEDUPS
+
 ROOT = Path(__file__).parent.parent
 SCRIPT = Path(__file__).with_name("gpu.sh").read_text()
 # STAGE: (limit, expected seconds), of the groups that are planned.
@@ -79,11 +81,12 @@ def test_a_dry_run_passes_every_stage(tmp_path):
 
 
 @pytest.mark.medium
-def test_a_dry_run_of_the_speedups_times_what_a_cpu_has(tmp_path):
+def test_a_dry_run_of_the_speedups_runs_each(tmp_path):
     run = Run(tmp_path / "out", "--dry", "speedups")
     assert run.end() == 0 and list(run.table()) == ["speedups"], run.printed
     cases = json.loads((run.out / "step_speedups.json").read_text())["cases"]
-    assert [(case["batch"], list(case["variants"])) for case in cases] == [(8, ["ours"]), (4, ["ours"])]
+    names = ["ours", *(f"ours, {name} on" for name in (*SPEEDUPS, "all speed-ups"))]
+    assert [(case["batch"], list(case["variants"])) for case in cases] == [(8, names), (4, names)]
 
 
 @pytest.mark.medium
