@@ -3,8 +3,8 @@
     x̂ = (x − mean)·rstd     y = relu(x̂·w + b + residual)     mean, rstd: over the P = rows·H·W positions of a group
     g = dy where y > 0       db = Σ g     dw = Σ g·x̂     dx = w·rstd·(g − Σg/P − x̂·Σ(g·x̂)/P)     d residual = g
 
-Mean and rstd are batch_norm_stats.py's (two launches), the rest is one launch. Backward: sums per split, combined in
-their order by a second launch, then dx. Nothing is atomic.
+Mean and rstd are batch_norm_stats.py's, the rest is one launch. Backward: sums per split, combined in their order by a
+second launch or by the program that arrives last; then dx. Only the count of arrivals is atomic.
 Values moved per element, forward with statistics + backward: 3 + 5 (x alone tells where y > 0), with a residual 4 + 7.
 BatchNorm, add and ReLU as kernels of their own, in place where they can be, move 5 + 8 and 8 + 8. Where two read y, an
 addition of their gradients moves 3 more; joined, dy = dy₁ + dy₂ as it is read, 1 more. With a sign bit per value of y,
@@ -72,8 +72,8 @@ def batch_norm_act_bwd_sums_kernel(
 ):  # fmt: skip
     """Grid (groups·splits·channel blocks): Σ g and Σ g·x̂ of a split → [groups, splits, C].
 
-    RESIDUAL: where y > 0 is read from y, and g is written, the residual's gradient. JOINED: dy is dy + dy2, rounded as
-    if it had been stored. SIGNS: y is the forward pass's signs. LAST: the last program of a channel block does what
+    RESIDUAL: where y > 0 is read from y, and g is written, the residual's gradient. JOINED: dy is dy + dy2.
+    SIGNS: y is the forward pass's signs. LAST: the last program of a channel block does what
     batch_norm_act_bwd_finish_kernel does.
     """
     part, c = part_of(channels, BLOCK_C)
@@ -89,7 +89,7 @@ def batch_norm_act_bwd_sums_kernel(
         here = (start + first) * channels + at
         g, x = load(dy_ptr + here, ok), load(x_ptr + here, ok)
         if JOINED:
-            g = (g + load(dy2_ptr + here, ok)).to(dy_ptr.dtype.element_ty).to(tl.float32)
+            g = joined(g, dy2_ptr, here, ok)
         if RESIDUAL:
             if SIGNS:
                 at_byte, byte_ok = of_bytes(start + first + rows, first + rows < count, c, channels, BLOCK_C)
@@ -173,8 +173,13 @@ def batch_norm_act_bwd_kernel(
         g, x = load(dy_ptr + here, ok), load(x_ptr + here, ok)
         if RELU:
             g = tl.where(affine(x, mean, scale, bias) <= 0, 0.0, g)
-        dx = (g - g_mean[None, :] - (x - mean[None, :]) * gx_mean[None, :]) * scale[None, :]
-        tl.store(dx_ptr + here, dx, ok)
+        tl.store(dx_ptr + here, input_gradient(g, x, mean, scale, g_mean, gx_mean), ok)
+
+
+@triton.jit
+def joined(dy, dy2_ptr, at, ok):
+    """dy + dy2, rounded as if the sum had been stored."""
+    return (dy + load(dy2_ptr + at, ok)).to(dy2_ptr.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
@@ -216,6 +221,11 @@ def affine(x, mean, scale, bias):
     return (x - mean[None, :]) * scale[None, :] + bias[None, :]
 
 
+@triton.jit
+def input_gradient(g, x, mean, scale, g_mean, gx_mean):
+    return (g - g_mean[None, :] - (x - mean[None, :]) * gx_mean[None, :]) * scale[None, :]
+
+
 # Of the kernels without sums. An SM holds six programs of four warps with the 80 registers that dx wants. Not measured.
 ELEMENTWISE = {"tile_bytes": 4096, "per_sm": 6}
 
@@ -245,34 +255,42 @@ def batch_norm_act_backward(
 
     -> gradients of x, weight, bias; of the residual where y is given, else no elements
     """
+    if dy2 is not None and y is None:
+        raise ValueError("dy2 needs y")
     dy, x = channels_last(dy), channels_last(x)
     mean, rstd, weight, bias = (t.contiguous() for t in (mean, rstd, weight, bias))
-    groups, channels = mean.shape
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     g = x.new_empty(0) if y is None else torch.empty_like(dx)
-    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     if not x.numel():
-        return dx, dweight.zero_(), dbias.zero_(), g
-    signs = y is not None and y.dtype == torch.uint8
-    t = tiling(x, groups, tile_bytes=8192, per_sm=2)
-    split_g, split_gx = (new(x, groups, t.splits, channels) for _ in range(2))
-    g_sum, gx_sum = new(x, groups, channels), new(x, groups, channels)
-    counts = arrivals(x, channels) if one_launch else None
-    batch_norm_act_bwd_sums_kernel[t.grid](
-        dy, dy if dy2 is None else channels_last(dy2), x, x if y is None else y if signs else channels_last(y),
-        mean, rstd, weight, bias, g, split_g, split_gx,
-        g_sum, gx_sum, dweight, dbias, g_sum if counts is None else counts, groups, *t.integers,
-        RELU=relu, RESIDUAL=y is not None, JOINED=dy2 is not None, SIGNS=signs, LAST=counts is not None,
-        **t.blocks, **finish_in_last(groups, t.splits), num_warps=8, maxnreg=128,
-    )  # fmt: skip
-    if counts is None:
-        grid, blocks = finish_tiling(groups, t.splits, channels)
-        batch_norm_act_bwd_finish_kernel[grid](
-            split_g, split_gx, g_sum, gx_sum, dweight, dbias, groups, t.splits, channels, **blocks
-        )
-    t = tiling(x, groups, **ELEMENTWISE)
+        return dx, torch.zeros_like(weight), torch.zeros_like(bias), g
+    g_sum, gx_sum, dweight, dbias = gradient_sums(dy, dy2, x, y, mean, rstd, weight, bias, g, relu, one_launch)
+    t = tiling(x, len(mean), **ELEMENTWISE)
     batch_norm_act_bwd_kernel[t.grid](
         dy if y is None else g, x, mean, rstd, weight, bias, g_sum, gx_sum, dx, *t.integers,
         RELU=relu and y is None, **t.blocks,
     )  # fmt: skip
     return dx, dweight, dbias, g
+
+
+def gradient_sums(
+    dy: Tensor, dy2: Tensor | None, x: Tensor, y: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor,
+    bias: Tensor, g: Tensor, relu: bool, one_launch: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> Σ g and Σ g·x̂ f32 [groups, C], the gradients of weight and bias; g is written where y is given"""
+    groups, channels = mean.shape
+    signs = y is not None and y.dtype == torch.uint8
+    t = tiling(x, groups, tile_bytes=8192, per_sm=2)
+    split_g, split_gx = (new(x, groups, t.splits, channels) for _ in range(2))
+    results = new(x, groups, channels), new(x, groups, channels), torch.empty_like(weight), torch.empty_like(bias)
+    counts = arrivals(x, channels) if one_launch else None
+    last = counts is not None
+    batch_norm_act_bwd_sums_kernel[t.grid](
+        dy, dy if dy2 is None else channels_last(dy2), x, x if y is None else y if signs else channels_last(y),
+        mean, rstd, weight, bias, g, split_g, split_gx, *results, counts if last else split_g, groups, *t.integers,
+        RELU=relu, RESIDUAL=y is not None, JOINED=dy2 is not None, SIGNS=signs, LAST=last,
+        **t.blocks, **finish_in_last(groups, t.splits, last), num_warps=8, maxnreg=128,
+    )  # fmt: skip
+    if not last:
+        grid, blocks = finish_tiling(groups, t.splits, channels)
+        batch_norm_act_bwd_finish_kernel[grid](split_g, split_gx, *results, groups, t.splits, channels, **blocks)
+    return results

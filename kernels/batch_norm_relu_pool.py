@@ -5,7 +5,8 @@
     dx = w·rstd·(g − Σg/P − x̂·Σ(g·x̂)/P)     P: positions of x in a group; Σ g and Σ g·x̂ need dy and m alone
 
 Affine map, ReLU and rounding are monotone, so y is the largest output as rounded. Statistics: batch_norm_stats.py.
-A program walks down lines and keeps what two windows share. x that are no numbers make no statistics and no y.
+A program walks down lines and keeps what two windows share. A NaN or infinite x makes its group's statistics and
+outputs NaN. Backward's sums are batch_norm_act's, over the pooled positions.
 Values moved per element of x, in 16 bits: forward 1¼, with a gradient to come 1⅝; backward ½ and 2⅜, in three launches.
 batch_norm_act and PyTorch's pooling with its int64 indices move 4¼ and 7¼.
 Source: Ioffe and Szegedy 2015 (arXiv 1502.03167); of equal x the first counts, as in PyTorch's max_pool2d.
@@ -16,16 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mopro_fast.kernels.batch_norm_act import affine, batch_norm_act_bwd_finish_kernel, of_group, scale_bias
+from mopro_fast.kernels.batch_norm_act import affine, gradient_sums, input_gradient, joined, of_group, scale_bias
 from mopro_fast.kernels.batch_norm_stats import (
     Tiling,
     channels_last,
-    finish_tiling,
     load,
-    new,
     part_of,
     split_of,
-    tiling,
 )
 from mopro_fast.kernels.similarity import programs
 
@@ -67,33 +65,6 @@ def batch_norm_relu_pool_fwd_kernel(
 
 
 @triton.jit
-def batch_norm_relu_pool_bwd_sums_kernel(
-    dy_ptr, dy2_ptr, x_max_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, split_g_ptr, split_gx_ptr,
-    positions, split_positions, splits, channels,
-    DY2: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Grid (groups·splits·channel blocks): Σ g and Σ g·x̂ of a split of y's positions → [groups, splits, C]."""
-    part, c = part_of(channels, BLOCK_C)
-    group, start, count = split_of(part, positions, split_positions, splits)
-    mean, rstd = of_group(mean_ptr, group, c, channels), of_group(rstd_ptr, group, c, channels)
-    scale, bias = scale_bias(rstd, weight_ptr, bias_ptr, c, channels)
-    rows = tl.arange(0, BLOCK_P)
-    at = rows[:, None] * channels + c[None, :]
-    g_sum = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    gx_sum = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for first in tl.range(0, count, BLOCK_P, num_stages=3):
-        ok = (first + rows < count)[:, None] & (c < channels)[None, :]
-        here = (start + first) * channels + at
-        g, x = gradient(dy_ptr, dy2_ptr, here, ok, DY2), load(x_max_ptr + here, ok)
-        g = tl.where(affine(x, mean, scale, bias) <= 0, 0.0, g)
-        g_sum += g
-        gx_sum += g * (x - mean[None, :])
-    out = part * channels + c
-    tl.store(split_g_ptr + out, tl.sum(g_sum, 0), c < channels)
-    tl.store(split_gx_ptr + out, tl.sum(gx_sum, 0) * rstd, c < channels)
-
-
-@triton.jit
 def batch_norm_relu_pool_bwd_kernel(
     dy_ptr, dy2_ptr, indices_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, g_ptr, gx_ptr, dx_ptr,
     lines, split_lines, splits, channels, height, width, out_height, out_width, positions,
@@ -122,16 +93,16 @@ def batch_norm_relu_pool_bwd_kernel(
         dy_b, i_b, dy_br, i_br = windows(
             dy_ptr, dy2_ptr, indices_ptr, start + n + 1, more, w, c, out_width, channels, DY2
         )
-        g = to(dy, i, 4)
-        g_r = to(dy, i, 5) + to(dy_r, i_r, 3)
-        g_b = to(dy, i, 7) + to(dy_b, i_b, 1)
-        g_br = to(dy, i, 8) + to(dy_r, i_r, 6) + to(dy_b, i_b, 2) + to(dy_br, i_br, 0)
-        dx(x_ptr, dx_ptr, line + at, left_ok, g, mean, scale, g_mean, gx_mean)
-        dx(x_ptr, dx_ptr, line + channels + at, right_ok, g_r, mean, scale, g_mean, gx_mean)
+        g = at_place(dy, i, 4)
+        g_r = at_place(dy, i, 5) + at_place(dy_r, i_r, 3)
+        g_b = at_place(dy, i, 7) + at_place(dy_b, i_b, 1)
+        g_br = at_place(dy, i, 8) + at_place(dy_r, i_r, 6) + at_place(dy_b, i_b, 2) + at_place(dy_br, i_br, 0)
+        store_dx(x_ptr, dx_ptr, line + at, left_ok, g, mean, scale, g_mean, gx_mean)
+        store_dx(x_ptr, dx_ptr, line + channels + at, right_ok, g_r, mean, scale, g_mean, gx_mean)
         line += width * channels
         inside = 2 * h + 1 < height
-        dx(x_ptr, dx_ptr, line + at, left_ok & inside, g_b, mean, scale, g_mean, gx_mean)
-        dx(x_ptr, dx_ptr, line + channels + at, right_ok & inside, g_br, mean, scale, g_mean, gx_mean)
+        store_dx(x_ptr, dx_ptr, line + at, left_ok & inside, g_b, mean, scale, g_mean, gx_mean)
+        store_dx(x_ptr, dx_ptr, line + channels + at, right_ok & inside, g_br, mean, scale, g_mean, gx_mean)
         dy, i, dy_r, i_r = dy_b, i_b, dy_br, i_br
 
 
@@ -172,7 +143,7 @@ def column(ptr, inside, ok, sign):
 def gradient(dy_ptr, dy2_ptr, at, ok, DY2: tl.constexpr):
     dy = load(dy_ptr + at, ok)
     if DY2:
-        dy += load(dy2_ptr + at, ok)
+        dy = joined(dy, dy2_ptr, at, ok)
     return dy
 
 
@@ -187,15 +158,14 @@ def windows(dy_ptr, dy2_ptr, indices_ptr, line, exists, w, c, out_width, channel
 
 
 @triton.jit
-def to(dy, places, PLACE: tl.constexpr):
+def at_place(dy, places, PLACE: tl.constexpr):
     """What these windows give to the position that is at this place of theirs."""
     return tl.where(places == PLACE, dy, 0.0)
 
 
 @triton.jit
-def dx(x_ptr, dx_ptr, at, ok, g, mean, scale, g_mean, gx_mean):
-    x = load(x_ptr + at, ok)
-    tl.store(dx_ptr + at, (g - g_mean[None, :] - (x - mean[None, :]) * gx_mean[None, :]) * scale[None, :], ok)
+def store_dx(x_ptr, dx_ptr, at, ok, g, mean, scale, g_mean, gx_mean):
+    tl.store(dx_ptr + at, input_gradient(g, load(x_ptr + at, ok), mean, scale, g_mean, gx_mean), ok)
 
 
 def line_tiling(x: Tensor, y: Tensor, groups: int, per_sm: int) -> Tiling:
@@ -211,8 +181,9 @@ def line_tiling(x: Tensor, y: Tensor, groups: int, per_sm: int) -> Tiling:
 
 
 def batch_norm_relu_pool(
-    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, keep: bool,
+    one_launch: bool = False,  # noqa: ARG001, the backward pass's
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> y, and for the backward pass, else empty: x at each window's maximum, its place (9: y is 0) uint8"""
     x, (mean, rstd, weight, bias) = channels_last(x), (t.contiguous() for t in (mean, rstd, weight, bias))
     n, channels, height, width = x.shape
@@ -220,7 +191,7 @@ def batch_norm_relu_pool(
     x_max = torch.empty_like(y) if keep else x.new_empty(0)
     indices = torch.empty_like(x_max, dtype=torch.uint8)
     if y.numel():
-        t = line_tiling(x, y, len(mean), per_sm=7 if x.element_size() == 2 else 5)  # of 128 and 94 registers
+        t = line_tiling(x, y, len(mean), per_sm=8 if x.element_size() == 2 else 5)  # 128, 94 registers
         batch_norm_relu_pool_fwd_kernel[t.grid](
             x, mean, rstd, weight, bias, y, x_max, indices, *t.integers, *x.shape[2:], *y.shape[2:],
             KEEP=keep, **t.blocks,
@@ -230,28 +201,19 @@ def batch_norm_relu_pool(
 
 def batch_norm_relu_pool_backward(
     dy: Tensor, dy2: Tensor | None, x: Tensor, x_max: Tensor, indices: Tensor, mean: Tensor, rstd: Tensor,
-    weight: Tensor, bias: Tensor,
+    weight: Tensor, bias: Tensor, one_launch: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> gradients of x, weight, bias; of y come two that are added, or one"""
+    """dy2: a second gradient of y, or None. -> gradients of x, weight, bias"""
     dy, x, x_max, indices = (channels_last(t) for t in (dy, x, x_max, indices))
     mean, rstd, weight, bias = (t.contiguous() for t in (mean, rstd, weight, bias))
     groups, channels = mean.shape
     dx = torch.empty_like(x)
-    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     if not x.numel():
-        return dx, dweight.zero_(), dbias.zero_()
+        return dx, torch.zeros_like(weight), torch.zeros_like(bias)
     dys, with_second = (dy, dy if dy2 is None else channels_last(dy2)), {"DY2": dy2 is not None}
-    t = tiling(x_max, groups, tile_bytes=8192, per_sm=2)
-    split_g, split_gx = (new(x, groups, t.splits, channels) for _ in range(2))
-    batch_norm_relu_pool_bwd_sums_kernel[t.grid](
-        *dys, x_max, mean, rstd, weight, bias, split_g, split_gx, *t.integers, **with_second, **t.blocks, num_warps=8
-    )
-    g_sum, gx_sum = new(x, groups, channels), new(x, groups, channels)
-    grid, blocks = finish_tiling(groups, t.splits, channels)
-    batch_norm_act_bwd_finish_kernel[grid](
-        split_g, split_gx, g_sum, gx_sum, dweight, dbias, groups, t.splits, channels, **blocks
-    )
-    t = line_tiling(x, dy, groups, per_sm=6 if x.element_size() == 2 else 4)  # of 168 and 96
+    g = x.new_empty(0)  # is not written
+    g_sum, gx_sum, dweight, dbias = gradient_sums(dy, dy2, x_max, None, mean, rstd, weight, bias, g, True, one_launch)
+    t = line_tiling(x, dy, groups, per_sm=6 if x.element_size() == 2 else 5)  # 168 of sm_80, 96
     batch_norm_relu_pool_bwd_kernel[t.grid](
         *dys, indices, x, mean, rstd, weight, g_sum, gx_sum, dx, *t.integers, *x.shape[2:], *dy.shape[2:],
         x.numel() // channels // groups, **with_second, **t.blocks,

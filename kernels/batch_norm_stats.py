@@ -2,14 +2,13 @@
 
     n = n₁ + n₂    δ = mean₂ − mean₁    mean = mean₁ + δ·n₂/n    M2 = M2₁ + M2₂ + δ²·n₁·n₂/n       M2 = Σ(x − mean)²
 
-The positions of a group are cut into splits, one per program; a second launch combines them in their order, or in one
-launch the program that arrives last. No large sums cancel, and nothing is atomic but the count of arrivals. Traffic: x
-once, and 8 bytes per split and channel. Loads are asynchronous (num_stages): docs/kernels.md, BatchNorm.
+The positions of a group are cut into splits, one per program; a second launch, or the program that arrives last,
+combines them in their order. No large sums cancel, and nothing is atomic but the count of arrivals. Traffic: x once,
+and 8 bytes per split and channel. Loads are asynchronous (num_stages): docs/kernels.md, BatchNorm.
 Source: Welford 1962 within a program, Chan, Golub and LeVeque 1983 between them; BatchNorm is Ioffe and Szegedy's
 (arXiv 1502.03167).
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -217,26 +216,28 @@ def finish_tiling(groups: int, splits: int, channels: int) -> tuple[tuple[int], 
     return (triton.cdiv(channels, block_c),), blocks
 
 
-def finish_in_last(groups: int, splits: int) -> dict[str, int]:
+def finish_in_last(groups: int, splits: int, last: bool) -> dict[str, int]:
     """Blocks of what the last program combines: 16 partial results of its channels in hand, and three times as many
     under way, for there may be hundreds. More would spill. Not measured."""
+    if not last:
+        return {"BLOCK_G": 1, "BLOCK_S": 1}
     block_s = min(16, triton.next_power_of_2(splits))
     return {"BLOCK_G": min(16 // block_s, triton.next_power_of_2(groups)), "BLOCK_S": block_s}
 
 
 _ARRIVALS: dict[tuple[torch.device, int], Tensor] = {}
+COUNTS = 1024
 
 
-def arrivals(like: Tensor, channels: int) -> Tensor | None:
-    """Zeros for `arrived_last`, of this device and stream, whose kernels come one after another: graphs captured on one
-    stream must not be replayed at the same time. None where the first call is captured: the zeros would be written at
-    the replay; and for more channels than there are counts."""
-    capturing = like.is_cuda and torch.cuda.is_current_stream_capturing()
-    stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
-    key = like.device, stream
+def arrivals(x: Tensor, channels: int) -> Tensor | None:
+    """Zeros for `arrived_last`, of x's device and the current stream, whose kernels come one after another: graphs
+    captured on one stream must not be replayed at the same time. None where the first call is captured, for the zeros
+    would be written at the replay, and where there are more blocks of 64 channels than counts."""
+    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    key = x.device, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
     if key not in _ARRIVALS and not capturing:
-        _ARRIVALS[key] = torch.zeros(1024, dtype=torch.int32, device=like.device)
-    return _ARRIVALS.get(key) if channels <= 16 * 1024 else None
+        _ARRIVALS[key] = torch.zeros(COUNTS, dtype=torch.int32, device=x.device)
+    return _ARRIVALS.get(key) if channels <= 64 * COUNTS else None
 
 
 def batch_norm_stats_(
@@ -249,41 +250,46 @@ def batch_norm_stats_(
     if not x.numel():
         return new(x, groups, channels).zero_(), new(x, groups, channels).fill_(eps**-0.5)
     counts = arrivals(x, channels) if one_launch else None
-    # Two, with 128 registers of 8 warps each; what finishes takes some of them. Not measured
-    t = tiling(x, groups, tile_bytes=16384 if counts is None else 8192, per_sm=2)
-    split_mean, split_m2 = (new(x, groups, t.splits, channels) for _ in range(2))
+    last = counts is not None
+    # Two programs on an SM, with 128 registers of 8 warps each. Where the last one finishes, the larger tile spills;
+    # with the smaller 48 KB of an SM are in flight, not 96, and more programs would leave more to combine. Not measured
+    t = tiling(x, groups, tile_bytes=8192 if last else 16384, per_sm=2)
+    s = Statistics(x, groups, t, running_mean, running_var, momentum, eps)
+    batch_norm_stats_fwd_kernel[t.grid](
+        x, counts if last else s.mean, *s.arguments,
+        LAST=last, **t.blocks, **finish_in_last(groups, t.splits, last), num_warps=8,
+    )  # fmt: skip
+    if not last:
+        s.finish()
+    return s.moved()
 
-    def first(*arguments: Tensor | float) -> bool:
-        batch_norm_stats_fwd_kernel[t.grid](
-            x, split_mean if counts is None else counts, *arguments,
-            LAST=counts is not None, **t.blocks, **finish_in_last(groups, t.splits), num_warps=8,
-        )  # fmt: skip
-        return counts is not None
 
-    return finish_stats(split_mean, split_m2, t, running_mean, running_var, momentum, eps, first)
+class Statistics:
+    """What the kernels of the statistics share: partial results, mean, rstd f32 [groups, C], running statistics."""
 
+    def __init__(
+        self, x: Tensor, groups: int, t: Tiling, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float
+    ) -> None:
+        channels = t.integers[-1]
+        self.splits = tuple(new(x, groups, t.splits, channels) for _ in range(2))
+        self.mean, self.rstd = (new(x, groups, channels) for _ in range(2))
+        self._given = running_mean, running_var
+        self._running = running_mean.contiguous(), running_var.contiguous()
+        self.arguments = (*self.splits, self.mean, self.rstd, *self._running, groups, *t.integers, momentum, eps)
 
-def finish_stats(
-    split_mean: Tensor, split_m2: Tensor, t: Tiling, running_mean: Tensor, running_var: Tensor, momentum: float,
-    eps: float, first: Callable[..., bool] = lambda *_: False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Partial results f32 [groups, splits, C] -> mean, rstd; moves the running statistics.
+    def finish(self) -> None:
+        """The second launch."""
+        groups, splits, channels = self.splits[0].shape
+        grid, blocks = finish_tiling(groups, splits, channels)
+        batch_norm_stats_finish_kernel[grid](*self.arguments, **blocks)
 
-    first: makes the partial results, if they are not there yet, given the second launch's arguments; -> whether it has
-    done the second launch's work, too.
-    """
-    groups, _, channels = split_mean.shape
-    mean, rstd = new(split_mean, groups, channels), new(split_mean, groups, channels)
-    running = running_mean.contiguous(), running_var.contiguous()
-    arguments = (split_mean, split_m2, mean, rstd, *running, groups, *t.integers, momentum, eps)
-    if not first(*arguments):
-        grid, blocks = finish_tiling(groups, t.splits, channels)
-        batch_norm_stats_finish_kernel[grid](*arguments, **blocks)
-    for given, own in zip((running_mean, running_var), running, strict=True):
-        if given is not own:
-            given.copy_(own)
-    increment_version([running_mean, running_var])
-    return mean, rstd
+    def moved(self) -> tuple[Tensor, Tensor]:
+        """-> mean, rstd; the running statistics have moved"""
+        for given, own in zip(self._given, self._running, strict=True):
+            if given is not own:
+                given.copy_(own)
+        increment_version(list(self._given))
+        return self.mean, self.rstd
 
 
 def channels_last(x: Tensor) -> Tensor:

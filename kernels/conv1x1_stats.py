@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mopro_fast.kernels.batch_norm_act import of_group, scale_bias
-from mopro_fast.kernels.batch_norm_stats import Tiling, channels_last, finish_stats, new, part_of, pool, split_of
+from mopro_fast.kernels.batch_norm_stats import Statistics, Tiling, channels_last, new, part_of, pool, split_of
 from mopro_fast.kernels.similarity import dot, programs
 
 
@@ -140,10 +140,11 @@ def conv1x1_stats_(
     if not x.numel():
         return y, new(x, groups, channels).zero_(), new(x, groups, channels).fill_(eps**-0.5)
     t, options = tiling(x, groups, channels, bool(norm))
-    split_mean, split_m2 = (new(x, groups, t.splits, channels) for _ in range(2))
-    of_x = [v.contiguous() for v in norm] or [split_mean] * 4  # where a pointer is not used, any will do
+    s = Statistics(x, groups, t, running_mean, running_var, momentum, eps)
+    of_x = [v.contiguous() for v in norm] or [s.mean] * 4  # where a pointer is not used, any will do
     conv1x1_stats_fwd_kernel[t.grid](
-        x, weight, *of_x, y, split_mean, split_m2, *t.integers, in_channels,
+        x, weight, *of_x, y, *s.splits, *t.integers, in_channels,
         NORM=bool(norm), **t.blocks, **options,
     )  # fmt: skip
-    return y, *finish_stats(split_mean, split_m2, t, running_mean, running_var, momentum, eps)
+    s.finish()
+    return y, *s.moved()

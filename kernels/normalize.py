@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mopro_fast.kernels.similarity import INTERPRETED
 from mopro_fast.ops.colour import IMAGENET_MEAN, IMAGENET_STD
 
 MEAN, STD = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
@@ -39,28 +38,22 @@ def normalize_fwd_kernel(
     if FLIP:
         mirrored = source - 2 * (source % row_values) + row_values - 3 + 2 * channel  # pixel W − 1 − x of the same line
         source = tl.where(tl.load(flips_ptr + image), mirrored, source)
-    given = (
-        ok if CHANNELS == 3 else ok & (channel < 3)
-    )  # no mask that says nothing: 16 bytes would not be loaded at once
+    given = ok
+    if CHANNELS == 4:
+        given &= channel < 3
     x = tl.load(image_ptr + source, given, 0).to(tl.float32)
     scale = tl.where(channel == 0, SCALE_R, tl.where(channel == 1, SCALE_G, SCALE_B))
     if SHIFT:
-        shift_r = fused(tl.load(shifts_ptr + 3 * image), RSTD_R, SHIFT_R)
-        shift_g = fused(tl.load(shifts_ptr + 3 * image + 1), RSTD_G, SHIFT_G)
-        shift_b = fused(tl.load(shifts_ptr + 3 * image + 2), RSTD_B, SHIFT_B)
+        shift_r = tl.fma(tl.load(shifts_ptr + 3 * image), RSTD_R, SHIFT_R)
+        shift_g = tl.fma(tl.load(shifts_ptr + 3 * image + 1), RSTD_G, SHIFT_G)
+        shift_b = tl.fma(tl.load(shifts_ptr + 3 * image + 2), RSTD_B, SHIFT_B)
         shift = tl.where(channel == 0, shift_r, tl.where(channel == 1, shift_g, shift_b))
     else:
         shift = tl.where(channel == 0, SHIFT_R, tl.where(channel == 1, SHIFT_G, SHIFT_B))
-    out = fused(x, scale, shift)
+    out = tl.fma(x, scale, shift)
     if CHANNELS == 4:
         out = tl.where(channel < 3, out, 0.0)
     tl.store(out_ptr + start + i, out.to(out_ptr.dtype.element_ty), ok)
-
-
-@triton.jit
-def fused(x, scale, shift):
-    """x·scale + shift, rounded once: the interpreter's fma rounds twice."""
-    return (x.to(tl.float64) * scale + shift).to(tl.float32) if INTERPRETED else tl.fma(x, scale, shift)
 
 
 def normalize(
@@ -70,7 +63,8 @@ def normalize(
     out = torch.empty(n, height, width, channels, dtype=dtype, device=images.device)
     if out.numel():
         values = height * width * channels
-        # Two loads of 16 bytes a thread; mirrored, a byte at a time; with shifts, two spill where 16 divides no image.
+        # Two loads of 16 bytes a thread; mirrored, or for four channels, a byte at a time. With shifts two loads spill
+        # where 16 divides no image.
         block = 4096 if flips is None and shifts is None else 2048
         normalize_fwd_kernel[(n, triton.cdiv(values, block))](
             images.contiguous(), *(images if x is None else x.contiguous() for x in (flips, shifts)),

@@ -11,6 +11,7 @@ from test_ops import BF16, DEVICE, F16, F32, ROUNDING, rms_error
 from mopro_fast import ops
 from mopro_fast.kernels import batch_norm_stats
 
+batch_norm_act = importlib.import_module("mopro_fast.kernels.batch_norm_act")  # the name is the op's, too
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 WHOLE_BYTES = [(4, 8, 3, 3, 2), (6, 24, 5, 7, 3), (3, 72, 2, 1, 0), (0, 8, 2, 2, 0)]
 
@@ -82,6 +83,46 @@ def test_only_the_other_reader_or_none():
     assert torch.equal(found, torch.autograd.grad(y, x, dy)[0])
     y, other = ops.batch_norm_act(x, *parameters(8), residual, group=2, fork=True)
     assert torch.autograd.grad((y.detach() + x).sum(), x)[0].eq(1).all()
+
+
+class Unread(torch.autograd.Function):
+    """A reader without a gradient to give."""
+
+    @staticmethod
+    def forward(_, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(*_):
+        return None
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("op", ["batch_norm_act", "batch_norm_relu_pool"])
+@pytest.mark.parametrize("fork", [False, True])
+def test_readers_without_a_gradient(op, fork):
+    x, residual = maps(2, 4, 8, 3, 3, F32)
+    how = {"residual": residual} if op == "batch_norm_act" else {}
+    y = getattr(ops, op)(x.requires_grad_(), *parameters(8), **how, fork=fork)
+    read = sum(Unread.apply(t).sum() for t in (y if fork else [y]))
+    (found,) = torch.autograd.grad(read + x.sum(), x)
+    assert torch.equal(found, torch.ones_like(x))
+
+
+@pytest.mark.usefixtures("backend")
+def test_without_a_gradient_to_come_no_signs_are_written():
+    x, residual = maps(2, 4, 8, 3, 3, F32)
+    with torch.no_grad():
+        y, other = ops.batch_norm_act(x, *parameters(8), residual, fork=True, signs=True)
+    assert y is other and torch.equal(y, ops.batch_norm_act(x, *parameters(8), residual))
+
+
+@pytest.mark.usefixtures("backend")
+def test_a_second_gradient_without_the_output_is_refused():
+    x, dy = maps(2, 4, 8, 3, 3, F32)
+    stats = torch.ones(2, 1, 8, device=DEVICE)
+    with pytest.raises(ValueError, match="^dy2 needs y$"):
+        torch.ops.mopro_fast.batch_norm_act_backward(dy, dy, x, None, *stats, *parameters(8)[:2], True)
 
 
 @pytest.mark.usefixtures("backend")
@@ -165,9 +206,14 @@ def one_launch(monkeypatch):
     """`check` calls it so, and no finishing kernel may run."""
     plain = ops.batch_norm_act
     monkeypatch.setattr(ops, "batch_norm_act", lambda *args, **how: plain(*args, **how, one_launch=True))
+    for module, name in (
+        (batch_norm_stats, "batch_norm_stats_finish_kernel"),
+        (batch_norm_act, "batch_norm_act_bwd_finish_kernel"),
+    ):
+        monkeypatch.setattr(module, name, None)
     with ops.use_backend("triton"):
         yield
-    assert all(not counts.any() for counts in batch_norm_stats._ARRIVALS.values())
+    assert batch_norm_stats._ARRIVALS and all(not counts.any() for counts in batch_norm_stats._ARRIVALS.values())
 
 
 @pytest.mark.medium
@@ -193,7 +239,6 @@ def test_the_last_program_to_come_finishes_whichever_it_is(monkeypatch):
 @pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter's kernels can be watched")
 def test_one_program_of_a_channel_block_finishes(monkeypatch):
     finished = []
-    batch_norm_act = importlib.import_module("mopro_fast.kernels.batch_norm_act")  # the name is the op's, too
     for module, name in ((batch_norm_stats, "finish_stats_of"), (batch_norm_act, "finish_sums_of")):
         finish = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, f=finish, n=name: finished.append(n) or f(*args))
@@ -202,9 +247,9 @@ def test_one_program_of_a_channel_block_finishes(monkeypatch):
     assert finished == 2 * ["finish_stats_of"] + 2 * ["finish_sums_of"]  # 72 channels are two blocks
 
 
-def test_more_channels_than_counts_take_two_launches():
-    assert batch_norm_stats.arrivals(torch.zeros(1), 16 * 1024) is not None
-    assert batch_norm_stats.arrivals(torch.zeros(1), 16 * 1024 + 1) is None
+def test_more_blocks_of_channels_than_counts_take_two_launches():
+    assert batch_norm_stats.arrivals(torch.zeros(1), 64 * 1024) is not None
+    assert batch_norm_stats.arrivals(torch.zeros(1), 64 * 1024 + 1) is None
 
 
 def test_a_first_call_that_is_captured_takes_two_launches(monkeypatch):

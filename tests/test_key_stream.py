@@ -10,7 +10,7 @@ from small_step import CLASSES, ROWS, SIZE, extra, run_steps, small_method, trai
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mopro_fast.models import beside
+from mopro_fast.models import side_stream
 from mopro_fast.models.method import Method
 
 METHODS = ["mopro", "capro"]
@@ -41,7 +41,7 @@ class Notes(TorchDispatchMode):
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, s: self.recorded[s.name].append(x))
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: self.current)
         monkeypatch.setattr(torch.cuda, "stream", self._on)
-        monkeypatch.setattr(beside, "_stream", lambda _device: self.side)
+        monkeypatch.setattr(side_stream, "_stream", lambda _device: self.side)
 
     @contextlib.contextmanager
     def _on(self, stream: Stream):

@@ -89,6 +89,27 @@ def test_key_convolutions_are_those_of_layer1_and_layer2(monkeypatch) -> None:
     assert calls.call_count == 2 * 2 * len(fused)
 
 
+SWITCHES = {
+    "residual-joins": lambda m: {block.fork for block in m.encoder_q.blocks()[:-1]} == {m.encoder_q.fork} == {"on"},
+    "sign-bits": lambda m: {block.fork for block in m.encoder_q.blocks()[:-1]} == {m.encoder_q.fork} == {"signs"},
+    "one-launch-norms": lambda m: all(x.one_launch for x in m.modules() if isinstance(x, GroupedBatchNorm2d)),
+    "key-convolutions": lambda m: m.encoder_k.layer2[0].fused_conv and not m.encoder_q.layer2[0].fused_conv,
+    "key-stream": lambda m: m.key_stream,
+    "stem": lambda m: m.encoder_q.fused_stem and m.encoder_k.fused_stem,
+    "padded-input": lambda m: m.image_channels == 4,
+    "half-keys": lambda m: m.key_dtype == torch.float16,
+}
+
+
+@pytest.mark.parametrize("name", SPEEDUPS)
+def test_what_each_turns_on(name: str, monkeypatch) -> None:
+    """Some show nothing on a CPU, or in float32, where the step above runs."""
+    monkeypatch.setitem(resnet.LAYERS, "resnet17", (Bottleneck, (2, 1, 1, 1)))
+    model = MoPro(encoder(0), encoder(0), CONFIG)
+    assert not SWITCHES[name](model)
+    assert SWITCHES[name](turn_on(model, name))
+
+
 def test_a_name_that_is_none() -> None:
     with pytest.raises(UserError, match=r"^no speed-up has the name 'stm'; there are residual-joins, sign-bits, "):
         turn_on(small_method("mopro"), "stm")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from mopro_fast import ops
-from mopro_fast.models.beside import beside
 from mopro_fast.models.resnet import ResNet
+from mopro_fast.models.side_stream import on_side_stream
 
 
 @dataclass
@@ -77,15 +77,15 @@ class Method(nn.Module):
     def key_pass(self, compute: Callable[[], Tensor], *reads: Tensor) -> Callable[[], Tensor]:
         """-> the function that gives ``compute()``, which runs the key encoder on ``reads``, without a gradient.
 
-        With key_stream it has begun before the query encoder does: without autograd's records its launches take the
-        host less time, and in an eager step the other stream starts as much earlier.
+        With key_stream the key pass is launched before the query pass. It records nothing for autograd, so that the
+        host has launched it sooner, and an eager step's two streams overlap for longer.
         """
 
         def run() -> Tensor:
             with self.in_key_dtype(reads[0].device):
                 return compute()
 
-        return beside(run, *reads) if self.key_stream and reads[0].is_cuda else run
+        return on_side_stream(run, *reads) if self.key_stream and reads[0].is_cuda else run
 
     def in_key_dtype(self, device: torch.device) -> contextlib.AbstractContextManager:
         """Without a gradient, and where autocast is on, in :attr:`key_dtype`: what the key's pass runs in."""

@@ -45,6 +45,8 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
     ) -> Pair:
         if self.training and self.group and len(x) % self.group:
             raise ValueError(f"the batch of {len(x)} rows is not a multiple of bn_group={self.group}")
+        if pool and (residual is not None or not relu):
+            raise ValueError("pool needs relu=True and no residual")
         if pool and self.training and self._is_fused(x.device.type):
             return ops.batch_norm_relu_pool(
                 x, self.weight, self.bias, self.running_mean, self.running_var, group=self.group,
@@ -98,7 +100,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Pair) -> Pair:
         x, residual = x if isinstance(x, tuple) else (x, x)
-        residual = residual if self.downsample is None else self.downsample(residual)
+        if self.downsample is not None:
+            residual = self.downsample(residual)
         x = self.bn1(self.conv1(x), relu=True)
         return self.bn2(self.conv2(x), residual, relu=True, fork=self.fork)
 
@@ -125,10 +128,11 @@ class Bottleneck(nn.Module):
         self.downsample = downsample
 
     def forward(self, x: Pair) -> Pair:
-        if self.fused_conv and self.training and not torch.is_grad_enabled():
-            return forward_only.bottleneck(self, x)
         x, residual = x if isinstance(x, tuple) else (x, x)
-        residual = residual if self.downsample is None else self.downsample(residual)
+        if self.fused_conv and self.training and not torch.is_grad_enabled():
+            return forward_only.bottleneck(self, x, residual)
+        if self.downsample is not None:
+            residual = self.downsample(residual)
         x = self.bn1(self.conv1(x), relu=True)
         x = self.bn2(self.conv2(x), relu=True)
         return self.bn3(self.conv3(x), residual, relu=True, fork=self.fork)
@@ -204,10 +208,10 @@ class ResNet(nn.Module):
         return nn.Sequential(*blocks)
 
     def features(self, x: Tensor) -> Tensor:
-        """images [N, 3, H, W] → pooled features [N, feature_dim]; any H and W. Channels above 3 must be 0."""
+        """images [N, 3, H, W] → pooled features [N, feature_dim]; any H and W. Channels above 3 get no weight."""
         if self.training:  # in one launch, not 53
             torch._foreach_add_([norm.num_batches_tracked for norm in self._norms], 1)
-        x = _padded_convolution(self.conv1, x) if x.shape[1] > 3 else self.conv1(x)
+        x = _padded_convolution(self.conv1, x) if x.shape[1] > self.conv1.in_channels else self.conv1(x)
         if self.fused_stem and isinstance(self.maxpool, nn.MaxPool2d):
             x = self.bn1(x, relu=True, fork=self.fork, pool=True)
         else:
@@ -258,7 +262,7 @@ def _pooled(x: Tensor) -> Tensor:
     return x.mean((2, 3))
 
 
-def _recomputed(block: nn.Module, x: Tensor) -> Tensor:
+def _recomputed(block: nn.Module, x: Pair) -> Pair:
     contexts = contextlib.nullcontext(), _statistics_at_rest(block)
     return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: contexts)
 

@@ -45,8 +45,8 @@ def one_launch_norms(model: Method) -> None:
 
 
 def key_convolutions(model: Method) -> None:
-    """Where memory is the limit: in layer3 and layer4 the product is, and there each of the more blocks of output
-    channels would normalise its input again."""
+    """In layer1 and layer2. Layer3 and layer4 are limited by arithmetic, and every block of output channels would
+    normalise the same input again."""
     for block in () if model.encoder_k is None else (*model.encoder_k.layer1, *model.encoder_k.layer2):
         if isinstance(block, Bottleneck):
             block.fused_conv = True

@@ -63,7 +63,9 @@ def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(x, y, mean, rstd, weight, bias)
 
 
-def _backward(ctx, dy: Tensor, _):
+def _backward(ctx, dy: Tensor | None, _):
+    if dy is None:
+        return (None,) * 9
     x, y, mean, rstd, weight, bias = ctx.saved_tensors
     dx, dweight, dbias, dresidual = torch.ops.mopro_fast.batch_norm_act_backward(
         dy, None, x, y, mean, rstd, weight, bias, ctx.relu, ctx.one_launch
@@ -175,6 +177,9 @@ def batch_norm_act(
         mean, rstd = torch.ops.mopro_fast.batch_norm_stats_(
             x, running_mean, running_var, momentum, eps, group, one_launch
         )
+    if fork and not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias, residual))):
+        y, _ = torch.ops.mopro_fast.batch_norm_act(x, mean, rstd, weight, bias, residual, relu)
+        return y, y
     if fork:
         back = functools.partial(_back_forked, one_launch)
         return Forked.apply(_run_forked, back, x, mean, rstd, weight, bias, residual, signs and x.shape[1] % 8 == 0)

@@ -367,14 +367,14 @@ def batch_norm_act_backward(
     bias: Tensor, relu: bool, one_launch: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y: or its signs. -> gradients of x, weight, bias; of the residual where y is given, else no elements."""
+    if dy2 is not None and y is None:
+        raise ValueError("dy2 needs y")
     groups, like = len(mean), x
     x, g = (_by_group(t, groups) for t in wide(x, dy if dy2 is None else dy + dy2))
-    if relu:
-        if y is None:
-            positive = _affine(x, mean, rstd, weight, bias)
-        else:
-            positive = _by_group(y if y.dtype != torch.uint8 else _unpacked(y), groups)
-        g = torch.where(positive <= 0, 0, g)
+    if y is not None:
+        g = torch.where(_by_group(y if y.dtype != torch.uint8 else _unpacked(y), groups) <= 0, 0, g)
+    elif relu:
+        g = torch.where(_affine(x, mean, rstd, weight, bias) <= 0, 0, g)
     x_hat = (x - mean[:, None]).mul_(rstd[:, None])
     g_sum, gx_sum, positions = g.sum(1), (g * x_hat).sum(1), max(1, x.shape[1])  # [groups, C]
     dx = (g - g_sum[:, None] / positions).sub_(x_hat.mul_(gx_sum[:, None] / positions)).mul_((rstd * weight)[:, None])
@@ -383,8 +383,9 @@ def batch_norm_act_backward(
 
 
 def batch_norm_relu_pool(
-    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, keep: bool,
+    one_launch: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> y, the x at the maximum of each window and its place there (3·row + column; 9 where y is 0); keep: else both
     have no elements."""
     n, channels, height, width = x.shape
@@ -408,12 +409,11 @@ def batch_norm_relu_pool(
 
 def batch_norm_relu_pool_backward(
     dy: Tensor, dy2: Tensor | None, x: Tensor, x_max: Tensor, indices: Tensor, mean: Tensor, rstd: Tensor,
-    weight: Tensor, bias: Tensor,
+    weight: Tensor, bias: Tensor, one_launch: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> gradients of x, weight, bias; of y come two that are added, or one."""
+    """dy2: a second gradient of y, or None. -> gradients of x, weight, bias."""
     (n, channels, height, width), (out_height, out_width) = x.shape, dy.shape[2:]
-    (dy,) = wide(dy)
-    dy = dy if dy2 is None else dy + dy2
+    (dy,) = wide(dy if dy2 is None else dy + dy2)
     g = dy.new_zeros(n, channels, 2 * out_height + 1, 2 * out_width + 1)  # of x with a border of 1
     for place in range(9):
         windows = g[:, :, place // 3 :: 2, place % 3 :: 2][:, :, :out_height, :out_width]

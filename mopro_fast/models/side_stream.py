@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-def beside(compute: Callable[[], Tensor], *reads: Tensor) -> Callable[[], Tensor]:
+def on_side_stream(compute: Callable[[], Tensor], *reads: Tensor) -> Callable[[], Tensor]:
     """Begin ``compute()``; -> the function that lets the current stream wait for it and gives its result, once.
 
     reads: the tensors that it reads and that may be freed before the step ends. Inside a capture the two streams
