@@ -336,7 +336,8 @@ def test_the_pooled_gradient_is_written_once_and_as_the_activation_lies(layout, 
 
 
 @pytest.mark.gpu
-def test_offsets_beyond_32_bits():
+@pytest.mark.parametrize("how", [{}, {"fork": True, "signs": True, "one_launch": True}], ids=["plain", "forked"])
+def test_offsets_beyond_32_bits(how):
     """2.2e9 elements in two groups: the second begins beyond 2³¹ / 2, and its end lies beyond 2³¹."""
     n, channels, side = 700, 64, 222
     x = torch.empty(n, channels, side, side, dtype=BF16, device=DEVICE, memory_format=torch.channels_last)
@@ -344,8 +345,10 @@ def test_offsets_beyond_32_bits():
     ones = torch.ones(channels, device=DEVICE)
     weight, bias = (ones.clone().requires_grad_() for _ in range(2))
     x.requires_grad_()
-    y = ops.batch_norm_act(x, weight, bias, ones.clone(), ones.clone(), x, group=n // 2)
-    (dx,) = torch.autograd.grad(y.float().sum(), x)
+    y = ops.batch_norm_act(x, weight, bias, ones.clone(), ones.clone(), x, group=n // 2, **how)
+    outputs = y if how else (y,)
+    (dx,) = torch.autograd.grad(outputs, x, [torch.ones_like(y) for y in outputs])
+    y = outputs[0]
     last = x.detach()[-1].double()
     half = x.detach()[n // 2 :].float()
     z = (last - half.mean((0, 2, 3))[:, None, None]) / half.var((0, 2, 3)).sqrt()[:, None, None] + 1 + last

@@ -177,10 +177,7 @@ def test_a_second_gradient_is_added(dtype):
     def backward(dy, dy2):
         return torch.ops.mopro_fast.batch_norm_relu_pool_backward(dy, dy2, x, x_max, indices, *stats, *parameters)
 
-    found, wanted = (
-        backward(dy, dy2),
-        backward(dy + dy2, None),
-    )  # which rounds the sum; the interpreter cuts bfloat16 off
+    found, wanted = backward(dy, dy2), backward(dy + dy2, None)  # rounded both; the interpreter cuts bfloat16 off
     for a, b in zip(found, wanted, strict=True):
         assert torch.equal(a, b) or (dtype == BF16 and DEVICE == "cpu" and rms_error(a, b) < 3 * ROUNDING[BF16])
     assert not torch.equal(found[0], backward(dy, None)[0])

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from mopro_fast.models import side_stream
 from mopro_fast.models.method import Method
+from mopro_fast.models.speedups import turn_on
 
 METHODS = ["mopro", "capro"]
 
@@ -132,13 +133,16 @@ def test_a_method_that_has_used_it_is_copied_and_pickled(device) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", METHODS)
 @pytest.mark.parametrize("graphed", [True, False])
-def test_it_changes_no_bit(kind, graphed, monkeypatch) -> None:
+@pytest.mark.parametrize("one_launch", [True, False])
+def test_it_changes_no_bit(kind, graphed, one_launch, monkeypatch) -> None:
+    """Nor where both streams have BatchNorms that count their programs."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     states = []
     for on in (True, False):
         with torch.cuda.stream(torch.cuda.Stream()):
             model = small_method(kind).cuda()
             model.key_stream = on
+            turn_on(model, *["one-launch-norms"] * one_launch)
             step = train_step(model, device="cuda", cuda_graph=graphed)
             losses = run_steps(step, 6)
             states.append([*losses, *model.state_dict().values(), step.sums, step.assigned])
