@@ -189,8 +189,13 @@ def described(c: Collective, a: Assumptions) -> dict:
 
 def main(a: Assumptions) -> None:
     for name, value in asdict(a).items():
-        if any(not x > 0 for x in (value if isinstance(value, tuple) else (value,)) if not isinstance(x, str)):
-            raise SystemExit(f"scaling.py: --{name.replace('_', '-')} must be above 0, got {value}")
+        if name == "results":
+            continue
+        shares, latency = name in ("overlap", "backward_share"), name.endswith("_us")
+        for x in value if isinstance(value, tuple) else (value,):
+            if not (0 <= x <= 1 if shares else 0 <= x < math.inf if latency else 0 < x < math.inf):
+                allowed = "in [0, 1]" if shares else "finite and at least 0" if latency else "finite and above 0"
+                raise SystemExit(f"scaling.py: --{name.replace('_', '-')} must be {allowed}, got {x}")
     cases = []
     for classes in a.classes:
         config = TrainConfig(data=DataConfig(num_classes=classes), optim=OptimConfig(batch_size=a.rows))

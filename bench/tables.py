@@ -447,9 +447,9 @@ def step_parts(result: dict) -> str:
     rows.append(f"| **all** | – | {' | '.join(f'{total[gpu]:.1f}' for gpu in gpus)} |")
     rows.append(f"| img/s | – | {' | '.join(f'{round(256e3 / total[gpu], -1):,.0f}' for gpu in gpus)} |")
     note = (
-        "Predicted in a review of the sources and the compiled kernels, not measured: kernels bound by memory reach 88 "
-        "to 90 % of a copy's 3 and 4.3 TB/s, max-pooling with its int64 indices less; convolutions take 7 to 9 % more "
-        "than the rates above or 88 % of a copy allow, layer by layer."
+        "Predicted by hand from the sources and the compiled kernels (bench/traffic.py), not measured: kernels bound by "
+        "memory reach 88 to 90 % of a copy's 3 and 4.3 TB/s, max-pooling with its int64 indices less; convolutions take "
+        "7 to 9 % more than the rates above or 88 % of a copy allow, layer by layer."
     )
     return "\n".join([*rows, "", note])
 
@@ -489,14 +489,17 @@ def speedups(result: dict, measured: dict | None = None) -> str:
 
 
 def _outcome(name: str, measured: dict | None) -> str:
-    """Milliseconds that the variant saves against ours, by N."""
+    """Milliseconds that the variant saves against ours, by N: of the medians; of p20 and p80 at their worst and best."""
     found = []
-    for case in (measured or {"cases": []})["cases"]:
-        variant = "all speed-ups" if name == "all" else name
-        times = [case["variants"].get(v, {}).get("step_ms") for v in ("ours", f"ours, {variant} on")]
-        if all(times):
-            found.append(f"N={case['batch']}: {_range(*2 * (times[0]['p50'] - times[1]['p50'],))}")
-    return f"{', '.join(found)} ({measured['conditions']['gpu']})" if found else "not measured"
+    if measured and measured["conditions"]["gpu"] and measured["settings"]["arch"] == "resnet50":
+        for case in measured["cases"]:
+            variant = "all speed-ups" if name == "all" else name
+            ours, other = (case["variants"].get(v, {}).get("step_ms") for v in ("ours", f"ours, {variant} on"))
+            if ours and other:
+                least, most = ours["p20"] - other["p80"], ours["p80"] - other["p20"]
+                saved = ours["p50"] - other["p50"]
+                found.append(f"N={case['batch']}: {_range(saved, saved)} ({_range(least, most)})")
+    return f"{', '.join(found)}; {measured['conditions']['gpu']}" if found else "not measured"
 
 
 def _with_all(result: dict, gpu: str, n: str) -> tuple[str, str]:

@@ -18,13 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mopro_fast.kernels.batch_norm_act import affine, gradient_sums, input_gradient, joined, of_group, scale_bias
-from mopro_fast.kernels.batch_norm_stats import (
-    Tiling,
-    channels_last,
-    load,
-    part_of,
-    split_of,
-)
+from mopro_fast.kernels.batch_norm_stats import Tiling, channels_last, load, part_of, split_of
 from mopro_fast.kernels.similarity import programs
 
 
@@ -191,7 +185,7 @@ def batch_norm_relu_pool(
     x_max = torch.empty_like(y) if keep else x.new_empty(0)
     indices = torch.empty_like(x_max, dtype=torch.uint8)
     if y.numel():
-        t = line_tiling(x, y, len(mean), per_sm=8 if x.element_size() == 2 else 5)  # 128, 94 registers
+        t = line_tiling(x, y, len(mean), per_sm=8 if x.element_size() == 2 else 5)  # that an SM holds
         batch_norm_relu_pool_fwd_kernel[t.grid](
             x, mean, rstd, weight, bias, y, x_max, indices, *t.integers, *x.shape[2:], *y.shape[2:],
             KEEP=keep, **t.blocks,
@@ -213,7 +207,7 @@ def batch_norm_relu_pool_backward(
     dys, with_second = (dy, dy if dy2 is None else channels_last(dy2)), {"DY2": dy2 is not None}
     g = x.new_empty(0)  # is not written
     g_sum, gx_sum, dweight, dbias = gradient_sums(dy, dy2, x_max, None, mean, rstd, weight, bias, g, True, one_launch)
-    t = line_tiling(x, dy, groups, per_sm=6 if x.element_size() == 2 else 5)  # 168 of sm_80, 96
+    t = line_tiling(x, dy, groups, per_sm=6 if x.element_size() == 2 else 5)  # that sm_80 holds
     batch_norm_relu_pool_bwd_kernel[t.grid](
         *dys, indices, x, mean, rstd, weight, g_sum, gx_sum, dx, *t.integers, *x.shape[2:], *dy.shape[2:],
         x.numel() // channels // groups, **with_second, **t.blocks,

@@ -92,7 +92,7 @@ trainer=(tyro docstring_parser typeguard pyarrow tqdm PIL simplejpeg)
 op_tests=(tests/test_ops.py tests/test_two_views.py tests/test_two_views_arithmetic.py tests/test_normalize.py)
 op_tests+=(tests/test_batch_norm_act.py tests/test_conv1x1_stats.py tests/test_collective_targets.py)
 speedup_tests=(tests/test_speedups.py tests/test_key_stream.py tests/test_batch_norm_variants.py)
-speedup_tests+=(tests/test_batch_norm_relu_pool.py)
+speedup_tests+=(tests/test_batch_norm_relu_pool.py tests/test_train_step.py)
 cuda_tests=(tests/test_*_cuda.py tests/test_optim.py tests/test_train_step.py tests/test_augment.py tests/test_cache.py)
 
 # define STAGE: sets command; needs, modules beyond PyTorch and Triton; lacks, why it cannot run; show, lines at its end.

@@ -169,10 +169,12 @@ def test_the_table(speedups) -> None:
     assert "| **the step, ms** | – | – | – | 50.0 → 48.5 to 49.5 | 50.0 → 48.5 to 49.5 | 10.0 → 10.0 to 10.0 |" in text
     assert "| 5,120 → 5,170 to 5,280 |" in text
     times = {"ours": 50, "ours, x on": 48.5, "ours, all speed-ups on": 51}
-    variants = {name: {"step_ms": {"p50": ms}} for name, ms in times.items()}
-    measured = {"cases": [{"batch": 256, "variants": variants}], "conditions": {"gpu": "G"}}
-    text = tables.speedups(result, measured)
-    assert "| N=256: 1.50 (G) |" in text and "| N=256: −1.00 (G) |" in text
+    variants = {name: {"step_ms": {"p20": ms - 0.1, "p50": ms, "p80": ms + 0.2}} for name, ms in times.items()}
+    measured = {"cases": [{"batch": 256, "variants": variants}], "settings": {"arch": "resnet50"}}
+    text = tables.speedups(result, measured | {"conditions": {"gpu": "G"}})
+    assert "| N=256: 1.50 (1.20 to 1.80); G |" in text and "| N=256: −1.00 (−1.30 to −0.70); G |" in text
+    for other in ({"conditions": {"gpu": None}}, {"conditions": {"gpu": "G"}, "settings": {"arch": "resnet18"}}):
+        assert "G |" not in tables.speedups(result, measured | other)
 
 
 @pytest.mark.slow

@@ -83,10 +83,36 @@ def test_key_convolutions_are_those_of_layer1_and_layer2(monkeypatch) -> None:
     fused = {name for name, m in model.named_modules() if getattr(m, "fused_conv", False)}
     assert fused == {"encoder_k.layer1.0", "encoder_k.layer1.1", "encoder_k.layer2.0"}
     with mock.patch.object(ops, "conv1x1_stats_", side_effect=ops.conv1x1_stats_) as calls:
-        for method in (model, turn_on(model, "half-keys")):
-            with method.in_key_dtype(torch.device("cpu")):
+        for names in ([], ["half-keys"]):
+            turn_on(model, *names)
+            with torch.autocast("cpu", torch.bfloat16), model.in_key_dtype(torch.device("cpu")):
                 model.key(torch.randn(4, 3, SIZE, SIZE))
-    assert calls.call_count == 2 * 2 * len(fused)
+    types = [call.args[0].dtype for call in calls.call_args_list]
+    assert types == [torch.bfloat16] * 2 * len(fused) + [torch.float16] * 2 * len(fused)
+
+
+@pytest.mark.medium
+def test_all_in_16_bits_are_as_near_to_float32_as_none(monkeypatch) -> None:
+    """As they run on a GPU: a query in bfloat16, keys in float16. The interpreter cuts bfloat16 off, a GPU rounds."""
+    monkeypatch.setitem(resnet.LAYERS, "resnet17", (Bottleneck, (2, 1, 1, 1)))
+    g = torch.Generator().manual_seed(0)
+    view_q, view_k = torch.randint(256, (2, ROWS, SIZE, SIZE, 3), dtype=torch.uint8, generator=g).to(DEVICE)
+    ids, found = torch.arange(ROWS, device=DEVICE), []
+    for precision, names in (("fp32", ()), ("bf16", ()), ("bf16", tuple(SPEEDUPS))):
+        model = MoPro(encoder(8), encoder(8), CONFIG).train().to(DEVICE, memory_format=torch.channels_last)
+        step = train_step(turn_on(model, *names), ROWS, device=DEVICE, precision=precision, cuda_graph=False)
+        with ops.use_backend("triton" if names else "reference"):
+            out = step(Batch(view_q, view_k, ids % CLASSES, ids), ids, 0, 0, SGD["lr"])
+        grads = [step.query.state_dict(keep_vars=True)[name].grad for name, _ in model.encoder_q.named_parameters()]
+        found.append((out.loss, model.queue[:ROWS], torch.cat([grad.flatten().float() for grad in grads])))
+    for exact, none, all_on in zip(*found, strict=True):
+        assert rms_error(all_on, exact) < 2.5 * rms_error(none, exact)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, SIZE, SIZE), (2, SIZE, SIZE, 3)])
+def test_images_of_other_channels_are_refused(shape) -> None:
+    with pytest.raises(RuntimeError, match="channels"):
+        ResNet("resnet18", CLASSES, 8, width=0.125)(torch.zeros(shape))
 
 
 SWITCHES = {

@@ -44,8 +44,8 @@ class Bench:
     seconds: float = 2
     """Of each variant of each case."""
     variants: tuple[str, ...] = ()
-    """Those to time, by name; a speed-up's name (docs/performance.md) stands for ours with it on. Default: all at N=32
-    and 256; elsewhere ours, the official ones and the bare encoders."""
+    """Those to time, by name; a speed-up's name (docs/performance.md), or "all", stands for ours with it on. Default:
+    all at N=32 and 256; elsewhere ours, the official ones and the bare encoders."""
     minutes: float = 9
     """No case begins after so many."""
     official: Path | None = None
@@ -111,11 +111,16 @@ def run(options: Bench, keep: Callable[[dict[str, Any]], object] = lambda _: Non
     cases = [Case(n, c, **chosen, bn_group=options.bn_group, device=device) for c in classes for n in batch_sizes]
     for case in cases:
         case.config().validate()
-    wanted = [throughput.of_speedup(name) if name in SPEEDUPS else name for name in options.variants]
+    short = {name: throughput.of_speedup(name) for name in SPEEDUPS}
+    short["all"] = throughput.of_speedup(throughput.ALL_SPEEDUPS)
+    wanted = [short.get(name, name) for name in options.variants]
     known = throughput.variants(cases[0], options.official, everything=True, named=True)
     if unknown := [name for name in wanted if name not in known]:
         there = ", ".join(f'"{name}"' for name in known)
-        raise UserError(f'--variants "{unknown[0]}": no variant on this device has that name; there are {there}')
+        raise UserError(
+            f'--variants "{unknown[0]}": no variant on this device has that name; there are {there}; short for '
+            f"those that are on: {', '.join(short)}"
+        )
     settings = {"device": device, **chosen, "bn_group": options.bn_group}
     settings |= {"seconds": options.seconds, "variants": wanted}
     began, results = time.perf_counter(), []

@@ -43,6 +43,7 @@ OFFICIAL_FAST = {"cuda": "official, autocast + channels-last", "cpu": "official,
 CLONE = "salesforce/MoPro, the clone given"
 SUPERVISED, SUPERVISED_PLAIN = "supervised, this trainer", "supervised, plain PyTorch"
 ENCODERS = "the two encoders alone"
+ALL_SPEEDUPS = "all speed-ups"
 PARTS = ("query forward", "key forward", "head", "communication", "backward", "optimizer and EMA")
 _EPOCH = 2  # whose labels are corrected, with start_clean 2
 _WARM_UP_STEPS = 6  # chosen, compiled, captured
@@ -264,7 +265,7 @@ def variants(
 def with_speedups() -> dict[str, Callable[[Case], Callable[[], Any]]]:
     """By name: ours with each of models/speedups.py, and with all."""
     made = {of_speedup(name): partial(ours, model=sped_up(name)) for name in SPEEDUPS}
-    return made | {of_speedup("all speed-ups"): partial(ours, model=sped_up(*SPEEDUPS))}
+    return made | {of_speedup(ALL_SPEEDUPS): partial(ours, model=sped_up(*SPEEDUPS))}
 
 
 def of_speedup(name: str) -> str:

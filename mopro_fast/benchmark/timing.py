@@ -194,5 +194,5 @@ def _sample(once: Callable[[], float], seconds: float) -> dict[str, float]:
 
 
 def quantiles(times: list[float]) -> dict[str, float]:
-    p20, _, _, p80 = statistics.quantiles(times, n=5) if len(times) > 1 else times * 4
+    p20, _, _, p80 = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
     return {"p20": p20, "p50": statistics.median(times), "p80": p80}

@@ -208,10 +208,11 @@ class ResNet(nn.Module):
         return nn.Sequential(*blocks)
 
     def features(self, x: Tensor) -> Tensor:
-        """images [N, 3, H, W] → pooled features [N, feature_dim]; any H and W. Channels above 3 get no weight."""
+        """images [N, 3, H, W] → pooled features [N, feature_dim]; any H and W. Or [N, 4, H, W] with a
+        fourth channel without weight."""
         if self.training:  # in one launch, not 53
             torch._foreach_add_([norm.num_batches_tracked for norm in self._norms], 1)
-        x = _padded_convolution(self.conv1, x) if x.shape[1] > self.conv1.in_channels else self.conv1(x)
+        x = _padded_convolution(self.conv1, x) if x.shape[1] == self.conv1.in_channels + 1 else self.conv1(x)
         if self.fused_stem and isinstance(self.maxpool, nn.MaxPool2d):
             x = self.bn1(x, relu=True, fork=self.fork, pool=True)
         else:
@@ -249,8 +250,8 @@ class Backbone(ResNet):
 
 
 def _padded_convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """conv(x) for an x with more channels, which get no weight."""
-    weight = F.pad(conv.weight, (0, 0, 0, 0, 0, x.shape[1] - conv.in_channels))
+    """conv(x) for an x with one more channel, which gets no weight."""
+    weight = F.pad(conv.weight, (0, 0, 0, 0, 0, 1))
     return F.conv2d(x, weight, None, conv.stride, conv.padding)
 
 
