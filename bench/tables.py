@@ -447,9 +447,9 @@ def step_parts(result: dict) -> str:
     rows.append(f"| **all** | – | {' | '.join(f'{total[gpu]:.1f}' for gpu in gpus)} |")
     rows.append(f"| img/s | – | {' | '.join(f'{round(256e3 / total[gpu], -1):,.0f}' for gpu in gpus)} |")
     note = (
-        "Predicted by hand from the sources and the compiled kernels (bench/traffic.py), not measured: kernels bound by "
-        "memory reach 88 to 90 % of a copy's 3 and 4.3 TB/s, max-pooling with its int64 indices less; convolutions take "
-        "7 to 9 % more than the rates above or 88 % of a copy allow, layer by layer."
+        "Predicted by hand from the sources and the compiled kernels (bench/traffic.py), not measured: kernels bound "
+        "by memory reach 88 to 90 % of a copy's 3 and 4.3 TB/s, max-pooling with its int64 indices less; convolutions "
+        "take 7 to 9 % more than the rates above or 88 % of a copy allow, layer by layer."
     )
     return "\n".join([*rows, "", note])
 
@@ -489,7 +489,7 @@ def speedups(result: dict, measured: dict | None = None) -> str:
 
 
 def _outcome(name: str, measured: dict | None) -> str:
-    """Milliseconds that the variant saves against ours, by N: of the medians; of p20 and p80 at their worst and best."""
+    """Milliseconds that the variant saves against ours, by N: of the medians; p20 and p80 at their worst and best."""
     found = []
     if measured and measured["conditions"]["gpu"] and measured["settings"]["arch"] == "resnet50":
         for case in measured["cases"]:

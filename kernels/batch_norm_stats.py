@@ -230,8 +230,8 @@ COUNTS = 1024
 
 
 def arrivals(x: Tensor, channels: int) -> Tensor | None:
-    """Zeros for `arrived_last`, of x's device and the current stream. What was captured on a stream, and what runs there,
-    must not run at the same time. None where the first call is captured, for the zeros would be written at the
+    """Zeros for `arrived_last`, of x's device and the current stream. What was captured on a stream, and what runs
+    there, must not run at the same time. None where the first call is captured, for the zeros would be written at the
     replay; and where there are more blocks of 64 channels than counts."""
     capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
     key = x.device, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
