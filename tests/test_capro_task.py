@@ -87,9 +87,9 @@ def test_each_view_is_shifted_by_its_own():
     shifts, seen = torch.rand(2, ROWS, 3), []
     normalize = ops.normalize
 
-    def see(images, shifts=None):
+    def see(images, shifts=None, **how):
         seen.append(shifts)
-        return normalize(images, shifts=shifts)
+        return normalize(images, shifts=shifts, **how)
 
     with mock.patch.object(ops, "normalize", see):
         model(view_q, view_k, torch.arange(ROWS) % CLASSES, 0, torch.arange(ROWS), None, shifts)
