@@ -26,6 +26,7 @@ import floor
 import launches
 import torch
 import torch.nn.functional as F
+import traffic
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -52,10 +53,9 @@ HIDDEN, DIM = 2048, 128  # of the projection
 # its data sheet, of which 90 % is assumed. Speeds of MoPro's whole step: if the 32.5 GFLOP an image of ResNet-50, both
 # forwards and a backward, were all; and what it is to reach.
 GPUS = {
-    "H200": {"bytes_per_s": 4.3e12, "flop_per_s": 790e12, "images_per_s": [24300, 7000]},
-    "H100": {"bytes_per_s": 3.0e12, "flop_per_s": 790e12, "images_per_s": [24300, 5370]},
+    "H200": {"bytes_per_s": traffic.BANDWIDTH["H200"], "flop_per_s": traffic.PRODUCTS, "images_per_s": [24300, 7000]},
+    "H100": {"bytes_per_s": traffic.BANDWIDTH["H100"], "flop_per_s": traffic.PRODUCTS, "images_per_s": [24300, 5370]},
 }
-LAUNCH_US = 1.5  # from kernel to kernel in a CUDA graph, beside what memory or products take: assumed
 # Not in TrainStep: the anchors' flags are gathered; shifts come from the host; the graph copies both.
 INPUTS = 4
 
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=record.RESULTS)
     a = parser.parse_args(argv)
     net = TIMED[0]
-    settings = {"gpus": GPUS, "launch_us": LAUNCH_US, "rounds": a.rounds}
+    settings = {"gpus": GPUS, "launch_us": launches.LAUNCH_US, "rounds": a.rounds}
     settings |= {"arch": net.arch, "width": net.width, "px": net.image_size}
     result = {
         "settings": settings,
@@ -257,13 +257,13 @@ def rest(ours: list[Operator], mopro: list[Operator], case: Case) -> dict:
     found["forward"] += INPUTS
     found["bytes"] -= spared
     for gpu, g in GPUS.items():
-        found["us"][gpu] += INPUTS * LAUNCH_US - less["us"][gpu] - 1e6 * spared / g["bytes_per_s"]
+        found["us"][gpu] += INPUTS * launches.LAUNCH_US - less["us"][gpu] - 1e6 * spared / g["bytes_per_s"]
     return found
 
 
 def microseconds(o: Operator, gpu: str) -> float:
     g = GPUS[gpu]
-    return LAUNCH_US + floor.floor_us(floor.Cost(o.bytes, o.flops), g["bytes_per_s"], g["flop_per_s"])
+    return launches.LAUNCH_US + floor.floor_us(floor.Cost(o.bytes, o.flops), g["bytes_per_s"], g["flop_per_s"])
 
 
 def features_of(case: Case) -> int:

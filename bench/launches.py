@@ -42,6 +42,7 @@ from mopro_fast.models.speedups import turn_on
 from mopro_fast.ops import backends, cuda, reference
 from mopro_fast.training.step import TrainStep
 
+LAUNCH_US = 1.5  # from kernel to kernel in a CUDA graph, beside what memory or products take: assumed
 FREE = ("empty", "new_empty", "detach", "lift", "alias")  # beside views: nothing is computed
 
 

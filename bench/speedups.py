@@ -26,7 +26,7 @@ from mopro_fast.models.speedups import SPEEDUPS, turn_on
 
 GPUS, ROWS = traffic.BANDWIDTH, (256, 32)
 EFFICIENCY = 0.88  # of a copy's bandwidth that a memory-bound kernel reaches: assumed
-LAUNCH_US = (1.3, 1.3)  # from kernel to kernel in a CUDA graph, least and most: assumed
+LAUNCH_US = launches.LAUNCH_US, launches.LAUNCH_US  # least and most
 STEP_AT_32 = {"H100": 3200, "H200": 3750}  # images a second of the step as it is, N=32: predicted
 ALL = "all"
 

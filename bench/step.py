@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[256, 32])
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--variants", nargs="+", default=[], metavar="NAME", help="as the table has them; default: all")
-    which.add_argument("--speedups", action="store_true", help="ours; on a GPU also with each speed-up and with all")
+    which.add_argument("--speedups", action="store_true", help="ours, and with each speed-up and all on")
     parser.add_argument("--seconds", type=float, default=1.5, help="of each variant")
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--results", default=record.RESULTS)

@@ -1,11 +1,12 @@
-"""ops.batch_norm_act with fork, signs and one_launch: the bits that it gives without them, or as close to float64."""
+"""ops.batch_norm_act with fork and signs: the bits that it gives without them; with one_launch (against float64 in
+test_batch_norm_act.py): in any order of programs the same."""
 
 import importlib
 import itertools
 
 import pytest
 import torch
-from test_batch_norm_act import EPS, LARGE, MOMENTUM, SHAPES, check
+from test_batch_norm_act import EPS, MOMENTUM, SHAPES
 from test_ops import BF16, DEVICE, F16, F32, ROUNDING, rms_error
 
 from mopro_fast import ops
@@ -175,42 +176,6 @@ def test_a_forked_output_compiles():
         found.append([y, other, *torch.autograd.grad((y + 2 * other).square().sum(), (a, b))])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.usefixtures("one_launch")
-@pytest.mark.parametrize("relu, residual", [(True, True), (True, False), (False, False)])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_in_one_launch(shape, relu, residual):
-    check(*shape, F32, relu, residual)
-
-
-@pytest.mark.medium
-@pytest.mark.usefixtures("one_launch")
-@pytest.mark.parametrize("shape, dtype, residual", LARGE)
-def test_many_channels_in_one_launch(shape, dtype, residual):
-    check(*shape, dtype, True, residual)
-
-
-@pytest.mark.medium
-@pytest.mark.usefixtures("one_launch")
-@pytest.mark.parametrize("group", [0, 10])
-def test_many_splits_in_one_launch(group, monkeypatch):
-    """More splits than are in hand at a time, and more groups."""
-    monkeypatch.setattr(batch_norm_stats, "programs", lambda _: 200)
-    check(20, 40, 13, 17, group, F32, True, True)
-    check(200, 5, 2, 1, 2, F32, True, True)
-
-
-@pytest.fixture
-def one_launch(monkeypatch):
-    """`check` calls it so, and no finishing kernel may run."""
-    plain = ops.batch_norm_act
-    monkeypatch.setattr(ops, "batch_norm_act", lambda *args, **how: plain(*args, **how, one_launch=True))
-    monkeypatch.setattr(batch_norm_stats, "batch_norm_stats_finish_kernel", None)
-    monkeypatch.setattr(batch_norm_act, "batch_norm_act_bwd_finish_kernel", None)
-    with ops.use_backend("triton"):
-        yield
-    assert all(not counts.any() for counts in batch_norm_stats._ARRIVALS.values())
 
 
 @pytest.mark.medium

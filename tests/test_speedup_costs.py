@@ -130,18 +130,18 @@ def test_milliseconds(speedups, monkeypatch) -> None:
     }
     monkeypatch.setattr(speedups, "PREDICTIONS", fake)
     monkeypatch.setitem(speedups.GPUS, "x", 1e12)
-    moved = 10e6 * 100 / 0.88e12 * 1e3
+    moved, us = 10e6 * 100 / 0.88e12 * 1e3, 1e-3 * speedups.LAUNCH_US[0]
 
     def saved(*on: str, **own: tuple[float, int]) -> tuple:
         return speedups.saved_ms({"all": (10.0, 20), **own}, "all", on, "x", 100)
 
-    assert saved("plain", plain=(10, 20)) == pytest.approx((moved + 20 * 1.3e-3,) * 2)
-    assert saved("more", more=(10, 20)) == pytest.approx((moved + 0.026 + 0.1, moved + 0.026 + 0.2))
+    assert saved("plain", plain=(10, 20)) == pytest.approx((moved + 20 * us,) * 2)
+    assert saved("more", more=(10, 20)) == pytest.approx((moved + 20 * us + 0.1, moved + 20 * us + 0.2))
     assert saved("other", other=(10, 20)) == pytest.approx((moved - 0.02, moved + 0.04))
-    assert saved("unsure", unsure=(10, 20)) == pytest.approx((0.026, moved / 2 + 0.026))
+    assert saved("unsure", unsure=(10, 20)) == pytest.approx((20 * us, moved / 2 + 20 * us))
     assert saved(
         "plain", "more", "other", "unsure", plain=(5, 5), more=(1, 5), other=(0, 5), unsure=(4, 5)
-    ) == pytest.approx((0.6 * moved + 15 * 1.3e-3 + 0.1 - 0.005, 0.8 * moved + 15 * 1.3e-3 + 0.2 + 0.01))
+    ) == pytest.approx((0.6 * moved + 15 * us + 0.1 - 0.005, 0.8 * moved + 15 * us + 0.2 + 0.01))
 
 
 def test_the_blocks_without_a_gradient_are_those_switched_on(speedups, monkeypatch) -> None:
@@ -158,7 +158,7 @@ def test_the_table(speedups) -> None:
     base = {"mb_query": 380, "mb_key": 120, "launches": 800}
     rows = [{"name": "x", "what": "does x", "mb_query": 300, "mb_key": 100, "launches": 700, "ms": ms}]
     rows.append({**rows[0], "name": "all", "what": ""})
-    settings = {"bandwidth": gpus, "efficiency": 0.88, "launch_us": [1.3, 1.3], "queue_size": 8192}
+    settings = {"bandwidth": gpus, "efficiency": 0.88, "launch_us": [1.5, 1.5], "queue_size": 8192}
     settings["last_program_us"] = [0.6, 2.1]
     step = {gpu: {"256": 50.0, "32": 10.0} for gpu in gpus}
     result = {"settings": settings, "base": base, "step_ms": step, "rows": rows, "conditions": {"commit": "abc"}}

@@ -177,10 +177,8 @@ def batch_norm_act(
         mean, rstd = torch.ops.mopro_fast.batch_norm_stats_(
             x, running_mean, running_var, momentum, eps, group, one_launch
         )
-    if fork and not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias, residual))):
-        y, _ = torch.ops.mopro_fast.batch_norm_act(x, mean, rstd, weight, bias, residual, relu)
-        return y, y
-    if fork:
+    if fork and torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias, residual)):
         back = functools.partial(_back_forked, one_launch)
         return Forked.apply(_run_forked, back, x, mean, rstd, weight, bias, residual, signs and x.shape[1] % 8 == 0)
-    return torch.ops.mopro_fast.batch_norm_act(x, mean, rstd, weight, bias, residual, relu, False, one_launch)[0]
+    y, _ = torch.ops.mopro_fast.batch_norm_act(x, mean, rstd, weight, bias, residual, relu, False, one_launch)
+    return (y, y) if fork else y
