@@ -91,7 +91,7 @@ fi
 trainer=(tyro docstring_parser typeguard pyarrow tqdm PIL simplejpeg)
 op_tests=(tests/test_ops.py tests/test_two_views.py tests/test_two_views_arithmetic.py tests/test_normalize.py)
 op_tests+=(tests/test_batch_norm_act.py tests/test_conv1x1_stats.py tests/test_collective_targets.py)
-speedup_tests=(tests/test_speedups.py tests/test_key_stream.py tests/test_batch_norm_variants.py)
+speedup_tests=(tests/test_batch_norm_act.py tests/test_speedups.py tests/test_key_stream.py tests/test_batch_norm_variants.py)
 speedup_tests+=(tests/test_batch_norm_relu_pool.py tests/test_train_step.py)
 cuda_tests=(tests/test_*_cuda.py tests/test_optim.py tests/test_train_step.py tests/test_augment.py tests/test_cache.py)
 
@@ -102,7 +102,10 @@ define() {
     build) command=(bash -c build) show=23 ;;
     smoke) command=(bash -c smoke) show=1 ;;
     step-256) step step_256 --variants ours "${plain_norms[@]}" "the two encoders alone" --batch-sizes $((dry ? 8 : 256)) ;;
-    speedup-tests) tests "signs_are and reference" -n $((dry ? 2 : 12)) --maxfail=30 -k "not beyond_32_bits" "${speedup_tests[@]}" ;;
+    speedup-tests)
+      tests "signs_are and reference" -n $((dry ? 2 : 12)) --maxfail=30 \
+        -k "not beyond_32_bits and (one-launch or not test_batch_norm_act)" "${speedup_tests[@]}"
+      ;;
     speedups)
       step step_speedups --speedups --batch-sizes $((dry ? 8 : 256)) $((dry ? 4 : 32))
       [ -n "$dry" ] || command+=(--seconds 0.5)
@@ -112,7 +115,10 @@ define() {
       step step_official --variants "official, float32 NCHW" "$fast" "supervised, plain PyTorch"
       command+=(--batch-sizes $((dry ? 8 : 256)) $((dry ? 4 : 32)))
       ;;
-    op-tests) tests "test_normalize and reference" -n $((dry ? 2 : 12)) --maxfail=30 -k "not beyond_32_bits" "${op_tests[@]}" ;;
+    op-tests)
+      tests "test_normalize and reference" -n $((dry ? 2 : 12)) --maxfail=30 \
+        -k "not beyond_32_bits and not one-launch" "${op_tests[@]}"
+      ;;
     cuda-tests) tests single_operations --maxfail=30 "${cuda_only[@]}" "${cuda_tests[@]}" ;;
     nccl | resume)
       command=("$PYTHON" tests/gpu_trainer.py "$1" --device "$device" "${small[@]}" "$tmp/$1")
